@@ -1,0 +1,141 @@
+"""What every command line of the project shares: errors a user can act on, atomic files, fingerprints, logging.
+
+``UserError`` is the one exception for bad input. ``run_cli`` turns it (and the operating system's "disk full" and
+"permission denied") into one line on standard error and a non-zero exit code; anything else is a bug and keeps its
+traceback.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import logging
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO, Any
+
+EXIT_USER_ERROR = 2
+EXIT_INTERRUPTED = 130
+
+_SYSTEM_ERRORS = {
+    errno.ENOSPC: "the disk is full; free some space and run the same command again",
+    errno.EDQUOT: "the disk quota is used up; free some space and run the same command again",
+    errno.EACCES: "permission denied; choose a place you may write to, or change its permissions",
+    errno.EPERM: "permission denied; choose a place you may write to, or change its permissions",
+    errno.EROFS: "the file system is read-only; choose a place you may write to",
+}
+
+
+class UserError(ValueError):
+    """Bad input. The message is one line: what is wrong, where, and how to mend it."""
+
+
+def run_cli(main: Callable[[], int | None]) -> None:
+    """Run a command line's ``main`` and exit with its code.
+
+    A ``UserError``, a full disk or a missing permission ends in one line on standard error and exit code 2.
+    """
+    try:
+        code = main()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        code = EXIT_USER_ERROR
+    except OSError as error:
+        if error.errno not in _SYSTEM_ERRORS:
+            raise
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"error: {where}{_SYSTEM_ERRORS[error.errno]}", file=sys.stderr)
+        code = EXIT_USER_ERROR
+    except KeyboardInterrupt:
+        print("interrupted; run the same command again to go on", file=sys.stderr)
+        code = EXIT_INTERRUPTED
+    sys.exit(code or 0)
+
+
+@contextlib.contextmanager
+def atomic_write(path: str | os.PathLike, mode: str = "w") -> Iterator[IO[Any]]:
+    """Open a temporary file beside ``path`` that replaces it only when the block ends without an error.
+
+    A killed or failed writer leaves the old file as it was. Missing parent folders are made.
+    """
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    encoding = None if "b" in mode else "utf-8"
+    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp")
+    try:
+        with os.fdopen(handle, mode, encoding=encoding) as stream:
+            yield stream
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.chmod(temporary, 0o666 & ~_umask())
+        os.replace(temporary, target)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
+        raise
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def file_sha256(path: str | os.PathLike) -> str:
+    """Hex SHA-256 of a file's bytes."""
+    with open(path, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _sha256(stream)
+
+
+def _sha256(stream: IO[bytes]) -> str:
+    digest = hashlib.sha256()
+    while chunk := stream.read(1 << 20):
+        digest.update(chunk)
+    return digest.hexdigest()
+
+
+def require_file(path: str | os.PathLike, what: str, mend: str) -> Path:
+    """``path`` as a ``Path`` if it is a readable file, else a ``UserError`` that says what was expected and the mend."""
+    found = Path(path)
+    if not found.is_file():
+        raise UserError(f"{what} not found: {found} ({mend})")
+    if not os.access(found, os.R_OK):
+        raise UserError(f"{what} is not readable: {found} (check its permissions)")
+    return found
+
+
+def is_main_process() -> bool:
+    """True on the process that talks to the user (rank 0 of a distributed run)."""
+    return int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")) or 0) <= 0
+
+
+def rank0_print(*values: object) -> None:
+    """``print`` on rank 0 only."""
+    if is_main_process():
+        print(*values, flush=True)
+
+
+def build_logger(name: str, filename: str | None = None) -> logging.Logger:
+    """A logger that writes to standard error and, if a file name is given, to that file in ``LOGDIR``."""
+    from llava.constants import LOGDIR
+
+    logger = logging.getLogger(name)
+    if logger.handlers:
+        return logger
+    logger.setLevel(logging.INFO)
+    formatter = logging.Formatter("%(asctime)s | %(levelname)s | %(name)s | %(message)s", "%Y-%m-%d %H:%M:%S")
+    handlers: list[logging.Handler] = [logging.StreamHandler()]
+    if filename:
+        handlers.append(logging.FileHandler(Path(LOGDIR) / filename, encoding="utf-8"))
+    for handler in handlers:
+        handler.setFormatter(formatter)
+        logger.addHandler(handler)
+    return logger
+
+
+def disable_torch_init() -> None:
+    """Accepted for LLaVA's callers; does nothing, because skipping initialisation leaves new modules undefined."""
