@@ -71,7 +71,7 @@ def read_rows(path: str | Path, require_answer: bool = False) -> list[Row]:
     source = require_file(path, "row file", "check the path, or build it with: python fusion.py")
     rows: list[Row] = []
     first_use: dict[str, str] = {}
-    for where, value in _json_values(source):
+    for where, value in json_values(source):
         row = parse_row(value, where)
         if require_answer:
             _require_answers(row, where)
@@ -93,7 +93,9 @@ def parse_row(value: Any, where: str = "row") -> Row:
         raise UserError(f"{where}: expected a JSON object, found {_kind(value)}")
     key = next((name for name in CONVERSATION_KEYS if name in value), None)
     if key is None and "text" not in value:
-        raise UserError(f"{where}: field 'text' is missing (a question row has 'text', an instruct row 'conversations')")
+        raise UserError(
+            f"{where}: field 'text' is missing (a question row has 'text', an instruct row 'conversations')"
+        )
     conversations = _conversations(value[key], f"{where}: field '{key}'") if key else _question_turns(value, where)
     image = _image(value, where)
     _check_placeholders(conversations, image, where)
@@ -121,7 +123,7 @@ def read_answers(path: str | Path, partial_last_line: bool = False) -> list[dict
     source = require_file(path, "answer file", "check the path, or run the evaluation first")
     answers: list[dict[str, Any]] = []
     first_use: dict[str, str] = {}
-    for where, value in _json_values(source, partial_last_line):
+    for where, value in json_values(source, partial_last_line):
         if not isinstance(value, dict):
             raise UserError(f"{where}: expected a JSON object, found {_kind(value)}")
         _identifier(value.get("question_id"), f"{where}: field 'question_id'")
@@ -143,12 +145,41 @@ def write_jsonl(path: str | Path, rows: Iterable[dict[str, Any]]) -> None:
     """
     with atomic_write(path) as stream:
         for number, row in enumerate(rows, start=1):
-            try:
-                line = json.dumps(row, ensure_ascii=False, allow_nan=False)
-                line.encode("utf-8")
-            except (TypeError, ValueError) as error:
-                raise UserError(f"{path}: row {number} cannot be written as JSON: {error}") from error
-            stream.write(line + "\n")
+            stream.write(json_line(row, f"{path}: row {number}"))
+
+
+def json_line(row: dict[str, Any], where: str = "row") -> str:
+    """``row`` as one line of JSON with its newline; ``where`` names it in the ``UserError`` when JSON cannot say it."""
+    try:
+        line = json.dumps(row, ensure_ascii=False, allow_nan=False)
+        line.encode("utf-8")
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{where} cannot be written as JSON: {error}") from error
+    return line + "\n"
+
+
+def json_values(source: str | Path, partial_last_line: bool = False) -> Iterator[tuple[str, Any]]:
+    """``(place, value)`` for each entry of a JSONL file, a JSON list, or of objects spread over several lines.
+
+    ``place`` names file and line (or list item) for error messages.
+
+    Raises:
+        UserError: broken JSON or text that is not UTF-8, with its place.
+    """
+    data = Path(source).read_bytes().removeprefix(b"\xef\xbb\xbf")
+    if data.lstrip()[:1] == b"[":
+        yield from _json_list(source, data)
+        return
+    lines = data.split(b"\n")
+    if partial_last_line:
+        lines = lines[:-1]
+    if next((line.strip() for line in lines if line.strip()), b"") == b"{":
+        yield from _spread_objects(source, _decode(data, str(source)))
+        return
+    for number, line in enumerate(lines, start=1):
+        if line.strip():
+            where = f"{source} line {number}"
+            yield where, _load(_decode(line, where), where)
 
 
 def question_row(
@@ -195,31 +226,13 @@ def question_row(
     return row
 
 
-def _json_values(source: Path, partial_last_line: bool = False) -> Iterator[tuple[str, Any]]:
-    """``(place, value)`` for each row of a JSONL file, a JSON list, or objects spread over several lines."""
-    data = source.read_bytes().removeprefix(b"\xef\xbb\xbf")
-    if data.lstrip()[:1] == b"[":
-        yield from _json_list(source, data)
-        return
-    lines = data.split(b"\n")
-    if partial_last_line:
-        lines = lines[:-1]
-    if next((line.strip() for line in lines if line.strip()), b"") == b"{":
-        yield from _spread_objects(source, _decode(data, str(source)))
-        return
-    for number, line in enumerate(lines, start=1):
-        if line.strip():
-            where = f"{source} line {number}"
-            yield where, _load(_decode(line, where), where)
-
-
-def _json_list(source: Path, data: bytes) -> Iterator[tuple[str, Any]]:
+def _json_list(source: str | Path, data: bytes) -> Iterator[tuple[str, Any]]:
     values = _load(_decode(data, str(source)), str(source))
     for number, value in enumerate(values, start=1):
         yield f"{source} item {number}", value
 
 
-def _spread_objects(source: Path, text: str) -> Iterator[tuple[str, Any]]:
+def _spread_objects(source: str | Path, text: str) -> Iterator[tuple[str, Any]]:
     decoder = json.JSONDecoder()
     position = 0
     while position < len(text):

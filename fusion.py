@@ -1,0 +1,121 @@
+"""Turns raw medical VQA data into the JSONL files that training and evaluation read.
+
+    python fusion.py                                   # VQA-RAD from its default place
+    python fusion.py --data_dir <folder>               # VQA-RAD or SLAKE, told by content
+    python fusion.py --metadata metadata.csv --reference vqa_ABD.json vqa_CHEST.json vqa_HEAD.json
+    python fusion.py --dataset slake
+
+See data/README.md for the inputs, the files written and the fields of a row.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from llava.data.raw.example import TEST, TRAIN, VALIDATE, Example, Report
+from llava.data.raw.outputs import report_text, slake_files, summary_table, vqa_rad_files, write_together
+from llava.data.raw.sources import DATASETS, SLAKE, find_source, missing_images, read_source
+from llava.data.raw.splits import drop_repeats, unseen_split
+from llava.utils import UserError, run_cli
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parse_arguments(arguments)
+    source = find_source(
+        options.dataset, options.data_dir, options.metadata, options.test_metadata, options.reference, options.image_dir
+    )
+    print(f"{source.dataset} from {source.path}")
+    report = Report(source.dataset)
+    examples, domains, image_folder = read_source(source, report)
+    check_images(examples, image_folder, options.allow_missing_images, report)
+    if source.dataset == SLAKE:
+        splits = {name: [row for row in examples if row.split == name] for name in (TRAIN, VALIDATE, TEST)}
+        files = slake_files(examples, domains)
+        report_name = "slake_fusion_report.json"
+    else:
+        official = drop_repeats(examples, report)
+        unseen, fold_of = unseen_split(examples, options.seed)
+        splits = {name: [row for row in official if row.split == name] for name in (TRAIN, TEST)}
+        splits |= {f"unseen {name}": [row for row in unseen if row.split == name] for name in (TRAIN, TEST)}
+        files = vqa_rad_files(official, unseen, fold_of, domains)
+        report_name = "fusion_report.json"
+    output = Path(options.output_dir)
+    refuse_stale_test_file(output, files)
+    check_tasks(files)
+    write_together(output, {report_name: report_text(report, files), **files})
+    print(f"images in {image_folder}\n\n{summary_table(splits, domains)}\n")
+    print_report(report, output / report_name)
+    for name, text in files.items():
+        print(f"wrote {output / name} ({text.count(chr(10))} rows)")
+    return 0
+
+
+def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dataset", default="auto", help=f"auto (told by content) or {', '.join(DATASETS)}")
+    parser.add_argument("--data_dir", help="raw data (default: VQA_RAD_DIR or data/vqa-rad; SLAKE_DIR or data/slake)")
+    parser.add_argument("--metadata", help="csv with image, question, answer (default: data/train/metadata.csv)")
+    parser.add_argument("--test_metadata", help="second csv, whose rows are the test rows")
+    parser.add_argument(
+        "--reference", nargs="+", default=[], help="vqa_<ORGAN>.json files or their folder (default: beside the csv)"
+    )
+    parser.add_argument("--image_dir", help="pictures (default: images/ of the data folder; imgs/ for SLAKE)")
+    parser.add_argument("--output_dir", default="data", help="where the JSONL files go (default: data)")
+    parser.add_argument("--seed", type=int, default=0, help="deals the pictures of the unseen-image split (default: 0)")
+    parser.add_argument("--allow_missing_images", action="store_true", help="keep rows whose picture is not there")
+    return parser.parse_args(arguments)
+
+
+def check_images(examples: list[Example], folder: Path, allow: bool, report: Report) -> None:
+    """Refuse (or note, where allowed) rows whose picture is missing."""
+    missing = missing_images(examples, folder)
+    if not missing:
+        return
+    text = f"{len(missing)} images are missing or empty in {folder}: {shortened(missing, 3)}"
+    if not allow:
+        raise UserError(f"{text} (place them there, name the folder with --image_dir, or pass --allow_missing_images)")
+    report.notes.append(text)
+
+
+def refuse_stale_test_file(output: Path, files: dict[str, str]) -> None:
+    """A test file of an earlier run must not stand beside training files that may hold its rows."""
+    stale = output / "test_vqa_rad.jsonl"
+    if "train_vqa_rad_combined.jsonl" in files and stale.name not in files and stale.exists():
+        raise UserError(
+            f"{stale} is from an earlier run, but this input names no test rows (give --test_metadata, or remove it)"
+        )
+
+
+def check_tasks(files: dict[str, str]) -> None:
+    """Refuse an empty file: a task without rows cannot be trained or tested."""
+    empty = [name for name, text in files.items() if not text]
+    if empty:
+        raise UserError(f"no rows for {', '.join(empty)}: the input lacks a domain or a split; nothing was written")
+
+
+def print_report(report: Report, path: Path) -> None:
+    for how, count in report.organ_join.get("counts", {}).items():
+        print(f"organ by {how}: {count} rows")
+    for kind, ids in sorted(report.mended.items()):
+        print(f"mended {kind}: {len(ids)} rows")
+    reasons = [row["reason"] for row in report.dropped]
+    for reason in sorted(set(reasons)):
+        ids = [row["question_id"] for row in report.dropped if row["reason"] == reason]
+        print(f"dropped, {reason}: {len(ids)} rows (question_id {shortened(ids)})")
+    if report.repeated:
+        ids = [row["question_id"] for row in report.repeated]
+        print(f"kept, but repeat another row: {len(ids)} rows (question_id {shortened(ids)})")
+    for note in report.notes:
+        print(f"note: {note}", file=sys.stderr)
+    print(f"details in {path}")
+
+
+def shortened(values: list, most: int = 8) -> str:
+    """The first values, and a mark where there are more."""
+    return ", ".join(map(str, values[:most])) + (", …" if len(values) > most else "")
+
+
+if __name__ == "__main__":
+    run_cli(main)

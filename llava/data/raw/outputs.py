@@ -1,0 +1,111 @@
+"""What ``fusion.py`` writes: all files together at the end, a report, and a table of the rows."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from llava.data.raw.example import TEST, TRAIN, VALIDATE, Example, Report
+from llava.data.rows import ANSWER_TYPES, json_line
+from llava.utils import UserError, atomic_write
+
+Table = dict[str, list[Example]]
+
+
+def vqa_rad_files(
+    official: Sequence[Example],
+    unseen: Sequence[Example],
+    fold_of: dict[int | str, int],
+    domains: Sequence[str],
+) -> dict[str, str]:
+    """File name -> text, for both splits of VQA-RAD; the unseen-image split is in ``unseen/``."""
+    files = _split_files(official, domains, "train_vqa_rad_combined.jsonl", "train_{}.jsonl", "test_vqa_rad.jsonl")
+    apart = _split_files(
+        unseen, domains, "train_vqa_rad_combined.jsonl", "train_{}.jsonl", "test_vqa_rad.jsonl", fold_of
+    )
+    return files | {f"unseen/{name}": text for name, text in apart.items()}
+
+
+def slake_files(examples: Sequence[Example], domains: Sequence[str]) -> dict[str, str]:
+    """File name -> text for SLAKE; all names start with ``slake_`` so that VQA-RAD's files stay as they are."""
+    files = _split_files(examples, domains, "slake_train_combined.jsonl", "slake_train_{}.jsonl", "slake_test.jsonl")
+    return files | {"slake_validate.jsonl": _lines(_of(examples, VALIDATE), domains)}
+
+
+def write_together(folder: Path, files: dict[str, str]) -> None:
+    """Write all files or none: each is complete on disk, under a temporary name, before the first takes its place.
+
+    Raises:
+        UserError: ``folder`` is no folder.
+        OSError: disk full, no permission.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"output folder {folder} is a file (choose another with --output_dir)")
+    with contextlib.ExitStack() as stack:
+        for name, text in files.items():
+            stream = stack.enter_context(atomic_write(folder / name))
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+
+
+def report_text(report: Report, files: dict[str, str]) -> str:
+    """The report as JSON, with the number of rows in each file."""
+    content = asdict(report) | {"files": {name: text.count("\n") for name, text in files.items()}}
+    return json.dumps(content, ensure_ascii=False, indent=1) + "\n"
+
+
+def summary_table(splits: Table, domains: Sequence[str]) -> str:
+    """Rows per split, domain and answer type, and pictures per split, as text with aligned columns."""
+    kinds: list[str | None] = list(ANSWER_TYPES[::-1])
+    if any(example.answer_type is None for rows in splits.values() for example in rows):
+        kinds.append(None)
+    header = ["rows", *(f"{domain} {(kind or 'untyped').lower()}" for domain in domains for kind in kinds)]
+    lines = [[*header, "total", "images"]]
+    for name, rows in splits.items():
+        counts = [
+            sum(row.domain == domain and row.answer_type == kind for row in rows)
+            for domain in domains
+            for kind in kinds
+        ]
+        lines.append([name, *map(str, counts), str(len(rows)), str(len({row.image for row in rows}))])
+    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) if not column else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(line, widths, strict=True))
+        )
+        for line in lines
+    )
+
+
+def _split_files(
+    examples: Sequence[Example],
+    domains: Sequence[str],
+    combined: str,
+    task: str,
+    test: str,
+    fold_of: dict[int | str, int] | None = None,
+) -> dict[str, str]:
+    train = _of(examples, TRAIN)
+    files = {combined: _lines(train, domains, fold_of)}
+    for domain in domains:
+        files[task.format(domain)] = _lines([row for row in train if row.domain == domain], domains, fold_of)
+    if tested := _of(examples, TEST):
+        files[test] = _lines(tested, domains, fold_of)
+    return files
+
+
+def _of(examples: Sequence[Example], split: str) -> list[Example]:
+    return [example for example in examples if example.split == split]
+
+
+def _lines(examples: Sequence[Example], domains: Sequence[str], fold_of: dict[int | str, int] | None = None) -> str:
+    return "".join(
+        json_line(example.row(domains, fold=fold_of[example.id] if fold_of else None), f"question {example.id}")
+        for example in examples
+    )

@@ -1,0 +1,74 @@
+"""Text of raw rows: the normal form in which texts are compared, and the mending of known slips.
+
+VQA-RAD's commas were lost on the way to JSON. Some came back as tabs, and in lists the letter before the comma moved
+behind a space: ``spleen, stomach, and`` reads ``splee n<TAB>stomac h<TAB>and``.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import Any
+
+from llava.utils import UserError
+
+_NOT_A_WORD = re.compile(r"[\W_]+")
+_MOVED_LETTER = re.compile(r"(?<=\w) (\w)\t")
+_TAB = re.compile(r"[ \t]*\t[ \t]*")
+_LOST_APOSTROPHE = re.compile("(?<=\\w)\ufffd(?=\\w)")
+_SPACES = re.compile(r"\s+")
+
+NUMBER = "number written as text"
+TAB = "tab read as comma"
+APOSTROPHE = "undecodable character read as apostrophe"
+QUOTE = "stray quotation mark removed"
+SPACE = "white space tidied"
+
+
+def normalise(text: str) -> str:
+    """Lower case, punctuation to spaces, runs of spaces to one: the form in which texts are compared."""
+    return _NOT_A_WORD.sub(" ", text.lower()).strip()
+
+
+def mend_text(value: Any, where: str) -> tuple[str, list[str]]:
+    """Text of a raw field, and the names of the slips that were mended in it.
+
+    Args:
+        value: string or number as read.
+        where: file, row and field for the error message.
+
+    Raises:
+        UserError: the field is missing, NaN, of another type, or holds no text.
+    """
+    mended = []
+    if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+        mended.append(NUMBER)
+        value = str(int(value)) if value == int(value) else str(value)
+    if not isinstance(value, str):
+        raise UserError(f"{where} is missing or no text: {value!r}")
+    text = value
+    for name, mend in ((TAB, _mend_tabs), (APOSTROPHE, _mend_apostrophes), (QUOTE, _mend_quote), (SPACE, _mend_spaces)):
+        before, text = text, mend(text)
+        if text != before:
+            mended.append(name)
+    if not text:
+        raise UserError(f"{where} is empty")
+    return text, mended
+
+
+def _mend_tabs(text: str) -> str:
+    return _TAB.sub(", ", _MOVED_LETTER.sub(r"\1\t", text.strip()) if "\t" in text.strip() else text)
+
+
+def _mend_apostrophes(text: str) -> str:
+    return _LOST_APOSTROPHE.sub("'", text)
+
+
+def _mend_quote(text: str) -> str:
+    """Without a quotation mark at its very start that has no partner."""
+    stripped = text.strip()
+    return stripped[1:] if stripped.startswith('"') and stripped.count('"') == 1 else text
+
+
+def _mend_spaces(text: str) -> str:
+    return _SPACES.sub(" ", text).strip()
