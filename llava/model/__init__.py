@@ -1,0 +1,1 @@
+"""The model: decoder back-ends, vision tower, projector, retriever and loader."""

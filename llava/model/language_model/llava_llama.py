@@ -1,0 +1,45 @@
+"""LLaVA on a Llama decoder, with retrieved weight offsets."""
+
+from __future__ import annotations
+
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, LlamaModel
+
+from llava.model.llava_arch import LlavaMetaForCausalLM, LlavaMetaModel
+
+
+class LlavaConfig(LlamaConfig):
+    """A ``LlamaConfig`` with LLaVA's ``mm_*`` fields; unknown fields are kept, and nothing is read from disk.
+
+    Of this project: ``vision_config`` (the checkpoint ships its vision tower) and ``conversation_version`` (the
+    conversation template the checkpoint was trained with).
+    """
+
+    model_type = "llava_llama"
+
+
+class LlavaLlamaModel(LlavaMetaModel, LlamaModel):
+    """The decoder with vision tower and projector."""
+
+    config_class = LlavaConfig
+
+
+class LlavaLlamaForCausalLM(LlavaMetaForCausalLM, LlamaForCausalLM):
+    """The causal language model with images, questions and per-question weight offsets.
+
+    ``retriever`` is ``None`` until ``attach_retriever``; without a trained slot the logits are the base model's.
+    """
+
+    config_class = LlavaConfig
+
+    def __init__(self, config: LlavaConfig):
+        super(LlamaForCausalLM, self).__init__(config)  # not Llama's own: it would build the decoder twice
+        self.model = LlavaLlamaModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.init_routing()
+        self.post_init()
+
+
+AutoConfig.register(LlavaConfig.model_type, LlavaConfig)
+AutoModelForCausalLM.register(LlavaConfig, LlavaLlamaForCausalLM)

@@ -1,0 +1,374 @@
+"""The retriever: a pool of slots, and the route that picks some of them for each question.
+
+A slot has a **key** (where it lives in query space) and a **weight offset** (low-rank matrices ``A`` and ``B`` per
+layer and target projection). Slots belong to tasks; each task's slots are one ``SlotBlock`` with tensors of its own,
+so that training, removing or merging a task touches no other task's numbers.
+
+``pool_mask`` says which slots may be selected: in training the current task's alone, at inference those that are
+trained. Selection and weights are per sample::
+
+    I_b = top_k(score[b] over allowed slots),   w = softmax(score[b, I_b])
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, fields
+
+import torch
+from torch import Tensor, nn
+
+from llava.model.language_model.router import ROUTERS, Pool, Query, Router, TaskStatistics, build_router
+from llava.model.language_model.weight_offset import TARGETS, WeightOffset
+
+SHARED_FORM_LIMIT = 32
+"""Up to this many different slots in a batch, plain products over all of them beat a gather per sample."""
+
+QUERY_MODES = ("text", "image", "text+image")
+
+
+@dataclass
+class RetrieverSettings:
+    """Everything about a pool but its numbers. Stored in key files and in a checkpoint's config.
+
+    ``features`` gives ``(in, out)`` per target projection. ``encoder`` is the text encoder's identity.
+    """
+
+    num_layers: int
+    features: dict[str, tuple[int, int]]
+    text_dim: int | None = None
+    image_dim: int | None = None
+    query_mode: str = "text+image"
+    groups: int = 4
+    rank: int = 8
+    top_k: int = 4
+    tau: float = 0.1
+    scale: float = 1.0
+    image_weight: float = 0.5
+    router: str = "gaussian"
+    weighting: str = "softmax"
+    encoder: dict = field(default_factory=dict)
+
+    def __post_init__(self):
+        self.features = {target: tuple(shape) for target, shape in self.features.items()}
+        if unknown := set(self.features) - set(TARGETS):
+            raise ValueError(f"unknown target projection {sorted(unknown)[0]!r}; known: {', '.join(TARGETS)}")
+        if self.query_mode not in QUERY_MODES:
+            raise ValueError(f"query_mode must be one of {QUERY_MODES}, not {self.query_mode!r}")
+        if self.router not in ROUTERS:
+            raise ValueError(f"unknown router {self.router!r}; known: {', '.join(ROUTERS)}")
+        if self.weighting not in ("softmax", "distance"):
+            raise ValueError(f"weighting must be 'softmax' or 'distance', not {self.weighting!r}")
+        for name, dim in (("text", self.text_dim), ("image", self.image_dim)):
+            if dim is not None and dim % self.groups:
+                raise ValueError(f"{name} queries have {dim} dimensions, which {self.groups} groups do not divide")
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        return tuple(self.features)
+
+    @property
+    def uses_text(self) -> bool:
+        return "text" in self.query_mode and self.text_dim is not None
+
+    @property
+    def uses_images(self) -> bool:
+        return "image" in self.query_mode and self.image_dim is not None
+
+    def to_dict(self) -> dict:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict) -> RetrieverSettings:
+        known = {item.name for item in fields(cls)}
+        return cls(**{name: value for name, value in values.items() if name in known})
+
+
+@dataclass
+class Route:
+    """The decision for a batch: ``slot_indices`` and ``slot_weights`` ``[batch, k]``; ``task_posterior``
+    ``[batch, tasks]`` over ``tasks`` (sums of the softmax of all allowed slots' scores)."""
+
+    slot_indices: Tensor
+    slot_weights: Tensor
+    task_posterior: Tensor
+    tasks: list[str]
+
+    def describe(self, row: int) -> dict:
+        """One sample's route as plain values, for an answer's ``metadata``."""
+        posterior = self.task_posterior[row].tolist()
+        best = max(range(len(posterior)), key=posterior.__getitem__)
+        return {
+            "task": self.tasks[best],
+            "task_posterior": {task: round(p, 6) for task, p in zip(self.tasks, posterior, strict=True)},
+            "slots": self.slot_indices[row].tolist(),
+            "weights": [round(w, 6) for w in self.slot_weights[row].tolist()],
+        }
+
+
+class SlotBlock(nn.Module):
+    """One task's slots: ``count`` keys and low-rank offsets.
+
+    Parameters (per target): ``A`` ``[count, layers, rank, out]`` and ``B`` ``[count, layers, rank, in]``; the keys
+    ``[groups, count, part]`` and the router's statistics are buffers, fitted in closed form in stage 1.
+    """
+
+    def __init__(self, settings: RetrieverSettings, count: int):
+        super().__init__()
+        self.count, self.trained, self.rank = count, False, settings.rank
+        shape = (count, settings.num_layers, settings.rank)
+        self.A = nn.ParameterDict(
+            {t: nn.Parameter(torch.zeros(*shape, out), requires_grad=False) for t, (_, out) in settings.features.items()}
+        )
+        self.B = nn.ParameterDict(
+            {t: nn.Parameter(torch.zeros(*shape, in_), requires_grad=False) for t, (in_, _) in settings.features.items()}
+        )
+        self.register_buffer("text_keys", _empty_keys(settings.uses_text, settings.text_dim, settings.groups, count))
+        self.register_buffer("image_keys", _empty_keys(settings.uses_images, settings.image_dim, settings.groups, count))
+        self.statistics: TaskStatistics | None = None
+
+    def init_offsets(self, generator: torch.Generator) -> None:
+        """``A = 0`` (an untrained slot changes nothing), ``B`` uniform in ``+-1/sqrt(in)``."""
+        with torch.no_grad():
+            for target in self.B:
+                bound = 1 / math.sqrt(self.B[target].shape[-1])
+                values = torch.empty(self.B[target].shape).uniform_(-bound, bound, generator=generator)
+                self.B[target].copy_(values)
+                self.A[target].zero_()
+
+    def forward(self) -> tuple[Tensor, ...]:
+        """All of the block's offsets, ``A`` then ``B`` per target. A call, so that ZeRO-3 gathers the parameters."""
+        return tuple(tensor.clone() for pair in zip(self.A.values(), self.B.values(), strict=True) for tensor in pair)
+
+
+@dataclass(frozen=True)
+class PoolLayout:
+    """Derived from a pool: each task's slot range, the mask ``[pool]``, the selectable slots and their tasks."""
+
+    ranges: dict[str, range]
+    mask: Tensor
+    allowed: Tensor
+    allowed_tasks: list[str]
+
+    @classmethod
+    def of(cls, retriever: Retriever) -> PoolLayout:
+        ranges, mask, allowed_tasks, start = {}, [], [], 0
+        for task in retriever.tasks:
+            block = retriever.block(task)
+            allowed = task == retriever.training_task if retriever.training_task else block.trained
+            ranges[task] = range(start, start + block.count)
+            mask += [allowed] * block.count
+            allowed_tasks += [task] * allowed
+            start += block.count
+        mask = torch.tensor(mask, dtype=torch.bool)
+        return cls(ranges, mask, mask.nonzero().flatten(), allowed_tasks)
+
+
+class Retriever(nn.Module):
+    """Keys, weight offsets, ``pool_mask`` and the per-sample route."""
+
+    def __init__(self, settings: RetrieverSettings, counts: dict[str, int] | None = None):
+        super().__init__()
+        self.settings = settings
+        self.blocks = nn.ModuleDict()
+        self.training_task: str | None = None
+        self.encode_text: Callable[[Sequence[str]], Tensor] | None = None
+        self.router_name = settings.router
+        self._routers: dict[str, Router] = {}
+        self._layout: PoolLayout | None = None
+        for task, count in (counts or {}).items():
+            self.add_task(task, count)
+
+    # -- the pool --------------------------------------------------------------------------------------------------
+
+    @property
+    def tasks(self) -> list[str]:
+        return [name.removeprefix("task:") for name in self.blocks]
+
+    def block(self, task: str) -> SlotBlock:
+        """The slots of ``task``; ``ValueError`` if the pool has none."""
+        if f"task:{task}" not in self.blocks:
+            raise ValueError(f"no slots for task {task!r}; the pool knows {self.tasks}")
+        return self.blocks[f"task:{task}"]
+
+    def add_task(self, task: str, count: int) -> SlotBlock:
+        """Append ``count`` slots for a new task."""
+        if task in self.tasks:
+            raise ValueError(f"the pool already has slots for task {task!r}")
+        self.blocks[f"task:{task}"] = SlotBlock(self.settings, count)
+        self.changed()
+        return self.block(task)
+
+    def remove_task(self, task: str) -> None:
+        """Drop a task: afterwards the pool is, bit for bit, one that never had it."""
+        self.block(task)
+        del self.blocks[f"task:{task}"]
+        self.changed()
+
+    def changed(self) -> None:
+        """Forget what was derived from the pool (after keys, statistics, tasks or their state change)."""
+        self._routers, self._layout = {}, None
+
+    def layout(self) -> PoolLayout:
+        """Where each task's slots stand and which may be selected; worked out once per change of the pool."""
+        if self._layout is None:
+            self._layout = PoolLayout.of(self)
+        return self._layout
+
+    def slot_range(self, task: str) -> range:
+        """Pool indices of a task's slots."""
+        self.block(task)
+        return self.layout().ranges[task]
+
+    @property
+    def pool_size(self) -> int:
+        return len(self.layout().mask)
+
+    @property
+    def pool_mask(self) -> Tensor:
+        """Boolean ``[pool]``: which slots may be selected."""
+        return self.layout().mask
+
+    @property
+    def active(self) -> bool:
+        """Whether any slot may be selected."""
+        return bool(self.layout().allowed_tasks)
+
+    def train_only(self, task: str) -> list[nn.Parameter]:
+        """Make ``task`` the one being trained: its offsets need gradients, nothing else in the pool does."""
+        mine = self.block(task)
+        for block in self.blocks.values():
+            block.requires_grad_(block is mine)
+        self.training_task = task
+        self.changed()
+        return list(mine.parameters())
+
+    def finish_training(self) -> None:
+        """Mark the current task's slots as trained and free the pool for routing."""
+        if self.training_task is not None:
+            self.block(self.training_task).trained = True
+            self.training_task = None
+        self.requires_grad_(False)
+        self.changed()
+
+    # -- routing ---------------------------------------------------------------------------------------------------
+
+    def encode_questions(self, questions: Sequence[str]) -> Tensor:
+        """Text queries ``[batch, text_dim]`` of plain questions, by the encoder the keys were fitted with."""
+        if self.encode_text is None:
+            raise ValueError("no text encoder is loaded, so questions cannot be routed; load the model with builder")
+        return self.encode_text(questions)
+
+    def router(self, tasks_given: bool = False) -> Router:
+        """The router over the selectable slots; masked slots take no part in any router's arithmetic.
+
+        While a task trains its own keys decide; with ``tasks_given`` the oracle does.
+        """
+        name = "keys" if self.training_task else "oracle" if tasks_given else self.router_name
+        if name not in self._routers:
+            self._routers[name] = build_router(name, self._pool())
+        return self._routers[name]
+
+    def _pool(self) -> Pool:
+        tasks = self.layout().allowed_tasks
+        blocks = [self.block(task) for task in tasks]
+        return Pool(
+            slot_tasks=[task for task, block in zip(tasks, blocks, strict=True) for _ in range(block.count)],
+            text_keys=torch.cat([b.text_keys for b in blocks], 1) if blocks and self.settings.uses_text else None,
+            image_keys=torch.cat([b.image_keys for b in blocks], 1) if blocks and self.settings.uses_images else None,
+            statistics={t: b.statistics for t, b in zip(tasks, blocks, strict=True) if b.statistics is not None},
+            image_weight=self.settings.image_weight,
+            tau=self.settings.tau,
+        )
+
+    def route(self, text_query: Tensor | None, image_query: Tensor | None, tasks: Sequence[str] | None = None) -> Route:
+        """Choose slots for each sample.
+
+        Args:
+            text_query: ``[batch, text_dim]``, needed when the settings use text; ``image_query``:
+                ``[batch, image_dim]``, needed when they use images.
+            tasks: the true task of each sample; given, only its slots compete (oracle).
+
+        Raises:
+            ValueError: fewer allowed slots than ``top_k``, an unknown task, a query of another dimension or missing.
+        """
+        router = self.router(tasks_given=tasks is not None)
+        allowed = self.layout().allowed
+        if len(allowed) < self.settings.top_k:
+            raise ValueError(f"top_k is {self.settings.top_k}, but only {len(allowed)} slots may be selected")
+        query = Query(
+            text=text_query if self.settings.uses_text else None,
+            image=image_query if self.settings.uses_images else None,
+            tasks=None if tasks is None else list(tasks),
+        )
+        scores = router.scores(query)  # [batch, allowed]
+        best, chosen = scores.topk(self.settings.top_k, dim=-1)  # [batch, k]
+        weights = best.softmax(-1) if self.settings.weighting == "softmax" else best / best.sum(-1, keepdim=True)
+        return Route(allowed.to(chosen.device)[chosen], weights.float(), *_task_posterior(scores, router.pool))
+
+    # -- offsets ---------------------------------------------------------------------------------------------------
+
+    def forward(self, slot_indices: Tensor, slot_weights: Tensor, dtype: torch.dtype) -> WeightOffset:
+        """The weight offsets of a batch, for all layers.
+
+        Args:
+            slot_indices, slot_weights: ``[batch, k]`` of a route. dtype: of the hidden states.
+        """
+        if self.training_task is not None:
+            used = list(self.slot_range(self.training_task))
+        else:
+            used = sorted(set(slot_indices.flatten().tolist()))
+        tensors = self._gather(used)  # per target: A, B [slots, layers, rank, features]
+        place = torch.full((self.pool_size,), -1, dtype=torch.long, device=slot_indices.device)
+        place[torch.tensor(used, device=slot_indices.device)] = torch.arange(len(used), device=slot_indices.device)
+        local = place[slot_indices]  # [batch, k] positions among the used slots
+        weights = slot_weights.to(dtype) * self.settings.scale
+        if len(used) <= SHARED_FORM_LIMIT:
+            return self._shared_form(tensors, local, weights, len(used), dtype)
+        return self._gathered_form(tensors, local, weights, dtype)
+
+    def _gather(self, used: list[int]) -> dict[str, tuple[Tensor, Tensor]]:
+        """``A`` and ``B`` of the used slots, block by block; blocks without a used slot are not touched."""
+        parts: dict[str, list[tuple[Tensor, Tensor]]] = {target: [] for target in self.settings.targets}
+        for task, slots in self.layout().ranges.items():
+            mine = [index - slots.start for index in used if index in slots]
+            if not mine:
+                continue
+            tensors = self.block(task)()
+            for number, target in enumerate(self.settings.targets):
+                a, b = tensors[2 * number], tensors[2 * number + 1]
+                whole = len(mine) == len(slots)
+                parts[target].append((a, b) if whole else (a[mine], b[mine]))
+        return {
+            target: tuple(torch.cat(side) if len(side) > 1 else side[0] for side in zip(*pairs, strict=True))
+            for target, pairs in parts.items()
+        }
+
+    def _shared_form(self, tensors, local: Tensor, weights: Tensor, count: int, dtype: torch.dtype) -> WeightOffset:
+        gate = torch.zeros(len(local), count, dtype=dtype, device=local.device)
+        gate = gate.scatter_add(1, local, weights).repeat_interleave(self.settings.rank, dim=1)
+        down, up = {}, {}
+        for target, (a, b) in tensors.items():
+            down[target] = b.to(dtype).permute(1, 3, 0, 2).flatten(2).unsqueeze(1)  # [layers, 1, in, m]
+            up[target] = a.to(dtype).permute(1, 0, 2, 3).flatten(1, 2).unsqueeze(1)  # [layers, 1, m, out]
+        return WeightOffset(down, up, gate.unsqueeze(1))
+
+    def _gathered_form(self, tensors, local: Tensor, weights: Tensor, dtype: torch.dtype) -> WeightOffset:
+        gate = weights.repeat_interleave(self.settings.rank, dim=1)  # [batch, k * rank]
+        down, up = {}, {}
+        for target, (a, b) in tensors.items():
+            down[target] = b.to(dtype)[local].permute(2, 0, 4, 1, 3).flatten(3)  # [layers, batch, in, m]
+            up[target] = a.to(dtype)[local].permute(2, 0, 1, 3, 4).flatten(2, 3)  # [layers, batch, m, out]
+        return WeightOffset(down, up, gate.unsqueeze(1))
+
+
+def _empty_keys(wanted: bool, dim: int | None, groups: int, count: int) -> Tensor | None:
+    return torch.zeros(groups, count, dim // groups) if wanted and dim else None
+
+
+def _task_posterior(scores: Tensor, pool: Pool) -> tuple[Tensor, list[str]]:
+    """Probability of each task: the softmax of all scores, summed over the task's slots."""
+    tasks = pool.tasks
+    member = torch.tensor([[slot == task for slot in pool.slot_tasks] for task in tasks], device=scores.device)
+    return scores.softmax(-1) @ member.to(scores.dtype).T, tasks

@@ -1,0 +1,99 @@
+"""Per-sample low-rank weight offsets on a frozen projection.
+
+For target projection ``W`` of layer ``l`` and a sample ``b`` with selected slots ``I_b`` and weights ``w``::
+
+    y = W x + scale * sum_{p in I_b} w[b, p] * A[p, l]^T (B[p, l] x)          A: [rank, out], B: [rank, in]
+
+The dense ``out x in`` offset is never formed: two small products do the work. Where few slots are in use by the whole
+batch the products are plain matrix products over those slots with a gate per sample (``gate`` holds the weights, zero
+for slots that a sample did not select); where there are many, each sample gathers its own.
+
+How the offset reaches the projection: the causal LM's ``forward`` passes ``weight_offset=...`` on; transformers hands
+keyword arguments to every layer's attention (also when gradient checkpointing recomputes it), where a pre-hook takes
+it out and a hook on the projection adds it. No modelling file is forked, and wrapping the projection (PEFT, bitsandbytes)
+does not lose it, because nothing is stored on the projection itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+ATTENTION_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
+MLP_TARGETS = ("gate_proj", "up_proj", "down_proj")
+TARGETS = ATTENTION_TARGETS + MLP_TARGETS
+
+
+@dataclass(frozen=True)
+class WeightOffset:
+    """The offsets of one batch for all layers.
+
+    Attributes:
+        down: per target ``[layers, batch or 1, in, m]``; ``m`` = ranks of all gathered slots.
+        up: per target ``[layers, batch or 1, m, out]``.
+        gate: ``[batch, 1, m]``, the sample's slot weight times ``scale``, repeated over each slot's ranks.
+    """
+
+    down: dict[str, Tensor]
+    up: dict[str, Tensor]
+    gate: Tensor
+
+    def apply(self, target: str, layer: int, x: Tensor) -> Tensor:
+        """The offset's share of the output: ``[batch, length, in] -> [batch, length, out]``."""
+        down, up = self.down[target][layer], self.up[target][layer]
+        if down.shape[0] == 1:  # shared by the batch: plain products
+            down, up = down[0], up[0]
+        low = (x.to(down.dtype) @ down) * self.gate  # [batch, length, m]
+        return (low @ up).to(x.dtype)
+
+
+def target_module(layer: nn.Module, target: str) -> nn.Module:
+    """The projection called ``target`` of a decoder layer."""
+    parent = layer.self_attn if target in ATTENTION_TARGETS else layer.mlp
+    return getattr(parent, target)
+
+
+def target_features(config, target: str) -> tuple[int, int]:
+    """``(in, out)`` features of a target projection for a Llama-like config."""
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    hidden, inner = config.hidden_size, config.intermediate_size
+    return {
+        "q_proj": (hidden, config.num_attention_heads * head_dim),
+        "k_proj": (hidden, config.num_key_value_heads * head_dim),
+        "v_proj": (hidden, config.num_key_value_heads * head_dim),
+        "o_proj": (config.num_attention_heads * head_dim, hidden),
+        "gate_proj": (hidden, inner),
+        "up_proj": (hidden, inner),
+        "down_proj": (inner, hidden),
+    }[target]
+
+
+def install_offset_hooks(layers: Iterable[nn.Module], targets: Iterable[str]) -> None:
+    """Let the ``weight_offset`` argument of a forward pass act on the ``targets`` of every decoder layer."""
+    targets = tuple(targets)
+    for index, layer in enumerate(layers):
+        _hook_layer(layer, index, targets)
+
+
+def _hook_layer(layer: nn.Module, index: int, targets: tuple[str, ...]) -> None:
+    current: dict[str, WeightOffset | None] = {"offset": None}
+
+    def take(module, args, kwargs):
+        current["offset"] = kwargs.get("weight_offset")
+        return args, {name: value for name, value in kwargs.items() if name != "weight_offset"}
+
+    # On self_attn, not on the layer: checkpointing recomputes what is inside the layer's forward. Attention runs before
+    # the MLP, so MLP targets find the offset too.
+    layer.self_attn.register_forward_pre_hook(take, with_kwargs=True)
+    for target in targets:
+        target_module(layer, target).register_forward_hook(_adder(current, target, index))
+
+
+def _adder(current: dict[str, WeightOffset | None], target: str, index: int):
+    def add(module, args, output):
+        offset = current["offset"]
+        return None if offset is None else output + offset.apply(target, index, args[0])
+
+    return add

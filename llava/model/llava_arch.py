@@ -1,0 +1,361 @@
+"""LLaVA's architecture: image features spliced into the text, and the route that picks weight offsets.
+
+Two mix-ins, shared by every language model back-end:
+
+- ``LlavaMetaModel`` adds the vision tower and the projector to a decoder (``LlamaModel``, ``MistralModel``).
+- ``LlavaMetaForCausalLM`` adds ``forward`` and ``generate`` that take images and questions. The route (which slots,
+  with which weights, for each question) is computed once, before the first token, and is reused by every decoding
+  step; it reaches the attention output projections as a keyword argument (see ``weight_offset``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
+from llava.model.image_features import merge_tiles
+from llava.model.language_model.retriever import Retriever, Route
+from llava.model.language_model.weight_offset import install_offset_hooks
+from llava.model.multimodal_encoder.builder import build_vision_tower
+from llava.model.multimodal_projector.builder import build_vision_projector
+
+Images = Tensor | Sequence[Tensor | None]
+
+
+class LlavaMetaModel:
+    """Adds ``vision_tower``, ``mm_projector`` and ``image_newline`` to a decoder."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        has_tower = getattr(config, "mm_vision_tower", None) or getattr(config, "vision_config", None)
+        if has_tower:
+            self.vision_tower = build_vision_tower(config, delay_load=True)
+            self.mm_projector = build_vision_projector(config)
+            if "unpad" in (getattr(config, "mm_patch_merge_type", None) or ""):
+                self.image_newline = nn.Parameter(torch.zeros(config.hidden_size))
+
+    def get_vision_tower(self):
+        return getattr(self, "vision_tower", None)
+
+    def initialize_vision_modules(self, model_args, fsdp=None) -> None:
+        """Give a text-only decoder the tower and projector that ``model_args`` names (LLaVA's first training stage)."""
+        config = self.config
+        config.mm_vision_tower = model_args.vision_tower
+        config.mm_vision_select_layer = model_args.mm_vision_select_layer
+        config.mm_vision_select_feature = model_args.mm_vision_select_feature
+        config.mm_projector_type = getattr(model_args, "mm_projector_type", "linear")
+        config.mm_patch_merge_type = getattr(model_args, "mm_patch_merge_type", "flat")
+        if self.get_vision_tower() is None:
+            self.vision_tower = build_vision_tower(config, delay_load=True)
+        self.vision_tower.load_model()
+        config.mm_hidden_size = self.vision_tower.hidden_size
+        if getattr(self, "mm_projector", None) is None:
+            self.mm_projector = build_vision_projector(config)
+
+
+class LlavaMetaForCausalLM:
+    """``forward`` and ``generate`` with images and per-question routes, for any decoder with LLaVA's mix-in."""
+
+    def init_routing(self) -> None:
+        """Called by the back-end's ``__init__``: no slots yet."""
+        self.retriever: Retriever | None = None
+        self.last_route: Route | None = None
+        self._offset_cache = None
+
+    # -- parts ---------------------------------------------------------------------------------------------------
+
+    def get_model(self) -> LlavaMetaModel:
+        return self.model
+
+    def get_vision_tower(self):
+        return self.get_model().get_vision_tower()
+
+    def attach_retriever(self, retriever: Retriever) -> None:
+        """Give the model a pool of slots; its offsets act from the next forward pass on."""
+        retriever.to(self.device)
+        first_time = self.retriever is None
+        self.retriever = retriever
+        self.config.retriever = retriever.settings.to_dict()
+        if first_time:
+            install_offset_hooks(self.get_model().layers, retriever.settings.targets)
+        self.last_route = self._offset_cache = None
+
+    # -- images --------------------------------------------------------------------------------------------------
+
+    def vision_features(self, images: Images) -> list[list[Tensor]]:
+        """Tower features per sample and image: ``[[ [tiles, patches, mm_hidden_size], ...], ...]``.
+
+        ``images`` is a batch ``[batch, 3, h, w]`` or one entry per sample: ``None`` (no image), ``[3, h, w]``,
+        ``[tiles, 3, h, w]`` (tiles of one picture with ``image_aspect_ratio: anyres``, else several pictures), or a
+        list of those.
+        """
+        pictures = [self._pictures(entry) for entry in images]  # per sample: list of [tiles, 3, h, w]
+        flat = [picture for sample in pictures for picture in sample]
+        if not flat:
+            return [[] for _ in pictures]
+        features = self.get_vision_tower()(torch.cat(flat).to(self.get_model().embed_tokens.weight.dtype))
+        pieces = iter(features.split([len(picture) for picture in flat]))
+        return [[next(pieces) for _ in sample] for sample in pictures]
+
+    def _pictures(self, entry) -> list[Tensor]:
+        if entry is None:
+            return []
+        if isinstance(entry, (list, tuple)):
+            return [picture for part in entry for picture in self._pictures(part)]
+        if entry.dim() == 3:
+            return [entry.unsqueeze(0)]
+        if getattr(self.config, "image_aspect_ratio", None) == "anyres":
+            return [entry]
+        return [picture.unsqueeze(0) for picture in entry]
+
+    def project_features(self, features: list[list[Tensor]], image_sizes=None) -> list[list[Tensor]]:
+        """Projected features per sample and image: ``[tokens, hidden]``, tiles merged as the config says."""
+        model, sizes = self.get_model(), _per_picture_sizes(features, image_sizes)
+        newline = getattr(model, "image_newline", None)
+        flat = [picture for sample in features for picture in sample]
+        if not flat:
+            return features
+        projected = model.mm_projector(torch.cat(flat)).split([len(picture) for picture in flat])
+        tower = self.get_vision_tower()
+        merged = iter(
+            merge_tiles(tiles, size, self.config, tower.num_patches_per_side, tower.config.image_size, newline)
+            for tiles, size in zip(projected, sizes, strict=True)
+        )
+        return [[next(merged) for _ in sample] for sample in features]
+
+    def encode_images(self, images: Tensor) -> Tensor:
+        """LLaVA's helper: ``[images, 3, h, w] -> [images, patches, hidden]``."""
+        return self.get_model().mm_projector(self.get_vision_tower()(images))
+
+    # -- text and images together ----------------------------------------------------------------------------------
+
+    def prepare_inputs_labels_for_multimodal(
+        self, input_ids, position_ids, attention_mask, past_key_values, labels, images, image_sizes=None
+    ):
+        """LLaVA's entry point: replace ``<image>`` placeholders by features.
+
+        Returns ``(None, position_ids, attention_mask, past_key_values, inputs_embeds, labels)``, or the arguments
+        unchanged (with ``inputs_embeds`` None) when there is nothing to splice.
+        """
+        if self.get_vision_tower() is None or images is None or input_ids.shape[1] == 1:
+            return input_ids, position_ids, attention_mask, past_key_values, None, labels
+        features = self.project_features(self.vision_features(images), image_sizes)
+        embeds, mask, positions, new_labels = self._splice(input_ids, attention_mask, labels, features)
+        return (
+            None,
+            positions if position_ids is not None else None,
+            mask.to(attention_mask.dtype) if attention_mask is not None else None,
+            past_key_values,
+            embeds,
+            new_labels if labels is not None else None,
+        )
+
+    def _splice(self, input_ids, attention_mask, labels, features: list[list[Tensor]], padding_side: str | None = None):
+        """Embeddings ``[batch, length, hidden]``, mask, positions and labels with the pictures in their places.
+
+        Each sample uses its own pictures only; a count that does not match its placeholders is a ``ValueError``.
+        """
+        keep = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+        rows, row_labels = [], []
+        for index, pictures in enumerate(features):
+            ids = input_ids[index][keep[index]]
+            row_label = torch.full_like(ids, IGNORE_INDEX) if labels is None else labels[index][keep[index]]
+            embeds, spliced = self._splice_row(index, ids, row_label, pictures)
+            rows.append(embeds)
+            row_labels.append(spliced)
+        limit = getattr(self.config, "tokenizer_model_max_length", None)
+        if limit is not None:
+            rows, row_labels = [row[:limit] for row in rows], [row[:limit] for row in row_labels]
+        side = padding_side or getattr(self.config, "tokenizer_padding_side", None) or "right"
+        return _pad(rows, row_labels, side)
+
+    def _splice_row(self, index: int, ids: Tensor, labels: Tensor, pictures: list[Tensor]) -> tuple[Tensor, Tensor]:
+        places = (ids == IMAGE_TOKEN_INDEX).nonzero().flatten().tolist()
+        if len(places) != len(pictures):
+            raise ValueError(
+                f"sample {index} of the batch has {len(places)} <image> placeholder(s) but {len(pictures)} picture(s)"
+            )
+        embed = self.get_model().embed_tokens
+        pieces, piece_labels, start = [], [], 0
+        for place, picture in zip([*places, len(ids)], [*pictures, None], strict=True):
+            pieces.append(embed(ids[start:place]))
+            piece_labels.append(labels[start:place])
+            if picture is not None:
+                pieces.append(picture.to(pieces[0].dtype))
+                piece_labels.append(labels.new_full((len(picture),), IGNORE_INDEX))
+            start = place + 1
+        return torch.cat(pieces), torch.cat(piece_labels)
+
+    # -- route ---------------------------------------------------------------------------------------------------
+
+    def route(self, features: list[list[Tensor]] | None, text_query: Tensor | None, tasks=None) -> Route | None:
+        """The route of each sample, or ``None`` when no slot may be selected (the base model answers)."""
+        if self.retriever is None or not self.retriever.active:
+            return None
+        image_query = pooled_features(features) if self.retriever.settings.uses_images else None
+        text_query = None if text_query is None else text_query.to(self.device)
+        return self.retriever.route(text_query, image_query, tasks)
+
+    def _weight_offset(self, slot_indices: Tensor | None, slot_weights: Tensor | None, dtype: torch.dtype):
+        if slot_indices is None:
+            return None
+        cached = self._offset_cache
+        if cached is not None and cached[0] is slot_indices:  # a later decoding step of the same questions
+            return cached[1]
+        offset = self.retriever(slot_indices, slot_weights, dtype)
+        self._offset_cache = None if torch.is_grad_enabled() else (slot_indices, offset)
+        return offset
+
+    # -- forward and generate --------------------------------------------------------------------------------------
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values=None,
+        inputs_embeds: Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        images: Images | None = None,
+        image_sizes: list[tuple[int, int]] | None = None,
+        text_query: Tensor | None = None,
+        slot_indices: torch.LongTensor | None = None,
+        slot_weights: Tensor | None = None,
+        **kwargs,
+    ):
+        """Next-token logits, and the cross-entropy on ``labels`` where given.
+
+        Args:
+            images, image_sizes: pictures per sample (see ``vision_features``) and their original ``(width, height)``.
+            text_query: ``[batch, text_dim]`` encoded questions; with ``images`` they decide the route.
+            slot_indices, slot_weights: ``[batch, k]`` a route already decided (decoding steps pass it along).
+        """
+        if inputs_embeds is None and images is not None and self.get_vision_tower() is not None:
+            features = self.vision_features(images)
+            if slot_indices is None:
+                slot_indices, slot_weights = _as_pair(self.route(features, text_query))
+            projected = self.project_features(features, image_sizes)
+            inputs_embeds, attention_mask, position_ids, labels_out = self._splice(
+                input_ids, attention_mask, labels, projected
+            )
+            labels = None if labels is None else labels_out
+            input_ids = None
+        elif slot_indices is None and text_query is not None and past_key_values is None:
+            slot_indices, slot_weights = _as_pair(self.route(None, text_query))
+        dtype = self.get_model().embed_tokens.weight.dtype if inputs_embeds is None else inputs_embeds.dtype
+        return super().forward(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            labels=labels,
+            use_cache=use_cache,
+            weight_offset=self._weight_offset(slot_indices, slot_weights, dtype),
+            **kwargs,
+        )
+
+    @torch.no_grad()
+    def generate(
+        self,
+        inputs: Tensor | None = None,
+        images: Images | None = None,
+        image_sizes: list[tuple[int, int]] | None = None,
+        questions: Sequence[str] | None = None,
+        text_query: Tensor | None = None,
+        tasks: Sequence[str] | None = None,
+        **kwargs,
+    ) -> Tensor:
+        """Answer token ids ``[batch, new tokens]`` (only the new ones).
+
+        Args:
+            inputs: ``[batch, length]`` prompt ids with ``IMAGE_TOKEN_INDEX`` where the picture goes (also accepted as
+                ``input_ids``), padded on either side and described by ``attention_mask``.
+            questions: the plain questions; encoded into the text query when the model has slots that route on text.
+            text_query: ``[batch, text_dim]`` the same, already encoded.
+            tasks: the true task of each question; given, only that task's slots compete (oracle routing).
+
+        The route used is kept as ``last_route`` (``None`` when the base model answered).
+        """
+        if "inputs_embeds" in kwargs:
+            raise ValueError("generate() builds inputs_embeds itself; give input_ids and images")
+        input_ids = kwargs.pop("input_ids", None) if inputs is None else inputs
+        attention_mask = kwargs.pop("attention_mask", None)
+        kwargs.pop("position_ids", None)
+        self._offset_cache = None
+        features = None
+        if images is not None and self.get_vision_tower() is not None:
+            features = self.vision_features(images)
+        self.last_route = self._question_route(features, questions, text_query, tasks)
+        slot_indices, slot_weights = _as_pair(self.last_route)
+        projected = [[] for _ in input_ids] if features is None else self.project_features(features, image_sizes)
+        embeds, mask, _, _ = self._splice(input_ids, attention_mask, None, projected, padding_side="left")
+        try:
+            return super().generate(
+                inputs_embeds=embeds,
+                attention_mask=mask.long(),
+                slot_indices=slot_indices,
+                slot_weights=slot_weights,
+                **kwargs,
+            )
+        finally:
+            self._offset_cache = None
+
+    def _question_route(self, features, questions, text_query, tasks) -> Route | None:
+        if self.retriever is None or not self.retriever.active:
+            return None
+        if text_query is None and self.retriever.settings.uses_text:
+            if questions is None:
+                raise ValueError("this model routes on the question's text: give questions=[...] (or text_query)")
+            text_query = self.retriever.encode_questions(questions)
+        return self.route(features, text_query, tasks)
+
+
+def pooled_features(features: list[list[Tensor]] | None) -> Tensor:
+    """The image query: tower features averaged over patches, tiles and pictures, ``[batch, mm_hidden_size]`` fp32.
+
+    A sample without a picture gets zeros, which no key prefers.
+    """
+    if not features or not any(features):
+        raise ValueError("this model routes on pictures, but the batch has none")
+    width = next(picture for sample in features for picture in sample)
+    zero = width.new_zeros(width.shape[-1], dtype=torch.float32)
+    pooled = [
+        torch.stack([picture.float().mean(dim=(0, 1)) for picture in sample]).mean(0) if sample else zero
+        for sample in features
+    ]
+    return torch.stack(pooled)
+
+
+def _as_pair(route: Route | None) -> tuple[Tensor | None, Tensor | None]:
+    return (None, None) if route is None else (route.slot_indices, route.slot_weights)
+
+
+def _per_picture_sizes(features: list[list[Tensor]], image_sizes) -> list[tuple[int, int] | None]:
+    """One original size per picture; ``image_sizes`` has an entry per sample (a size, or a list of them)."""
+    sizes: list[tuple[int, int] | None] = []
+    for index, sample in enumerate(features):
+        entry = None if image_sizes is None else image_sizes[index]
+        many = isinstance(entry, (list, tuple)) and len(entry) > 0 and isinstance(entry[0], (list, tuple))
+        sizes += list(entry) if many else [entry] * len(sample)
+    return sizes
+
+
+def _pad(rows: list[Tensor], row_labels: list[Tensor], side: str):
+    """Stack rows of unequal length: embeddings, boolean mask, positions (0 on padding) and labels."""
+    length, width = max(len(row) for row in rows), rows[0].shape[-1]
+    embeds = rows[0].new_zeros(len(rows), length, width)
+    mask = torch.zeros(len(rows), length, dtype=torch.bool, device=embeds.device)
+    positions = torch.zeros(len(rows), length, dtype=torch.long, device=embeds.device)
+    labels = row_labels[0].new_full((len(rows), length), IGNORE_INDEX)
+    for index, (row, label) in enumerate(zip(rows, row_labels, strict=True)):
+        place = slice(length - len(row), length) if side == "left" else slice(0, len(row))
+        embeds[index, place] = row
+        mask[index, place] = True
+        positions[index, place] = torch.arange(len(row), device=embeds.device)
+        labels[index, place] = label
+    return embeds, mask, positions, labels
