@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -23,10 +24,9 @@ def vqa_rad_files(
     domains: Sequence[str],
 ) -> dict[str, str]:
     """File name -> text, for both splits of VQA-RAD; the unseen-image split is in ``unseen/``."""
-    files = _split_files(official, domains, "train_vqa_rad_combined.jsonl", "train_{}.jsonl", "test_vqa_rad.jsonl")
-    apart = _split_files(
-        unseen, domains, "train_vqa_rad_combined.jsonl", "train_{}.jsonl", "test_vqa_rad.jsonl", fold_of
-    )
+    names = ("train_vqa_rad_combined.jsonl", "train_{}.jsonl", "test_vqa_rad.jsonl")
+    files = _split_files(official, domains, *names)
+    apart = _split_files(unseen, domains, *names, fold_of)
     return files | {f"unseen/{name}": text for name, text in apart.items()}
 
 
@@ -67,20 +67,16 @@ def summary_table(splits: Table, domains: Sequence[str]) -> str:
     header = ["rows", *(f"{domain} {(kind or 'untyped').lower()}" for domain in domains for kind in kinds)]
     lines = [[*header, "total", "images"]]
     for name, rows in splits.items():
-        counts = [
-            sum(row.domain == domain and row.answer_type == kind for row in rows)
-            for domain in domains
-            for kind in kinds
-        ]
+        count = Counter((row.domain, row.answer_type) for row in rows)
+        counts = [count[domain, kind] for domain in domains for kind in kinds]
         lines.append([name, *map(str, counts), str(len(rows)), str(len({row.image for row in rows}))])
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
-    return "\n".join(
-        "  ".join(
-            cell.ljust(width) if not column else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(line, widths, strict=True))
-        )
-        for line in lines
-    )
+    return "\n".join(_aligned(line, widths) for line in lines)
+
+
+def _aligned(cells: Sequence[str], widths: Sequence[int]) -> str:
+    numbers = [cell.rjust(width) for cell, width in zip(cells[1:], widths[1:], strict=True)]
+    return "  ".join([cells[0].ljust(widths[0]), *numbers])
 
 
 def _split_files(

@@ -25,7 +25,8 @@ def read_slake(folder: Path, report: Report) -> list[Example]:
     """The English examples of ``train.json``, ``validate.json`` and ``test.json`` in ``folder``.
 
     Raises:
-        UserError: a missing, empty or broken file; a bad field, with its row; a qid used twice; a picture in two splits.
+        UserError: a missing, empty or broken file; a bad field, with its row; a qid used twice; a picture in two
+            splits.
     """
     examples: list[Example] = []
     for split, name in SPLIT_FILES.items():

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from llava.data.raw import metadata_csv, slake, vqa_rad
+from llava.data.raw import metadata_csv, references, slake, vqa_rad
 from llava.data.raw.example import TEST, Example, Report
 from llava.data.rows import json_values
 from llava.utils import UserError, file_sha256, require_file
@@ -46,7 +46,7 @@ def find_source(
     data_dir: str | None = None,
     metadata: str | None = None,
     test_metadata: str | None = None,
-    references: Sequence[str] = (),
+    reference: Sequence[str] = (),
     image_dir: str | None = None,
 ) -> Source:
     """The raw input that the user named, or the first one found in the default places.
@@ -55,7 +55,7 @@ def find_source(
         dataset: one of ``DATASETS``, or ``"auto"`` to tell by content.
         data_dir: folder (or the authors' JSON itself); default ``VQA_RAD_DIR`` or ``data/vqa-rad``, for SLAKE
             ``SLAKE_DIR`` or ``data/slake``.
-        metadata, test_metadata, references: files of the csv form.
+        metadata, test_metadata, reference: files of the csv form.
         image_dir: folder of the pictures.
 
     Raises:
@@ -63,16 +63,15 @@ def find_source(
     """
     if dataset not in ("auto", *DATASETS):
         raise UserError(f"unknown dataset {dataset!r} (choose from auto, {', '.join(DATASETS)})")
-    if metadata or (test_metadata or references) and dataset in ("auto", VQA_RAD_CSV):
-        return _csv_source(data_dir, metadata, test_metadata, references, image_dir)
+    if metadata or (test_metadata or reference) and dataset in ("auto", VQA_RAD_CSV):
+        return _csv_source(data_dir, metadata, test_metadata, reference, image_dir)
     for folder in [Path(data_dir)] if data_dir else _default_folders(dataset):
-        source = _source_in(folder, dataset, image_dir, references)
+        source = _source_in(folder, dataset, image_dir, reference)
         if source:
             return source
     if data_dir:
-        raise UserError(
-            f"no {'VQA-RAD or SLAKE' if dataset == 'auto' else dataset} input in {data_dir}: {WHAT_TO_PLACE}"
-        )
+        wanted = "VQA-RAD or SLAKE" if dataset == "auto" else dataset
+        raise UserError(f"no {wanted} input in {data_dir}: {WHAT_TO_PLACE}")
     if dataset in ("auto", VQA_RAD_CSV) and DEFAULT_METADATA.is_file():
         return _csv_source(None, None, None, (), image_dir)
     if dataset in ("auto", SLAKE) and (folder := Path(os.environ.get("SLAKE_DIR") or "data/slake")).is_dir():
@@ -116,18 +115,17 @@ def _read_csv(source: Source, report: Report) -> tuple[list[Example], tuple[str,
     folder = _picture_folder(examples, source.image_folders)
     examples = _identify_pictures(examples, folder)
     if source.references:
-        references = metadata_csv.read_references(source.references, report)
-        named = {reference.organ for reference in references} | {
-            example.domain for example in examples if example.domain
-        }
-        examples = metadata_csv.fill_from_references(examples, references, split_is_known, report)
+        known = references.read_references(source.references, report)
+        named = {reference.organ for reference in known}
+        named |= {example.domain for example in examples if example.domain}
+        examples = references.fill_from_references(examples, known, split_is_known, report)
     else:
         _require_domains(examples, source.path)
         named = {str(example.domain) for example in examples}
     if not any(example.split == TEST for example in examples):
         report.notes.append(
-            "the csv names no test rows (a split column, --test_metadata, or references with phrase_type would): "
-            "no official test file is written; the unseen-image split has one"
+            "which rows are test rows is not known (a split column, --test_metadata, or references with the csv's own "
+            "image names and phrase_type would say it): all rows train; the unseen-image split has test rows"
         )
     return examples, tuple(sorted(named)), folder
 
@@ -185,7 +183,7 @@ def _default_folders(dataset: str) -> list[Path]:
     return [Path(named)] if named else [Path("data/vqa-rad")]
 
 
-def _source_in(place: Path, dataset: str, image_dir: str | None, references: Sequence[str]) -> Source | None:
+def _source_in(place: Path, dataset: str, image_dir: str | None, reference: Sequence[str]) -> Source | None:
     """The source in a folder or file, told by content; None when it is not there."""
     if not place.exists():
         return None
@@ -199,7 +197,7 @@ def _source_in(place: Path, dataset: str, image_dir: str | None, references: Seq
             return Source(SLAKE, folder, _slake_images(folder, image_dir))
     csv = place if place.is_file() else folder / DEFAULT_METADATA.name
     if csv.suffix.lower() == ".csv" and csv.is_file() and dataset in ("auto", VQA_RAD_CSV):
-        return _csv_source(str(folder), str(csv), None, references, image_dir)
+        return _csv_source(str(folder), str(csv), None, reference, image_dir)
     return None
 
 
@@ -227,7 +225,7 @@ def _csv_source(
     data_dir: str | None,
     metadata: str | None,
     test_metadata: str | None,
-    references: Sequence[str],
+    reference: Sequence[str],
     image_dir: str | None,
 ) -> Source:
     csv = Path(metadata) if metadata else Path(data_dir) / DEFAULT_METADATA.name if data_dir else DEFAULT_METADATA
@@ -244,7 +242,7 @@ def _csv_source(
         csv,
         (Path(image_dir),) if image_dir else tuple(folders),
         test_metadata=second,
-        references=_references(references, csv.parent),
+        references=_references(reference, csv.parent),
     )
 
 
@@ -255,7 +253,7 @@ def _references(named: Sequence[str], beside: Path) -> tuple[Path, ...]:
         if not path.is_dir():
             files.append(path)
             continue
-        inside = sorted(file for file in path.glob("*.json") if metadata_csv.REFERENCE_NAME.fullmatch(file.name))
+        inside = sorted(file for file in path.glob("*.json") if references.REFERENCE_NAME.fullmatch(file.name))
         if named and not inside:
             raise UserError(f"no reference vqa_<ORGAN>.json in {path}")
         files.extend(inside)
