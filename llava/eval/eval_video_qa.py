@@ -1,0 +1,296 @@
+"""Score answer files against their question file: a table per domain, and ``scores.json`` with every figure.
+
+    python -m llava.eval.eval_video_qa --question-file data/test_vqa_rad.jsonl \\
+        --answers-file output/eval/vqa-rad/*/answers.jsonl --train-file data/train_abd.jsonl data/train_chest.jsonl
+
+Every answers file gets a ``scores.json`` and a ``rows.jsonl`` (the value of each metric for each row), beside itself
+or under ``--output-dir/<model_id>/``. All files are scored in one process, so Java starts once. A file whose scores
+are already there, from the same inputs and versions, is not scored again. Ids must match: a missing, surplus or double
+answer is an error that names it.
+
+The answer rows of the public prototype (``pred_response``, ``gt_response``) are read too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Mapping, Sequence
+from contextlib import closing
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import llava
+from llava.data.rows import Row, read_answers, read_rows, write_jsonl
+from llava.eval.metrics import METRICS, OVERALL, normalise, score
+from llava.eval.bootstrap import DRAWS, SEED
+from llava.eval.text_metrics import TextScorer
+from llava.utils import UserError, atomic_write, file_sha256, require_file, run_cli
+
+FORMAT_VERSION = 1
+SCORES_NAME = "scores.json"
+ROWS_NAME = "rows.jsonl"
+NAMED_IDS = 5
+
+
+def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--question-file", required=True, help="question rows with reference answers and domains")
+    parser.add_argument("--answers-file", required=True, nargs="+", help="one answers file per model or stage")
+    parser.add_argument("--train-file", nargs="*", default=[], help="training rows, for the majority baselines")
+    parser.add_argument("--output-dir", help="write <output-dir>/<model_id>/scores.json (default: beside the answers)")
+    parser.add_argument("--allow-partial", action="store_true", help="score the answered questions only")
+    parser.add_argument("--no-java", action="store_true", help="plain tokenizer, no METEOR")
+    parser.add_argument("--draws", type=int, default=DRAWS, help="bootstrap draws (default %(default)s)")
+    parser.add_argument("--seed", type=int, default=SEED, help="seed of the bootstrap (default %(default)s)")
+    parser.add_argument("--force", action="store_true", help="score again what is already scored")
+    arguments = parser.parse_args(argv)
+    if arguments.draws < 2:
+        parser.error("--draws must be at least 2")
+    return arguments
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Score every answers file and print its table."""
+    arguments = parse_arguments(argv)
+    rows = read_rows(arguments.question_file)
+    train_rows = [row for path in arguments.train_file for row in read_rows(path)]
+    jobs = [_Job(path, rows, arguments) for path in arguments.answers_file]
+    _refuse_shared_outputs(jobs)
+    with closing(TextScorer(use_java=False if arguments.no_java else None)) as scorer:
+        for job in jobs:
+            scores = job.finished_scores(scorer.tokenizer)
+            if scores is None:
+                scores = job.score(train_rows, scorer)
+            else:
+                print(f"{job.target} is up to date")
+            print(score_table(scores), flush=True)
+
+
+class _Job:
+    """One answers file, checked against the question rows, and the place of its scores."""
+
+    def __init__(self, path: str, rows: Sequence[Row], arguments: argparse.Namespace):
+        self.arguments = arguments
+        self.path = Path(path)
+        answers = load_answers(self.path)
+        self.rows, self.answers = match_answers(rows, answers, self.path, arguments.allow_partial)
+        self.missing = len(rows) - len(self.rows)
+        self.model_id = model_id_of(answers, self.path)
+        folder = Path(arguments.output_dir) / self.model_id if arguments.output_dir else self.path.parent
+        self.target = folder / SCORES_NAME
+
+    def provenance(self, tokenizer: str) -> dict[str, Any]:
+        """What the scores follow from: equal provenance means equal scores."""
+        arguments = self.arguments
+        return {
+            "package": {name: package_version(name) for name in ("llava", "pycocoevalcap", "numpy")},
+            "question_file": _fingerprint(arguments.question_file),
+            "answers_file": _fingerprint(self.path),
+            "train_files": [_fingerprint(path) for path in arguments.train_file],
+            "tokenizer": tokenizer,
+            "draws": arguments.draws,
+            "seed": arguments.seed,
+            "unanswered_questions": self.missing,
+        }
+
+    def finished_scores(self, tokenizer: str) -> dict[str, Any] | None:
+        """The scores already on disk if they follow from the same inputs, else None."""
+        if self.arguments.force or not self.target.is_file() or not self.target.with_name(ROWS_NAME).is_file():
+            return None
+        try:
+            scores = json.loads(self.target.read_text(encoding="utf-8"))
+            wanted = self.provenance(tokenizer)
+            return scores if _checksums(scores["provenance"]) == _checksums(wanted) else None
+        except (ValueError, KeyError, TypeError):  # an older or foreign file: it is replaced
+            return None
+
+    def score(self, train_rows: Sequence[Row], scorer: TextScorer) -> dict[str, Any]:
+        """Score, write ``rows.jsonl`` and then ``scores.json``, return the scores."""
+        arguments = self.arguments
+        found = score(self.rows, self.answers, train_rows, scorer, arguments.draws, arguments.seed)
+        per_row = found.pop("per_row")
+        scores = {
+            "format_version": FORMAT_VERSION,
+            "model_id": self.model_id,
+            **found,
+            "rows_file": ROWS_NAME,
+            "provenance": self.provenance(scorer.tokenizer),
+        }
+        write_jsonl(self.target.with_name(ROWS_NAME), _row_values(self.rows, self.answers, per_row))
+        with atomic_write(self.target) as stream:
+            json.dump(scores, stream, indent=1, ensure_ascii=False, allow_nan=False)
+            stream.write("\n")
+        print(f"wrote {self.target}")
+        return scores
+
+
+# -- reading ---------------------------------------------------------------------------------------------------------
+
+
+def load_answers(path: Path) -> list[dict[str, Any]]:
+    """Answer rows, in this project's form or the prototype's (``pred_response`` in place of ``text``)."""
+    source = require_file(path, "answer file", "check the path, or run the evaluation first")
+    with open(source, "rb") as stream:
+        first = next((line for line in stream if line.strip()), b"")
+    if b'"pred_response"' not in first:
+        return read_answers(source)
+    answers = []
+    for number, line in enumerate(source.read_bytes().split(b"\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            answers.append({**row, "text": str(row["pred_response"]), "question_id": row["question_id"]})
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(
+                f"{source} line {number}: not an answer row of the prototype ({type(error).__name__}: {error})"
+            ) from error
+    return answers
+
+
+def match_answers(
+    rows: Sequence[Row], answers: Sequence[Mapping[str, Any]], path: Path, allow_partial: bool = False
+) -> tuple[list[Row], list[Mapping[str, Any]]]:
+    """Rows and answers paired by question id, in the question file's order.
+
+    Raises:
+        UserError: an id answered twice, answered but not asked, or (unless ``allow_partial``) asked but not answered;
+            a row's ``gt_response`` that differs from the question file's reference.
+    """
+    by_id: dict[str, Mapping[str, Any]] = {}
+    for answer in answers:
+        key = str(answer["question_id"])
+        if key in by_id:
+            raise UserError(f"{path}: question_id {answer['question_id']!r} is answered twice (keep one of the rows)")
+        by_id[key] = answer
+    asked = [str(row.id) for row in rows]
+    if len(set(asked)) != len(asked):
+        double = next(name for name in asked if asked.count(name) > 1)
+        raise UserError(f"the question file has question_id {double} twice (ids must be unique)")
+    surplus = by_id.keys() - set(asked)
+    if surplus:
+        raise UserError(f"{path}: answers to questions that the question file lacks: {_some(surplus)} (wrong file?)")
+    missing = [name for name in asked if name not in by_id]
+    if missing and not allow_partial:
+        raise UserError(f"{path}: questions without an answer: {_some(missing)} (finish the run, or --allow-partial)")
+    pairs = [(row, by_id[str(row.id)]) for row in rows if str(row.id) in by_id]
+    if not pairs:
+        raise UserError(f"{path}: none of the questions is answered")
+    for row, answer in pairs:
+        reference = answer.get("gt_response")
+        if reference is not None and row.answer is not None and normalise(str(reference)) != normalise(row.answer):
+            raise UserError(
+                f"{path}: question_id {row.id!r} has gt_response {reference!r} but the question file says "
+                f"{row.answer!r} (score against the question file that the answers were made from)"
+            )
+    return [row for row, _ in pairs], [answer for _, answer in pairs]
+
+
+def model_id_of(answers: Sequence[Mapping[str, Any]], path: Path) -> str:
+    """The one ``model_id`` of an answers file; the file's own name where rows have none.
+
+    Raises:
+        UserError: answers of several models in one file, or an id that cannot name a folder.
+    """
+    names = {str(answer.get("model_id") or path.stem) for answer in answers}
+    if len(names) != 1:
+        raise UserError(f"{path}: answers of several models in one file: {_some(names)} (give one file per model)")
+    name = names.pop()
+    if name in (".", "..") or "/" in name or "\\" in name or "\0" in name:
+        raise UserError(f"{path}: model_id {name!r} cannot name a folder (give the model folder's own name)")
+    return name
+
+
+def _refuse_shared_outputs(jobs: Sequence[_Job]) -> None:
+    places: dict[Path, Path] = {}
+    for job in jobs:
+        other = places.setdefault(job.target, job.path)
+        if other is not job.path:
+            raise UserError(
+                f"{other} and {job.path} would both write {job.target} (keep them in folders of their own, "
+                f"and with --output-dir give them different model_ids)"
+            )
+
+
+def _some(names: Sequence[str] | set[str]) -> str:
+    ordered = sorted(names, key=lambda name: (len(name), name))
+    more = f" and {len(ordered) - NAMED_IDS} more" if len(ordered) > NAMED_IDS else ""
+    return ", ".join(ordered[:NAMED_IDS]) + more
+
+
+# -- writing ---------------------------------------------------------------------------------------------------------
+
+
+def package_version(name: str) -> str:
+    """A package's version; this package's own also when it runs from the checkout."""
+    if name == "llava":
+        return llava.__version__
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "missing"
+
+
+def _fingerprint(path: str | Path) -> dict[str, str]:
+    return {"path": str(path), "sha256": file_sha256(path)}
+
+
+def _checksums(provenance: Any) -> Any:
+    """Provenance without paths: a file that was moved is still the same file."""
+    if isinstance(provenance, dict):
+        return {key: _checksums(value) for key, value in provenance.items() if key != "path"}
+    return [_checksums(value) for value in provenance] if isinstance(provenance, list) else provenance
+
+
+def _row_values(rows: Sequence[Row], answers: Sequence[Mapping[str, Any]], per_row: Mapping[str, list]):
+    for number, (row, answer) in enumerate(zip(rows, answers, strict=True)):
+        yield {
+            "question_id": row.id,
+            "domain": row.domain,
+            "answer_type": row.answer_type,
+            "question": row.question,
+            "reference": row.answer,
+            "prediction": answer["text"],
+            "scores": {name: column[number] for name, column in per_row.items() if column[number] is not None},
+        }
+
+
+def score_table(scores: Mapping[str, Any]) -> str:
+    """The scores as text: one line a metric, one column a group, values with their 95 % intervals."""
+    groups = scores["groups"]
+    names = [OVERALL, *sorted(groups.keys() - {OVERALL})]
+    lines = [["", *names], ["rows", *(str(groups[name]["rows"]) for name in names)]]
+    lines.append(["  of them closed", *(str(groups[name]["closed_rows"]) for name in names)])
+    for metric in METRICS:
+        figures = [groups[name]["figures"][metric] for name in names]
+        if any(figure["value"] is not None for figure in figures):
+            lines.append([metric, *map(_cell, figures)])
+    lines.append(["empty answers", *(str(groups[name]["empty_answers"]) for name in names)])
+    widths = [max(len(line[column]) for line in lines) for column in range(len(names) + 1)]
+    text = [
+        line[0].ljust(widths[0])
+        + "".join(f"  {cell:>{width}}" for cell, width in zip(line[1:], widths[1:], strict=True))
+        for line in lines
+    ]
+    tokenizer = scores["tokenizer"].split(" (")[0]
+    title = f"\n{scores['model_id']}  (95 % bootstrap interval in brackets; tokenizer: {tokenizer})"
+    reasons = [
+        f"{metric}: missing, {figure['reason']}"
+        for metric, figure in groups[OVERALL]["figures"].items()
+        if figure["value"] is None
+    ]
+    return "\n".join([title, *text, *reasons])
+
+
+def _cell(figure: Mapping[str, Any]) -> str:
+    if figure["value"] is None:
+        return "-"
+    low, high = figure["ci95"]
+    return f"{figure['value']:.3f} [{low:.3f}, {high:.3f}]"
+
+
+if __name__ == "__main__":
+    run_cli(main)
