@@ -32,7 +32,10 @@ class SeparatorStyle(Enum):
 
 
 class Segment(NamedTuple):
-    """A stretch of the rendered prompt; ``is_reply`` marks what the assistant says, its end mark included."""
+    """A stretch of the rendered prompt.
+
+    ``is_reply`` marks what the assistant says, its end mark included; a template's own examples are no replies.
+    """
 
     text: str
     is_reply: bool
@@ -142,7 +145,8 @@ def _role_then_text(conversation: Conversation, turns: Turns, head: str, colon: 
     for index, (role, text) in enumerate(turns):
         segments.append(Segment(role + colon, False))
         if text:
-            segments.append(Segment(space + text + ends[index % 2], role == conversation.roles[1]))
+            is_reply = role == conversation.roles[1] and index >= conversation.offset
+            segments.append(Segment(space + text + ends[index % 2], is_reply))
     return segments
 
 

@@ -1,0 +1,236 @@
+"""Turns a conversation into token ids and training labels; prompts for generation come from the same code.
+
+The rendered conversation is a list of segments (prompt, reply, prompt, …). Each segment contributes the tokens it adds
+to the text before it, so that
+
+- the ids equal what the tokenizer gives for the whole text (LLaVA's checkpoints were trained on those),
+- the ids of an open prompt are exactly the first ids of the same prompt with its answer,
+- the labels are the reply segments, whatever the answer holds (a separator, ``ASSISTANT:``, ``</s>``): nothing is
+  searched for and no length is corrected by a constant.
+
+The few texts in which a token would straddle the border (an answer that begins with a newline after a prompt that ends
+with one) are tokenised segment by segment there; only then do the ids differ from the whole text's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from llava.constants import (
+    DEFAULT_IM_END_TOKEN,
+    DEFAULT_IM_START_TOKEN,
+    DEFAULT_IMAGE_TOKEN,
+    IGNORE_INDEX,
+    IMAGE_TOKEN_INDEX,
+)
+from llava.conversation import Conversation, Segment, SeparatorStyle, get_conversation
+from llava.mm_utils import bos_ids
+from llava.utils import UserError
+
+Turn = tuple[str, str]
+HUMAN_NAMES = ("human", "user")
+# Texts whose tokens don't merge with what follows; the first one that fits stands in for the prompt.
+_ANCHORS = ("\n", ":", "]", "x")
+# Prompt tokens right before an answer that truncation keeps: they hold the assistant's name.
+_KEPT_BEFORE_ANSWER = 8
+
+
+def prompt_ids(
+    question: str, tokenizer: Any, conv_mode: str, has_image: bool, use_im_start_end: bool = False
+) -> list[int]:
+    """Ids of a question with the assistant's turn open, for generation.
+
+    Args:
+        question: the question; ``<image>`` may stand anywhere in it and is put in front when it is missing.
+        tokenizer: the model's tokenizer.
+        conv_mode: a key of ``conv_templates``.
+        has_image: whether a picture belongs to the question.
+        use_im_start_end: the checkpoint's ``mm_use_im_start_end``.
+
+    Returns:
+        ids with ``IMAGE_TOKEN_INDEX`` in the picture's place.
+    """
+    return conversation_ids([("human", question)], tokenizer, conv_mode, has_image, use_im_start_end)[0]
+
+
+def conversation_ids(
+    conversations: Sequence[Turn], tokenizer: Any, conv_mode: str, has_image: bool, use_im_start_end: bool = False
+) -> tuple[list[int], list[int]]:
+    """Ids and labels of a whole conversation; arguments as in ``prompt_ids``.
+
+    Args:
+        conversations: ``("human", text)`` and ``("gpt", text)`` in turn, human first. Without a last answer the
+            assistant's turn stays open.
+
+    Returns:
+        ``(input_ids, labels)`` of equal length; a label is the token itself inside a reply (its end mark included) and
+        ``IGNORE_INDEX`` elsewhere. An empty reply leaves no label.
+
+    Raises:
+        UserError: turns out of order, or ``<image>`` in a conversation without a picture.
+    """
+    conversation = build_conversation(conversations, conv_mode, has_image, use_im_start_end)
+    return encode_segments(conversation.segments(), tokenizer)
+
+
+def build_conversation(
+    conversations: Sequence[Turn], conv_mode: str, has_image: bool, use_im_start_end: bool = False
+) -> Conversation:
+    """The template ``conv_mode`` filled with the turns, ``<image>`` placed as LLaVA's training places it."""
+    conversation = get_conversation(conv_mode)
+    turns = _placed(conversations, has_image)
+    for index, (speaker, text) in enumerate(turns):
+        if (speaker in HUMAN_NAMES) != (index % 2 == 0):
+            raise UserError(f"turns must alternate human, gpt; turn {index + 1} is {speaker!r}")
+        if index % 2 == 0:
+            text = _mark_image(text, conversation.version, use_im_start_end)
+        conversation.append_message(conversation.roles[index % 2], text)
+    if len(turns) % 2 == 1:
+        conversation.append_message(conversation.roles[1], None)
+    return conversation
+
+
+def _placed(conversations: Sequence[Turn], has_image: bool) -> list[Turn]:
+    """The turns with ``<image>`` in front of the human turn that names it, or of the first one when none does."""
+    marks = [text.count(DEFAULT_IMAGE_TOKEN) if speaker in HUMAN_NAMES else 0 for speaker, text in conversations]
+    if not has_image:
+        if sum(marks):
+            raise UserError(f"the text holds {DEFAULT_IMAGE_TOKEN} but there is no image")
+        return list(conversations)
+    if marks and not sum(marks):
+        marks[0] = 1
+    return [
+        (speaker, place_image(text, count) if count else text) for (speaker, text), count in zip(conversations, marks)
+    ]
+
+
+def place_image(text: str, count: int = 1) -> str:
+    """``<image>`` and a newline in front of the stripped text, ``count`` times, wherever the marks stood before."""
+    stripped = text.replace(DEFAULT_IMAGE_TOKEN, "").strip()
+    return (f"{DEFAULT_IMAGE_TOKEN}\n" * count + stripped).strip()
+
+
+def _mark_image(text: str, version: str, use_im_start_end: bool) -> str:
+    mark = DEFAULT_IMAGE_TOKEN
+    if use_im_start_end:
+        mark = f"{DEFAULT_IM_START_TOKEN}{mark}{DEFAULT_IM_END_TOKEN}"
+    if "mmtag" in version:
+        mark = f"<Image>{mark}</Image>"
+    return text.replace(DEFAULT_IMAGE_TOKEN, mark)
+
+
+def encode_segments(segments: Sequence[Segment], tokenizer: Any) -> tuple[list[int], list[int]]:
+    """Ids and labels of rendered segments; ``<image>`` in a prompt segment becomes ``IMAGE_TOKEN_INDEX``."""
+    ids = bos_ids(tokenizer)
+    labels = [IGNORE_INDEX] * len(ids)
+    stretch = _Stretch(tokenizer)
+    for segment in segments:
+        # An answer that spells out "<image>" means the word, not a picture.
+        pieces = [segment.text] if segment.is_reply else segment.text.split(DEFAULT_IMAGE_TOKEN)
+        for index, piece in enumerate(pieces):
+            if index:
+                ids.append(IMAGE_TOKEN_INDEX)
+                labels.append(IGNORE_INDEX)
+                stretch = _Stretch(tokenizer)
+            added = stretch.add(piece)
+            ids += added
+            labels += added if segment.is_reply else [IGNORE_INDEX] * len(added)
+    return ids, labels
+
+
+class _Stretch:
+    """Text between two pictures, tokenised as one while it grows."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+        self.text = ""
+        self.ids: list[int] = []
+
+    def add(self, piece: str) -> list[int]:
+        """The tokens that ``piece`` adds to the text so far."""
+        if not piece:
+            return []
+        before, self.text = self.ids, self.text + piece
+        self.ids = _encode(self.text, self.tokenizer)
+        if self.ids[: len(before)] == before:
+            return self.ids[len(before) :]
+        return _continuation(piece, self.tokenizer)
+
+
+def _encode(text: str, tokenizer: Any) -> list[int]:
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def _continuation(piece: str, tokenizer: Any) -> list[int]:
+    """Tokens of ``piece`` as it stands inside a text, without the space that tokenizers put before a text's start."""
+    for anchor in _ANCHORS:
+        before, both = _encode(anchor, tokenizer), _encode(anchor + piece, tokenizer)
+        if both[: len(before)] == before:
+            return both[len(before) :]
+    return _encode(piece, tokenizer)
+
+
+def expanded_length(ids: Sequence[int], image_tokens: int) -> int:
+    """Positions the ids take in the language model once each picture has become ``image_tokens`` features."""
+    pictures = sum(token == IMAGE_TOKEN_INDEX for token in ids)
+    return len(ids) + pictures * (image_tokens - 1)
+
+
+def truncate(ids: list[int], labels: list[int], max_length: int, image_tokens: int = 1) -> tuple[list[int], list[int]]:
+    """Shorten a sample to ``max_length`` positions, features included, so that an answer stays.
+
+    Later turns go first, whole. When the first turn alone is too long, its question loses tokens from the end, and
+    only then the answer.
+
+    Raises:
+        UserError: the picture alone leaves no room for an answer.
+    """
+    if expanded_length(ids, image_tokens) <= max_length:
+        return ids, labels
+    runs = _reply_runs(labels)
+    if not runs:
+        return _cut(ids, labels, max_length, image_tokens, keep_from=len(ids))
+    fitting = [end for _, end in runs if expanded_length(ids[:end], image_tokens) <= max_length]
+    end = fitting[-1] if fitting else runs[0][1]
+    return _cut(ids[:end], labels[:end], max_length, image_tokens, keep_from=runs[0][0])
+
+
+def _reply_runs(labels: Sequence[int]) -> list[tuple[int, int]]:
+    """``[start, end)`` of each stretch of labelled positions."""
+    edges = [index for index in range(len(labels) + 1) if _labelled(labels, index) != _labelled(labels, index - 1)]
+    return list(zip(edges[::2], edges[1::2]))
+
+
+def _labelled(labels: Sequence[int], index: int) -> bool:
+    return 0 <= index < len(labels) and labels[index] != IGNORE_INDEX
+
+
+def _cut(
+    ids: list[int], labels: list[int], max_length: int, image_tokens: int, keep_from: int
+) -> tuple[list[int], list[int]]:
+    """Drop prompt tokens from the end of the prompt backwards, then reply tokens from the end."""
+    excess = expanded_length(ids, image_tokens) - max_length
+    if excess <= 0:
+        return ids, labels
+    last = max(keep_from - _KEPT_BEFORE_ANSWER, 1)
+    droppable = [index for index in range(1, last) if ids[index] != IMAGE_TOKEN_INDEX]
+    dropped = set(droppable[max(len(droppable) - excess, 0) :])
+    kept = [index for index in range(len(ids)) if index not in dropped]
+    kept = kept[: len(kept) - (excess - len(dropped))]
+    if not kept or kept[-1] < min(keep_from, len(ids) - 1):
+        raise UserError(
+            f"model_max_length {max_length} leaves no room for an answer beside {image_tokens} image tokens "
+            "(raise --model_max_length)"
+        )
+    return [ids[index] for index in kept], [labels[index] for index in kept]
+
+
+def has_labels(labels: Sequence[int]) -> bool:
+    """True when at least one position carries loss."""
+    return any(label != IGNORE_INDEX for label in labels)
+
+
+def is_caption_mode(conv_mode: str) -> bool:
+    """True for the templates of projector pre-training, which drop the question."""
+    return get_conversation(conv_mode).sep_style is SeparatorStyle.PLAIN
