@@ -119,13 +119,21 @@ class SlotBlock(nn.Module):
         self.count, self.trained, self.rank = count, False, settings.rank
         shape = (count, settings.num_layers, settings.rank)
         self.A = nn.ParameterDict(
-            {t: nn.Parameter(torch.zeros(*shape, out), requires_grad=False) for t, (_, out) in settings.features.items()}
+            {
+                t: nn.Parameter(torch.zeros(*shape, out), requires_grad=False)
+                for t, (_, out) in settings.features.items()
+            }
         )
         self.B = nn.ParameterDict(
-            {t: nn.Parameter(torch.zeros(*shape, in_), requires_grad=False) for t, (in_, _) in settings.features.items()}
+            {
+                t: nn.Parameter(torch.zeros(*shape, in_), requires_grad=False)
+                for t, (in_, _) in settings.features.items()
+            }
         )
         self.register_buffer("text_keys", _empty_keys(settings.uses_text, settings.text_dim, settings.groups, count))
-        self.register_buffer("image_keys", _empty_keys(settings.uses_images, settings.image_dim, settings.groups, count))
+        self.register_buffer(
+            "image_keys", _empty_keys(settings.uses_images, settings.image_dim, settings.groups, count)
+        )
         self.statistics: TaskStatistics | None = None
 
     def init_offsets(self, generator: torch.Generator) -> None:

@@ -10,8 +10,8 @@ for slots that a sample did not select); where there are many, each sample gathe
 
 How the offset reaches the projection: the causal LM's ``forward`` passes ``weight_offset=...`` on; transformers hands
 keyword arguments to every layer's attention (also when gradient checkpointing recomputes it), where a pre-hook takes
-it out and a hook on the projection adds it. No modelling file is forked, and wrapping the projection (PEFT, bitsandbytes)
-does not lose it, because nothing is stored on the projection itself.
+it out and a hook on the projection adds it. No modelling file is forked, and wrapping the projection (PEFT,
+bitsandbytes) does not lose it, because nothing is stored on the projection itself.
 """
 
 from __future__ import annotations

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
+from transformers import CLIPImageProcessorPil as CLIPImageProcessor  # the one that needs no torchvision
+from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from llava.utils import UserError
 

@@ -1,0 +1,217 @@
+"""The slot file: prompt keys, router statistics and weight offsets of some tasks.
+
+One format serves stage 1 (``output/prompt-key/<task>.pth``), the merged file (``merged_prompt_key.pth``) and stage
+checkpoints (``slots.pth``). It is a ``torch.save`` of tensors and plain containers, read with ``weights_only=True``::
+
+    format: "llava-slots", version: 1
+    settings: RetrieverSettings as a dict (dimensions, groups, rank, query mode, encoder identity, ...)
+    base: {"path", "fingerprint"} of the base model
+    keys: [1, groups, pool, text_dim / groups]          image_keys: the same for image queries (either may be None)
+    tasks: [{name, start, stop, trained, statistics: {count, total, scatter} | None, held_out: ... | None, info: {}}]
+    offsets: {task: {"A": {target: [slots, layers, rank, out]}, "B": {target: [slots, layers, rank, in]}}}
+
+``start`` and ``stop`` are the task's slots in the task sequence; keys are stored in the order of ``tasks``. The
+prototype's bare ``{"keys": tensor}`` is read too, given the tasks and their ranges.
+"""
+
+from __future__ import annotations
+
+import pickle
+import zipfile
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from llava.model.language_model.retriever import Retriever, RetrieverSettings
+from llava.model.language_model.router import TaskStatistics
+from llava.utils import UserError, atomic_write
+
+FORMAT, VERSION = "llava-slots", 1
+
+
+@dataclass
+class TaskSlots:
+    """One task's part of a slot file."""
+
+    name: str
+    start: int
+    stop: int
+    text_keys: Tensor | None = None  # [groups, slots, text_dim / groups]
+    image_keys: Tensor | None = None  # [groups, slots, image_dim / groups]
+    statistics: TaskStatistics | None = None
+    held_out: dict[str, Tensor] | None = None  # queries kept from fitting, to measure routing when merging
+    trained: bool = False
+    A: dict[str, Tensor] = field(default_factory=dict)
+    B: dict[str, Tensor] = field(default_factory=dict)
+    info: dict = field(default_factory=dict)
+
+    @property
+    def count(self) -> int:
+        return self.stop - self.start
+
+
+@dataclass
+class SlotFile:
+    """Tasks, in the order of their slots, with the settings and the base model they belong to."""
+
+    settings: RetrieverSettings
+    tasks: list[TaskSlots]
+    base: dict = field(default_factory=dict)
+
+    def task(self, name: str) -> TaskSlots:
+        for task in self.tasks:
+            if task.name == name:
+                return task
+        raise UserError(f"no slots for task {name!r}; the file knows {[task.name for task in self.tasks]}")
+
+
+def write_slot_file(path: str | Path, slots: SlotFile) -> None:
+    """Write atomically; tensors are copied to the CPU and made contiguous, so equal slots give equal files."""
+    tasks = sorted(slots.tasks, key=lambda task: task.start)
+    data = {
+        "format": FORMAT,
+        "version": VERSION,
+        "settings": slots.settings.to_dict(),
+        "base": slots.base,
+        "keys": _stack_keys([task.text_keys for task in tasks]),
+        "image_keys": _stack_keys([task.image_keys for task in tasks]),
+        "tasks": [_task_to_dict(task) for task in tasks],
+        "offsets": {task.name: {"A": _plain(task.A), "B": _plain(task.B)} for task in tasks if task.B},
+    }
+    with atomic_write(path, "wb") as stream:
+        torch.save(data, stream)
+
+
+def read_slot_file(path: str | Path) -> SlotFile:
+    """Read and validate; ``UserError`` names the file and what is wrong with it."""
+    data = _load(path)
+    if "format" not in data and "keys" in data:
+        raise UserError(
+            f"{path}: a bare key table without tasks, as the public prototype writes it; convert it first with "
+            "read_prototype_keys(path, {task: (start, stop)}, settings)"
+        )
+    if data.get("format") != FORMAT:
+        raise UserError(f"{path}: not a slot file (no format mark {FORMAT!r}); make it with train_prompt_key.py")
+    if data["version"] > VERSION:
+        raise UserError(f"{path}: slot file version {data['version']}, this package reads up to {VERSION}; update it")
+    settings = RetrieverSettings.from_dict(data["settings"])
+    tasks, place = [], 0
+    for entry in data["tasks"]:
+        count = entry["stop"] - entry["start"]
+        span = slice(place, place + count)
+        offsets = data["offsets"].get(entry["name"], {"A": {}, "B": {}})
+        statistics = entry["statistics"]
+        tasks.append(
+            TaskSlots(
+                name=entry["name"],
+                start=entry["start"],
+                stop=entry["stop"],
+                text_keys=_slice_keys(data["keys"], span, path, "keys"),
+                image_keys=_slice_keys(data["image_keys"], span, path, "image_keys"),
+                statistics=None if statistics is None else TaskStatistics(**statistics),
+                held_out=entry["held_out"],
+                trained=entry["trained"],
+                A=offsets["A"],
+                B=offsets["B"],
+                info=entry["info"],
+            )
+        )
+        place += count
+    return SlotFile(settings, tasks, data["base"])
+
+
+def read_prototype_keys(path: str | Path, ranges: dict[str, tuple[int, int]], settings: RetrieverSettings) -> SlotFile:
+    """The prototype's ``{"keys": [1, groups, pool, dim / groups]}`` as a slot file, tasks at the given ranges."""
+    keys = _load(path).get("keys")
+    if not isinstance(keys, Tensor) or keys.dim() != 4:
+        raise UserError(f"{path}: expected a tensor 'keys' of shape [1, groups, pool, dim]")
+    pool = keys.shape[2]
+    bad = [task for task, (start, stop) in ranges.items() if not 0 <= start < stop <= pool]
+    if bad:
+        raise UserError(f"{path}: holds {pool} slots, but task {bad[0]!r} is said to be at {ranges[bad[0]]}")
+    tasks = [
+        TaskSlots(name, start, stop, text_keys=keys[0, :, start:stop].float().clone())
+        for name, (start, stop) in ranges.items()
+    ]
+    return SlotFile(settings, tasks)
+
+
+def retriever_from(slots: SlotFile) -> Retriever:
+    """A ``Retriever`` with the file's slots, in slot order."""
+    retriever = Retriever(slots.settings)
+    for task in sorted(slots.tasks, key=lambda task: task.start):
+        block = retriever.add_task(task.name, task.count)
+        for buffer, value in ((block.text_keys, task.text_keys), (block.image_keys, task.image_keys)):
+            if (buffer is None) != (value is None) or (buffer is not None and buffer.shape != value.shape):
+                raise UserError(
+                    f"task {task.name!r}: keys of shape {_shape(value)}, but the settings ask for {_shape(buffer)}"
+                )
+            if buffer is not None:
+                buffer.copy_(value)
+        with torch.no_grad():
+            for mine, theirs in ((block.A, task.A), (block.B, task.B)):
+                for target, tensor in theirs.items():
+                    mine[target].copy_(tensor)
+        block.statistics, block.trained = task.statistics, task.trained
+    retriever.changed()
+    return retriever
+
+
+def load_task_offsets(retriever: Retriever, task: TaskSlots) -> None:
+    """Put a task's offsets from a file into the retriever's block of that name."""
+    block = retriever.block(task.name)
+    with torch.no_grad():
+        for mine, theirs in ((block.A, task.A), (block.B, task.B)):
+            for target, tensor in theirs.items():
+                mine[target].copy_(tensor)
+
+
+def _load(path: str | Path) -> dict:
+    if not Path(path).is_file():
+        raise UserError(f"slot file not found: {path} (make it with train_prompt_key.py or merge_prompt_key.py)")
+    try:
+        data = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, zipfile.BadZipFile, RuntimeError, EOFError, ValueError) as error:
+        raise UserError(
+            f"{path}: cannot be read as a slot file ({str(error).splitlines()[0]}); write it again"
+        ) from error
+    if not isinstance(data, dict):
+        raise UserError(f"{path}: holds a {type(data).__name__}, not a slot file")
+    return data
+
+
+def _task_to_dict(task: TaskSlots) -> dict:
+    s = task.statistics
+    return {
+        "name": task.name,
+        "start": task.start,
+        "stop": task.stop,
+        "trained": task.trained,
+        "statistics": None if s is None else {"count": s.count, "total": s.total, "scatter": s.scatter},
+        "held_out": task.held_out,
+        "info": task.info,
+    }
+
+
+def _plain(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {target: tensor.detach().cpu().contiguous().clone() for target, tensor in tensors.items()}
+
+
+def _stack_keys(keys: list[Tensor | None]) -> Tensor | None:
+    if any(key is None for key in keys):
+        return None
+    return torch.cat([key.detach().cpu() for key in keys], dim=1).unsqueeze(0).contiguous()
+
+
+def _slice_keys(keys: Tensor | None, span: slice, path, name: str) -> Tensor | None:
+    if keys is None:
+        return None
+    if not torch.isfinite(keys[0, :, span]).all():
+        raise UserError(f"{path}: {name} {span.start}:{span.stop} hold NaN or infinite numbers; fit the task again")
+    return keys[0, :, span].clone()
+
+
+def _shape(tensor: Tensor | None) -> str:
+    return "none" if tensor is None else str(tuple(tensor.shape))
