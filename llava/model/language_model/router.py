@@ -26,7 +26,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Query:
-    """What is known of each question: ``text`` ``[batch, text_dim]`` and ``image`` ``[batch, image_dim]``, or ``None``."""
+    """What is known of each question: ``text`` ``[batch, text_dim]``, ``image`` ``[batch, image_dim]``, or neither."""
 
     text: Tensor | None = None
     image: Tensor | None = None

@@ -1,0 +1,144 @@
+"""Queries of a data file: what the router sees of each row, computed once and cached.
+
+The text query is the encoded question; the image query is the mean of the vision tower's features, which the answer
+needs anyway. A row without a picture has zeros for its image query.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from llava.data.rows import Row
+from llava.mm_utils import load_image, process_images
+from llava.model.builder import llava_config, load_vision_tower
+from llava.model.checkpoint import fingerprint
+from llava.model.language_model.query_encoder import TextEncoder, load_text_encoder
+from llava.model.llava_arch import pooled_features
+from llava.utils import UserError, atomic_write, is_main_process, rank0_print
+
+DEFAULT_CACHE = "output/cache/queries"
+
+
+@dataclass
+class Queries:
+    """Queries of some rows: ``text`` ``[rows, text_dim]`` and ``image`` ``[rows, image_dim]``, float32, or ``None``."""
+
+    text: Tensor | None
+    image: Tensor | None
+    encoder: dict  # identity of the text encoder; empty without one
+
+    def __len__(self) -> int:
+        return len(self.text if self.text is not None else self.image)
+
+    def select(self, rows: Tensor) -> Queries:
+        """The queries of some of the rows."""
+        return Queries(*(part if part is None else part[rows] for part in (self.text, self.image)), self.encoder)
+
+
+def check_images(rows: list[Row], image_folder: str | os.PathLike) -> None:
+    """``UserError`` naming the first missing picture and the count, before any work is done."""
+    missing = [row for row in rows if row.image and not (Path(image_folder) / row.image).is_file()]
+    if missing:
+        raise UserError(
+            f"{len(missing)} of {len(rows)} rows name a picture that is not in {image_folder}, first "
+            f"{missing[0].image} (row {missing[0].id}); check --image_folder"
+        )
+
+
+def compute_queries(
+    rows: list[Row],
+    base: Path,
+    image_folder: str | os.PathLike,
+    query_mode: str,
+    text_encoder: str,
+    batch_size: int = 16,
+    device: str = "cpu",
+    cache_dir: str | os.PathLike | None = DEFAULT_CACHE,
+) -> Queries:
+    """Queries of ``rows`` in the space of ``base``; read from the cache when the same were computed before.
+
+    Args:
+        query_mode: ``text``, ``image`` or ``text+image``. text_encoder: see ``query_encoder``.
+        cache_dir: where results are kept, keyed by base, encoder and rows; ``None`` keeps none.
+    """
+    encoder = load_text_encoder(text_encoder, base) if "text" in query_mode else None
+    if "image" in query_mode:
+        check_images(rows, image_folder)
+    cache = None
+    if cache_dir is not None:
+        cache = Path(cache_dir) / f"{_cache_key(rows, base, image_folder, query_mode, encoder)}.pt"
+        if cache.is_file():
+            stored = torch.load(cache, map_location="cpu", weights_only=True)
+            return Queries(**stored)
+    queries = Queries(
+        text=_text_queries(rows, encoder) if encoder else None,
+        image=_image_queries(rows, base, image_folder, batch_size, device) if "image" in query_mode else None,
+        encoder=encoder.identity if encoder else {},
+    )
+    if cache is not None and is_main_process():
+        with atomic_write(cache, "wb") as stream:
+            torch.save({"text": queries.text, "image": queries.image, "encoder": queries.encoder}, stream)
+    return queries
+
+
+def _text_queries(rows: list[Row], encoder: TextEncoder) -> Tensor:
+    shown = tqdm(rows, desc="text queries", unit="question", disable=not is_main_process(), leave=False)
+    return torch.stack([encoder([row.question])[0] for row in shown])
+
+
+@torch.inference_mode()
+def _image_queries(rows: list[Row], base: Path, image_folder, batch_size: int, device: str) -> Tensor:
+    """Each picture goes through the tower once, however many questions it has."""
+    tower, config = load_vision_tower(base, device), llava_config(base)
+    names = list(dict.fromkeys(row.image for row in rows if row.image))
+    by_name: dict[str | None, Tensor] = {}
+    starts = range(0, len(names), batch_size)
+    for start in tqdm(starts, desc="image queries", unit="batch", disable=not is_main_process(), leave=False):
+        batch = names[start : start + batch_size]
+        pictures = process_images([load_image(Path(image_folder) / n) for n in batch], tower.image_processor, config)
+        tiles = [picture if picture.dim() == 4 else picture[None] for picture in pictures]
+        features = tower(torch.cat(tiles).to(device)).split([len(tile) for tile in tiles])
+        for name, pooled in zip(batch, pooled_features([[feature] for feature in features]), strict=True):
+            by_name[name] = pooled.float().cpu().clone()
+    by_name[None] = torch.zeros(tower.hidden_size)
+    return torch.stack([by_name[row.image or None] for row in rows])
+
+
+def _cache_key(rows: list[Row], base: Path, image_folder, query_mode: str, encoder: TextEncoder | None) -> str:
+    stamps = {}
+    if "image" in query_mode:
+        for row in rows:
+            if row.image and row.image not in stamps:
+                status = os.stat(Path(image_folder) / row.image)
+                stamps[row.image] = [status.st_size, status.st_mtime_ns]
+    content = {
+        "base": fingerprint(base),
+        "encoder": encoder.identity if encoder else None,
+        "mode": query_mode,
+        "rows": [[row.question, row.image] for row in rows],
+        "pictures": stamps,
+        "folder": str(Path(image_folder).resolve()),
+    }
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def default_base(given: str | None) -> str:
+    """The base model to use: the flag, else ``BASE_MODEL``, else the tiny base if it has been made."""
+    name = given or os.environ.get("BASE_MODEL") or None
+    if name is None and Path("output/tiny-base/config.json").is_file():
+        name = "output/tiny-base"
+        rank0_print(f"no base model given; using the tiny base in {name}")
+    if name is None:
+        raise UserError(
+            "no base model: give --model-base (or BASE_MODEL) a LLaVA checkpoint, or make the tiny one with "
+            "python scripts/make_tiny_base.py"
+        )
+    return name
