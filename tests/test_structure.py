@@ -1,0 +1,131 @@
+"""The shape of the project: imports point downward, scripts stay short, settings are what DeepSpeed accepts."""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+SOURCES = sorted((ROOT / "llava").rglob("*.py"))
+SHELL = sorted([*ROOT.glob("*.sh"), *(ROOT / "scripts").glob("*.sh"), ROOT / ".ci" / "run"])
+ZERO = sorted((ROOT / "scripts").glob("zero*.json"))
+
+# Each room may import the rooms named beside it, and itself.
+BELOW_ALL = {"constants", "utils"}
+HELPERS = BELOW_ALL | {"conversation", "image_io", "mm_utils"}
+MAY_IMPORT = {
+    "constants": set(),
+    "utils": {"constants"},
+    "conversation": BELOW_ALL,
+    "image_io": BELOW_ALL,
+    "mm_utils": BELOW_ALL | {"image_io"},
+    "data": HELPERS,
+    "model": HELPERS,
+    "continual": HELPERS | {"data", "model"},
+    "train": HELPERS | {"data", "model", "continual", "eval"},
+    "eval": HELPERS | {"data", "model", "continual"},
+    "serve": HELPERS | {"data", "model", "continual", "eval"},
+}
+ROOT_SCRIPTS = {"fusion", "train_prompt_key", "merge_prompt_key", "scripts", "tests"}
+
+
+def imported_modules(path: Path) -> set[str]:
+    """Every module a file imports, inside functions too."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            package = path.relative_to(ROOT).with_suffix("").parts[: -node.level]
+            found |= {".".join((*package, *filter(None, [node.module]), alias.name)) for alias in node.names}
+    return found
+
+
+def room_of(module: str) -> str | None:
+    """``llava.model.builder`` -> ``model``; None outside the package."""
+    parts = module.split(".")
+    return parts[1] if parts[0] == "llava" and len(parts) > 1 else None
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_point_downward(path):
+    room = room_of(".".join(path.relative_to(ROOT).with_suffix("").parts))
+    if room == "__init__":
+        return
+    assert room in MAY_IMPORT, f"{path.name} is in no room that the design names"
+    for module in imported_modules(path):
+        target = room_of(module)
+        assert module.split(".")[0] not in ROOT_SCRIPTS, f"{path} imports the script {module}"
+        assert target is None or target == room or target in MAY_IMPORT[room], f"{path} imports {module}"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "llava" / "continual" / "methods").glob("*.py")), ids=lambda p: p.stem)
+def test_methods_know_nothing_of_argument_parsing(path):
+    assert not {module for module in imported_modules(path) if module.split(".")[0] == "argparse"}
+
+
+@pytest.mark.parametrize("path", SHELL, ids=lambda path: path.name)
+def test_shell_scripts_are_short_and_strict(path):
+    lines = path.read_text(encoding="utf-8").splitlines()
+    assert len(lines) <= 120
+    assert lines[0].startswith("#!") and "set -euo pipefail" in lines
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_modules_have_a_docstring_and_fit_in_a_head(path):
+    text = path.read_text(encoding="utf-8")
+    assert not text.strip() or ast.get_docstring(ast.parse(text)), "no module docstring"
+    assert len(text.splitlines()) <= 420
+
+
+def text_files() -> list[Path]:
+    folders = ["llava", "scripts", "tests", "docs", "benchmarks", ".ci"]
+    inside = [path for folder in folders for path in (ROOT / folder).rglob("*") if path.is_file()]
+    kinds = {".py", ".sh", ".json", ".md", ".toml", ".txt", ".yaml", ".yml", ""}
+    return sorted(path for path in [*ROOT.glob("*.*"), *inside] if path.is_file() and path.suffix in kinds)
+
+
+def test_no_file_holds_a_path_of_one_machine():
+    homes = "|".join(("work", "root", "home", "Users", "mnt", "data[0-9]", "llava"))
+    pattern = re.compile(rf"(?<![\w.~}}\])/:-])/(?:{homes})/\w")
+    found = [
+        f"{path.relative_to(ROOT)}:{number}: {line.strip()}"
+        for path in text_files()
+        for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), start=1)
+        if pattern.search(line)
+    ]
+    assert not found, "\n".join(found)
+
+
+@pytest.mark.parametrize("path", ZERO, ids=lambda path: path.name)
+def test_deepspeed_settings_hold_integers_and_validate(path):
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    zero = settings["zero_optimization"]
+    floats = {name: value for name, value in zero.items() if isinstance(value, float)}
+    assert not floats, f"write integers: {floats}"
+    buckets = [name for name in zero if name.endswith(("_size", "_threshold", "_parameters", "_distance"))]
+    assert buckets and all(type(zero[name]) is int for name in buckets)
+    assert settings["train_batch_size"] == settings["train_micro_batch_size_per_gpu"] == "auto"
+    assert settings["bf16"]["enabled"] == "auto"
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    assert DeepSpeedZeroConfig(**zero).stage == int(path.stem[4])
+
+
+def test_the_three_deepspeed_files_ship():
+    assert [path.name for path in ZERO] == ["zero2.json", "zero3.json", "zero3_offload.json"]
+
+
+def test_constraints_hold_every_dependency_exactly():
+    pinned = dict(
+        line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("#")
+    )
+    declared = re.findall(r'^ {4}"([A-Za-z0-9_.-]+?)[><=~]', (ROOT / "pyproject.toml").read_text(), re.M)
+    assert declared and {name.lower() for name in declared} <= {name.lower() for name in pinned}
+    assert pinned["torch"] == "2.13.0"
