@@ -89,6 +89,18 @@ def test_anyres_pictures_keep_their_tiles(folder, tokenizer):
     assert isinstance(batch["images"], list)
 
 
+@pytest.mark.parametrize("image", ["a.png", None])
+@pytest.mark.parametrize("suffix", ["", "Answer the question using a single word or phrase."])
+def test_training_prompt_is_the_evaluation_prompt(image, suffix, folder, tokenizer):
+    untidy = row(1, image, question="  Is there a fracture? ")
+    sample = build([untidy], folder, tokenizer, answer_suffix=suffix)[0]
+    asked = f"{untidy.question}\n{suffix}" if suffix else untidy.question
+    prompt = prompt_ids(asked, tokenizer, "v1", has_image=image is not None)
+    assert sample["input_ids"][: len(prompt)].tolist() == prompt
+    assert sample["labels"][: len(prompt)].eq(IGNORE_INDEX).all()
+    assert sample["labels"][len(prompt) :].ne(IGNORE_INDEX).all()
+
+
 def test_text_queries_travel_with_their_rows(folder, tokenizer):
     data = build([row(1), row(2, None)], folder, tokenizer, text_queries=torch.eye(2, 5))
     batch = DataCollatorForSupervisedDataset(tokenizer)([data[1], data[0]])

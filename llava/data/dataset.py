@@ -21,8 +21,8 @@ import torch
 from torch.utils.data import Dataset
 
 from llava.constants import DEFAULT_IMAGE_TOKEN, IGNORE_INDEX, IMAGE_TOKEN_INDEX
-from llava.data.labels import conversation_ids, expanded_length, has_labels, truncate
-from llava.data.rows import Row
+from llava.data.labels import conversation_ids, expanded_length, has_labels, place_image, truncate
+from llava.data.rows import HUMAN, Row
 from llava.image_io import load_image
 from llava.mm_utils import parse_grid_pinpoints, process_images
 from llava.utils import UserError, rank0_print
@@ -46,6 +46,7 @@ class LazySupervisedDataset(Dataset):
             and what tells the number of features a picture becomes).
         conv_mode: a key of ``conv_templates``.
         text_queries: ``[N, d]`` query of each row, handed on in the sample.
+        answer_suffix: put after each question on a line of its own, as evaluation puts it.
         max_length: longest sample in positions, features of the picture included; None for no limit.
         cache_megabytes: memory for preprocessed pictures.
 
@@ -66,6 +67,7 @@ class LazySupervisedDataset(Dataset):
         conv_mode: str,
         text_queries: torch.Tensor | None = None,
         *,
+        answer_suffix: str = "",
         max_length: int | None = None,
         cache_megabytes: int = 256,
     ) -> None:
@@ -80,6 +82,7 @@ class LazySupervisedDataset(Dataset):
         self.model_cfg = model_cfg
         self.conv_mode = conv_mode
         self.text_queries = text_queries
+        self.answer_suffix = answer_suffix
         self.max_length = max_length
         self.image_tokens = image_token_count(model_cfg, image_processor)
         self._encoded: dict[int, tuple[list[int], list[int]]] = {}
@@ -126,7 +129,7 @@ class LazySupervisedDataset(Dataset):
         im_start_end = bool(getattr(self.model_cfg, "mm_use_im_start_end", False))
         try:
             ids, labels = conversation_ids(
-                row.conversations, self.tokenizer, self.conv_mode, row.image is not None, im_start_end
+                self._turns(row), self.tokenizer, self.conv_mode, row.image is not None, im_start_end
             )
             pictures = ids.count(IMAGE_TOKEN_INDEX)
             if row.image is not None and pictures != 1:
@@ -134,6 +137,17 @@ class LazySupervisedDataset(Dataset):
             return truncate(ids, labels, self.max_length, self.image_tokens) if self.max_length else (ids, labels)
         except UserError as error:
             raise UserError(f"row {row.id!r}: {error}") from error
+
+    def _turns(self, row: Row) -> Sequence[tuple[str, str]]:
+        """The row's turns, with the suffix after each question (``<image>`` in front, so that it stays at the end)."""
+        if not self.answer_suffix:
+            return row.conversations
+        return [
+            (speaker, f"{place_image(text, text.count(DEFAULT_IMAGE_TOKEN))}\n{self.answer_suffix}")
+            if speaker == HUMAN
+            else (speaker, text)
+            for speaker, text in row.conversations
+        ]
 
     def _check_labels(self) -> int:
         """Tokenise the rows (or a spread of them), keep the result, and return how many have no label."""

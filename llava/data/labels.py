@@ -92,21 +92,24 @@ def build_conversation(
 
 
 def _placed(conversations: Sequence[Turn], has_image: bool) -> list[Turn]:
-    """The turns with ``<image>`` in front of the human turn that names it, or of the first one when none does."""
+    """Human turns stripped, and ``<image>`` in front of the one that names it (of the first one when none does).
+
+    LLaVA strips only the turn with the picture; here training and evaluation strip alike, so they can't differ.
+    """
     marks = [text.count(DEFAULT_IMAGE_TOKEN) if speaker in HUMAN_NAMES else 0 for speaker, text in conversations]
     if not has_image:
         if sum(marks):
             raise UserError(f"the text holds {DEFAULT_IMAGE_TOKEN} but there is no image")
-        return list(conversations)
-    if marks and not sum(marks):
+    elif marks and not sum(marks):
         marks[0] = 1
     return [
-        (speaker, place_image(text, count) if count else text) for (speaker, text), count in zip(conversations, marks)
+        (speaker, place_image(text, count) if speaker in HUMAN_NAMES else text)
+        for (speaker, text), count in zip(conversations, marks)
     ]
 
 
 def place_image(text: str, count: int = 1) -> str:
-    """``<image>`` and a newline in front of the stripped text, ``count`` times, wherever the marks stood before."""
+    """``<image>`` and a newline, ``count`` times, in front of the stripped text, wherever the marks stood before."""
     stripped = text.replace(DEFAULT_IMAGE_TOKEN, "").strip()
     return (f"{DEFAULT_IMAGE_TOKEN}\n" * count + stripped).strip()
 
