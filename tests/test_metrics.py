@@ -8,6 +8,7 @@ import pytest
 
 from llava.data.rows import parse_row, question_row
 from llava.eval import text_metrics
+from llava.eval.bootstrap import figure, mean_statistic, resample_weights
 from llava.eval.metrics import (
     OVERALL,
     contains,
@@ -19,7 +20,6 @@ from llava.eval.metrics import (
     token_overlap,
     vqa_tokens,
 )
-from llava.eval.bootstrap import figure, mean_statistic, resample_weights
 from llava.eval.text_metrics import TextScorer, bleu_statistics, cider_statistic, plain_tokens, rouge_statistic
 from llava.utils import UserError
 

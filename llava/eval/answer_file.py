@@ -1,0 +1,207 @@
+"""Answer files that survive a kill: chunks of the questions, resuming by ``question_id``, merging.
+
+An answer file grows in the order of its questions, row by row, so what is there is a prefix of what will be there.
+Each row's ``metadata`` names its *run*: a checksum over the model's files, the question file and every setting that
+decides an answer. A file is resumed only by the run that began it, and chunks merge only within one run.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+from llava.data.rows import Row, read_answers
+from llava.utils import UserError, file_sha256
+
+RUN_LENGTH = 16
+HASHED_WHOLE = 64 << 20
+SAMPLES, SAMPLE_SIZE = 64, 1 << 16
+"""Model files up to ``HASHED_WHOLE`` bytes are hashed; of larger ones the size and evenly spread samples are."""
+_MODEL_FILES = (".json", ".safetensors", ".bin", ".pth", ".pt", ".model", ".txt", ".jinja")
+_NOT_THE_MODEL = ("training_args.bin", "trainer_state.json", "all_results.json", "train_results.json")
+
+
+def split_evenly(total: int, parts: int) -> list[range]:
+    """``parts`` consecutive ranges that cover ``total``; their lengths differ by at most one (some may be empty)."""
+    if parts < 1:
+        raise UserError(f"the number of chunks must be at least 1, not {parts}")
+    edges = [total * part // parts for part in range(parts + 1)]
+    return [range(start, stop) for start, stop in zip(edges, edges[1:])]
+
+
+def chunk_range(total: int, chunks: int, index: int) -> range:
+    """Row numbers of one chunk.
+
+    Raises:
+        UserError: the index is not one of ``0 .. chunks - 1``.
+    """
+    parts = split_evenly(total, chunks)
+    if not 0 <= index < chunks:
+        raise UserError(f"--chunk-idx {index} is not one of 0 to {chunks - 1} (--num-chunks is {chunks})")
+    return parts[index]
+
+
+def batches(total: int, size: int) -> list[range]:
+    """Consecutive ranges of ``size`` rows. Fixed by the chunk alone: a resumed run batches as an undisturbed one."""
+    return [range(start, min(start + size, total)) for start in range(0, total, size)]
+
+
+def run_id(settings: Mapping[str, Any]) -> str:
+    """A short checksum of everything that decides the answers."""
+    text = json.dumps(settings, sort_keys=True, ensure_ascii=False)
+    return hashlib.sha256(text.encode("utf-8")).hexdigest()[:RUN_LENGTH]
+
+
+def model_fingerprint(path: str) -> dict[str, str]:
+    """Checksums of a model folder's files by name (not of folders in it); a hub id stands for itself."""
+    folder = Path(path)
+    if not folder.is_dir():
+        return {"hub id": path}
+    files = [file for file in sorted(folder.iterdir()) if file.suffix in _MODEL_FILES and file.is_file()]
+    return {file.name: _file_fingerprint(file) for file in files if file.name not in _NOT_THE_MODEL}
+
+
+def _file_fingerprint(file: Path) -> str:
+    size = file.stat().st_size
+    if size <= HASHED_WHOLE:
+        return file_sha256(file)
+    digest = hashlib.sha256(str(size).encode())
+    with open(file, "rb") as stream:
+        for sample in range(SAMPLES):
+            stream.seek((size - SAMPLE_SIZE) * sample // (SAMPLES - 1))
+            digest.update(stream.read(SAMPLE_SIZE))
+    return digest.hexdigest()
+
+
+def answer_row(row: Row, text: str, model_id: str, metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """An answer in the seed's format; the same model and question always give the same ``answer_id``."""
+    import shortuuid
+
+    return {
+        "question_id": row.id,
+        "prompt": row.conversations[0][1],
+        "text": text,
+        "answer_id": shortuuid.uuid(name=f"{model_id}/{row.id}"),
+        "model_id": model_id,
+        "metadata": dict(metadata),
+    }
+
+
+@contextmanager
+def appending(
+    path: str | Path, rows: Sequence[Row], model_id: str, run: str, replace: bool = False
+) -> Iterator[tuple[int, IO[bytes]]]:
+    """Open an answer file to go on with it: yields how many rows are answered already, and the file to write to.
+
+    A torn last line is cut off. Only one process writes at a time: a second one waits, then goes on from there. A run
+    that fails before its first answer leaves no file.
+
+    Args:
+        rows: the questions that the file is to answer, in order.
+        replace: start again when the file was begun by another run, instead of refusing.
+
+    Raises:
+        UserError: the file holds something else than the first answers of this run.
+    """
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with _locked(target) as stream:
+        _cut_torn_line(stream)
+        reason = _mismatch(target, rows, model_id, run)
+        if reason and not replace:
+            raise UserError(f"{target}: {reason}; delete the file, choose another, or start again with --stale replace")
+        if reason:
+            print(f"{target}: {reason}; starting again", flush=True)
+            stream.truncate(0)
+        yield 0 if reason else len(read_answers(target, partial_last_line=True)), stream
+
+
+def append(stream: IO[bytes], answers: Sequence[Mapping[str, Any]]) -> None:
+    """Write answers and hand them to the system, so that a kill loses none of them."""
+    lines = "".join(json.dumps(answer, ensure_ascii=False, allow_nan=False) + "\n" for answer in answers)
+    stream.write(lines.encode("utf-8"))
+    stream.flush()
+
+
+@contextmanager
+def _locked(target: Path) -> Iterator[IO[bytes]]:
+    stream = open(target, "a+b")
+    try:
+        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        print(f"{target}: another process is writing this file; waiting for it", flush=True)
+        fcntl.flock(stream, fcntl.LOCK_EX)
+    with stream:
+        if os.fstat(stream.fileno()).st_nlink == 0:  # the other process failed and removed it while this one waited
+            raise UserError(f"{target}: the process that was writing it failed; run the same command again")
+        try:
+            yield stream
+        except BaseException:
+            if os.fstat(stream.fileno()).st_size == 0:
+                target.unlink(missing_ok=True)
+            raise
+
+
+def _cut_torn_line(stream: IO[bytes]) -> None:
+    stream.seek(0)
+    data = stream.read()
+    stream.truncate(data.rfind(b"\n") + 1)
+    stream.seek(0, os.SEEK_END)
+
+
+def _mismatch(target: Path, rows: Sequence[Row], model_id: str, run: str) -> str | None:
+    """Why the file cannot be gone on with, or None."""
+    try:
+        answers = read_answers(target, partial_last_line=True)
+    except UserError as error:
+        return f"it cannot be resumed ({error})"
+    if len(answers) > len(rows):
+        return f"it has {len(answers)} answers, more than the {len(rows)} questions of this run"
+    for number, (answer, row) in enumerate(zip(answers, rows, strict=False), start=1):
+        if answer.get("model_id") != model_id:
+            return f"line {number} is by model {answer.get('model_id')!r}, this run's is {model_id!r}"
+        if answer["question_id"] != row.id or answer.get("prompt") != row.conversations[0][1]:
+            return f"line {number} answers question_id {answer['question_id']!r} of another question file or chunk"
+        if (answer.get("metadata") or {}).get("run") != run:
+            return f"line {number} was made with other model weights or settings"
+    return None
+
+
+def merge_answers(rows: Sequence[Row], chunks: Sequence[str | Path]) -> list[dict[str, Any]]:
+    """The chunks' answers in the questions' order.
+
+    Raises:
+        UserError: a chunk is missing; chunks of different models or runs; a question without an answer, answered
+            twice, or unknown.
+    """
+    by_id: dict[str, dict[str, Any]] = {}
+    origin: tuple[Any, Any] | None = None
+    for path in chunks:
+        if not Path(path).is_file():
+            raise UserError(f"missing chunk: {path} (run it again: python -m llava.eval.model_vqa_loader …)")
+        for answer in read_answers(path, partial_last_line=True):
+            mark = answer.get("model_id"), (answer.get("metadata") or {}).get("run")
+            origin = origin or mark
+            if mark != origin:
+                raise UserError(f"{path}: chunks of different runs, {origin} and {mark} (delete the stale chunk)")
+            if by_id.setdefault(str(answer["question_id"]), answer) is not answer:
+                raise UserError(f"{path}: question_id {answer['question_id']!r} is answered in two chunks")
+    asked = {str(row.id) for row in rows}
+    missing = [row.id for row in rows if str(row.id) not in by_id]
+    surplus = [name for name in by_id if name not in asked]
+    if missing:
+        raise UserError(
+            f"{len(missing)} of {len(rows)} questions have no answer, the first is question_id {missing[0]!r} "
+            f"(a chunk is unfinished: run the evaluation again)"
+        )
+    if surplus:
+        raise UserError(
+            f"question_id {surplus[0]!r} is answered but not in the question file (chunks of another file?)"
+        )
+    return [by_id[str(row.id)] for row in rows]

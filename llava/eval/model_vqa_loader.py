@@ -1,0 +1,341 @@
+"""Answer a question file with a model: batched, left-padded, in chunks, resumable.
+
+    python -m llava.eval.model_vqa_loader --model-path output/llava-vqa-rad_abd --model-base BASE \\
+        --question-file data/test_vqa_rad.jsonl --image-folder data/vqa-rad/images --answers-file answers.jsonl
+
+LLaVA's flags, and: any ``--batch-size``; greedy by default; the conversation template follows the checkpoint unless
+``--conv-mode`` is given. Killed and started again with the same command, it goes on where it was and ends with the
+same file: batches are fixed by the chunk, not by where the run stopped. The route each answer took is in its
+``metadata``. ``--task-id`` (one task for all rows) and ``--route oracle`` (each row's own domain) give the task away,
+for comparison; other values of ``--route`` choose a router, ``none`` answers with the base model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import llava
+from llava.data.rows import Row, read_rows
+from llava.eval.answer_file import answer_row, append, appending, batches, chunk_range, model_fingerprint, run_id
+from llava.mm_utils import get_model_name_from_path
+from llava.utils import UserError, file_sha256, run_cli
+
+CACHED_IMAGES = 512
+ORACLE, NO_ROUTE = "oracle", "none"
+
+
+def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line; LLaVA's spellings with a hyphen or an underscore are both taken."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model-path", required=True, help="checkpoint folder or hub id")
+    parser.add_argument("--model-base", help="base model that a light checkpoint is applied to")
+    parser.add_argument("--image-folder", default="", help="folder of the rows' images")
+    parser.add_argument("--question-file", required=True)
+    parser.add_argument("--answers-file", default="answer.jsonl", help="default %(default)s")
+    parser.add_argument("--conv-mode", help="conversation template (default: the checkpoint's own)")
+    parser.add_argument("--answer-suffix", default="", help="appended to each question on a line of its own")
+    parser.add_argument("--num-chunks", type=int, default=1)
+    parser.add_argument("--chunk-idx", type=int, default=0)
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 (default) is greedy")
+    parser.add_argument("--top_p", "--top-p", type=float)
+    parser.add_argument("--num_beams", "--num-beams", type=int, default=1)
+    parser.add_argument("--max_new_tokens", "--max-new-tokens", type=int, default=128)
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--num-workers", type=int, default=0, help="processes that read images ahead")
+    parser.add_argument("--device", help="cuda or cpu (default: cuda where there is one)")
+    parser.add_argument("--load-8bit", action="store_true")
+    parser.add_argument("--load-4bit", action="store_true")
+    parser.add_argument("--task-id", help="route every question to this task's slots")
+    parser.add_argument("--route", help=f"router to use; {ORACLE!r}: the row's own domain, {NO_ROUTE!r}: no slots")
+    parser.add_argument("--seed", type=int, default=0, help="for a temperature above 0")
+    parser.add_argument(
+        "--stale", choices=("refuse", "replace"), default="refuse", help="what to do with another run's answers file"
+    )
+    arguments = parser.parse_args(argv)
+    for name in ("batch_size", "max_new_tokens", "num_beams"):
+        if getattr(arguments, name) < 1:
+            parser.error(f"--{name} must be at least 1")
+    if arguments.task_id and arguments.route not in (None, ORACLE):
+        parser.error("--task-id gives the task away, so it goes with --route oracle or none at all")
+    return arguments
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Answer one chunk of the question file."""
+    arguments = parse_arguments(argv)
+    rows = read_rows(arguments.question_file)
+    rows = [rows[number] for number in chunk_range(len(rows), arguments.num_chunks, arguments.chunk_idx)]
+    model_id = get_model_name_from_path(arguments.model_path)
+    run = run_id(run_settings(arguments))
+    with appending(arguments.answers_file, rows, model_id, run, arguments.stale == "replace") as (done, stream):
+        if done == len(rows):
+            print(f"{arguments.answers_file}: all {done} answers are there")
+            return
+        check_images(rows[done:], arguments.image_folder)
+        speaker = Speaker.load(arguments)
+        check_given_tasks(speaker.model, rows, arguments)
+        for batch, replies in answer_rows(speaker, rows, arguments, done):
+            answers = [
+                answer_row(rows[number], text, model_id, {"run": run, **({"route": route} if route else {})})
+                for number, (text, route) in zip(batch, replies, strict=True)
+                if number >= done
+            ]
+            append(stream, answers)
+    print(f"{arguments.answers_file}: {len(rows)} answers by {model_id}")
+
+
+def run_settings(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Everything that decides the answers of a chunk set; equal settings mean equal answers."""
+    names = "conv_mode answer_suffix num_chunks temperature top_p num_beams max_new_tokens batch_size seed".split()
+    names += ["load_8bit", "load_4bit", "task_id", "route"]
+    return {
+        "version": llava.__version__,
+        "model": model_fingerprint(arguments.model_path),
+        "base": model_fingerprint(arguments.model_base) if arguments.model_base else None,
+        "question_file": file_sha256(arguments.question_file),
+        **{name: getattr(arguments, name) for name in names},
+    }
+
+
+def check_images(rows: Sequence[Row], image_folder: str) -> None:
+    """Find a missing picture before the model is loaded.
+
+    Raises:
+        UserError: with the first missing file and how many there are.
+    """
+    names = dict.fromkeys(row.image for row in rows if row.image is not None)
+    missing = [name for name in names if not (Path(image_folder) / name).is_file()]
+    if missing:
+        raise UserError(
+            f"image file not found: {Path(image_folder) / missing[0]} ({len(missing)} of {len(names)} are missing; "
+            f"check --image-folder)"
+        )
+
+
+def answer_rows(
+    speaker: Speaker, rows: Sequence[Row], arguments: argparse.Namespace, done: int = 0
+) -> Iterator[tuple[range, list[tuple[str, dict | None]]]]:
+    """Answers batch by batch, from the batch that holds row ``done`` on: ``(row numbers, [(text, route), ...])``."""
+    import torch
+    from torch.utils.data import DataLoader
+    from tqdm import tqdm
+
+    plan = [batch for batch in batches(len(rows), arguments.batch_size) if batch.stop > done]
+    dataset = QuestionDataset(rows, speaker, arguments.image_folder, arguments.answer_suffix)
+    loader = DataLoader(dataset, batch_sampler=plan, num_workers=arguments.num_workers, collate_fn=speaker.collate)
+    answered = len(rows) - sum(map(len, plan))
+    with tqdm(total=len(rows), initial=answered, unit="question", disable=not sys.stderr.isatty()) as progress:
+        for batch, inputs in zip(plan, loader, strict=True):
+            torch.manual_seed(arguments.seed + batch.start)  # sampled answers, too, survive a resume
+            yield batch, speaker.reply(inputs, arguments)
+            progress.update(len(batch))
+
+
+class QuestionDataset:
+    """Rows as model inputs: prompt ids, pixels and the plain question.
+
+    Many rows ask about one picture: the pixels of the last ``CACHED_IMAGES`` pictures are kept.
+    """
+
+    def __init__(self, rows: Sequence[Row], speaker: Speaker, image_folder: str, answer_suffix: str = ""):
+        self.rows, self.speaker, self.folder, self.suffix = rows, speaker, Path(image_folder), answer_suffix
+        self.pixels = lru_cache(maxsize=CACHED_IMAGES)(self._pixels)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, number: int) -> dict[str, Any]:
+        """``input_ids`` (list), ``image`` (``[3, H, W]``, ``[tiles, 3, H, W]`` or None), ``image_size``, ``row``."""
+        row = self.rows[number]
+        question = f"{row.question}\n{self.suffix}" if self.suffix else row.question
+        image, size = self.pixels(row.image) if row.image is not None else (None, None)
+        return {
+            "input_ids": self.speaker.prompt_ids(question, has_image=image is not None),
+            "image": image,
+            "image_size": size,
+            "row": row,
+        }
+
+    def _pixels(self, name: str) -> tuple[Any, tuple[int, int]]:
+        from llava.mm_utils import load_image, process_images
+
+        picture = load_image(self.folder / name)
+        speaker = self.speaker
+        return process_images([picture], speaker.image_processor, speaker.model.config)[0], picture.size
+
+
+class Speaker:
+    """A loaded model with its tokenizer, image processor and conversation template."""
+
+    def __init__(self, tokenizer: Any, model: Any, image_processor: Any, conv_mode: str):
+        from llava.conversation import get_conversation
+
+        self.tokenizer, self.model, self.image_processor = tokenizer, model, image_processor
+        self.conv_mode = conv_mode
+        template = get_conversation(conv_mode)
+        self.stop = (template.sep2 if template.sep_style.name in ("TWO", "LLAMA_2") else template.sep) or None
+        self.use_im_start_end = bool(getattr(model.config, "mm_use_im_start_end", False))
+
+    @classmethod
+    def load(cls, arguments: argparse.Namespace) -> Speaker:
+        """Load the checkpoint that the arguments name, with the router they ask for."""
+        import torch
+
+        from llava.conversation import conv_mode_for
+        from llava.model.builder import load_pretrained_model
+
+        name = get_model_name_from_path(arguments.model_path)
+        device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        tokenizer, model, image_processor, _ = load_pretrained_model(
+            arguments.model_path,
+            arguments.model_base,
+            name,
+            load_8bit=arguments.load_8bit,
+            load_4bit=arguments.load_4bit,
+            device=device,
+        )
+        model.eval()
+        choose_router(model, arguments.route)
+        return cls(tokenizer, model, image_processor, arguments.conv_mode or conv_mode_for(model.config, name))
+
+    def prompt_ids(self, question: str, has_image: bool) -> list[int]:
+        """Token ids of the open prompt, the same as in training."""
+        from llava.data.labels import prompt_ids
+
+        if has_image and self.image_processor is None:
+            raise UserError("the rows have images but the model has no vision tower (is it a LLaVA checkpoint?)")
+        return prompt_ids(question, self.tokenizer, self.conv_mode, has_image, self.use_im_start_end)
+
+    def collate(self, items: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """A left-padded batch: ``input_ids`` and ``attention_mask`` ``[batch, length]``, images, sizes, rows."""
+        import torch
+
+        length = max(len(item["input_ids"]) for item in items)
+        ids = torch.full((len(items), length), self.pad_id, dtype=torch.long)
+        mask = torch.zeros(len(items), length, dtype=torch.long)
+        for number, item in enumerate(items):
+            start = length - len(item["input_ids"])
+            ids[number, start:] = torch.tensor(item["input_ids"], dtype=torch.long)
+            mask[number, start:] = 1
+        return {
+            "input_ids": ids,
+            "attention_mask": mask,
+            "images": _stack_images([item["image"] for item in items]),
+            "image_sizes": [item["image_size"] for item in items],
+            "rows": [item["row"] for item in items],
+        }
+
+    @property
+    def pad_id(self) -> int:
+        """The padding token; masked, so any valid id serves where the tokenizer has none."""
+        candidates = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0)
+        return next(token for token in candidates if token is not None)
+
+    def reply(self, batch: dict[str, Any], arguments: argparse.Namespace) -> list[tuple[str, dict | None]]:
+        """Texts and routes of a collated batch."""
+        from llava.mm_utils import KeywordsStoppingCriteria
+
+        model, rows = self.model, batch["rows"]
+        tasks = given_tasks(rows, arguments)
+        more = {} if tasks is None else {"tasks": tasks}
+        if self.stop and self.stop.strip() and self.stop != self.tokenizer.eos_token:
+            more["stopping_criteria"] = [KeywordsStoppingCriteria([self.stop], self.tokenizer, batch["input_ids"])]
+        if arguments.temperature > 0:
+            more |= {"temperature": arguments.temperature, "top_p": arguments.top_p}
+        output = model.generate(
+            batch["input_ids"].to(model.device),
+            attention_mask=batch["attention_mask"].to(model.device),
+            images=_to_device(batch["images"], model.device),
+            image_sizes=batch["image_sizes"],
+            questions=[row.question for row in rows],
+            do_sample=arguments.temperature > 0,
+            num_beams=arguments.num_beams,
+            max_new_tokens=arguments.max_new_tokens,
+            pad_token_id=self.pad_id,
+            **more,
+        )
+        texts = self.tokenizer.batch_decode(output, skip_special_tokens=True)
+        route = getattr(model, "last_route", None)
+        routes = [None if route is None else route.describe(number) for number in range(len(rows))]
+        if tasks is not None:
+            routes = [None if found is None else {**found, "task_given": True} for found in routes]
+        return [(self.clean(text), found) for text, found in zip(texts, routes, strict=True)]
+
+    def clean(self, text: str) -> str:
+        """The answer without the template's end mark and what a model says after it."""
+        return (text.split(self.stop)[0] if self.stop and self.stop.strip() else text).strip()
+
+
+def given_tasks(rows: Sequence[Row], arguments: argparse.Namespace) -> list[str] | None:
+    """The task of each row where the arguments give it away, else None.
+
+    Raises:
+        UserError: ``--route oracle`` and a row without a domain.
+    """
+    if arguments.task_id:
+        return [arguments.task_id] * len(rows)
+    if arguments.route != ORACLE:
+        return None
+    for row in rows:
+        if row.domain is None:
+            raise UserError(f"--route oracle needs each row's domain; question_id {row.id!r} has none (use --task-id)")
+    return [row.domain for row in rows]
+
+
+def check_given_tasks(model: Any, rows: Sequence[Row], arguments: argparse.Namespace) -> None:
+    """See that the model has trained slots for every task that the arguments give away (a base model has none).
+
+    Raises:
+        UserError: it lacks one.
+    """
+    retriever = getattr(model, "retriever", None)
+    known = list(dict.fromkeys(retriever.layout().allowed_tasks)) if retriever is not None else []
+    wanted = given_tasks(rows, arguments) or []
+    unknown = [task for task in wanted if task not in known]
+    if unknown and (known or arguments.task_id):
+        raise UserError(f"no trained slots for task {unknown[0]!r}; the model has {', '.join(known) or 'no slots'}")
+
+
+def choose_router(model: Any, route: str | None) -> None:
+    """Make the model route as ``--route`` says: a router's name, ``none``, or as the checkpoint does by default.
+
+    Raises:
+        UserError: an unknown router.
+    """
+    from llava.model.language_model.router import ROUTERS
+
+    if route in (None, ORACLE):
+        return
+    if route == NO_ROUTE:
+        model.retriever = None
+        return
+    if route not in ROUTERS:
+        raise UserError(f"--route {route!r} is not a router (choose from {', '.join([*ROUTERS, NO_ROUTE])})")
+    if model.retriever is not None:
+        model.retriever.router_name = route
+        model.retriever.changed()
+
+
+def _stack_images(images: list[Any]) -> Any:
+    """One tensor when all shapes agree, else the list; None when the batch has no picture."""
+    import torch
+
+    if all(image is None for image in images):
+        return None
+    same = all(image is not None and image.shape == images[0].shape for image in images)
+    return torch.stack(images) if same else images
+
+
+def _to_device(images: Any, device: Any) -> Any:
+    if images is None or not isinstance(images, list):
+        return None if images is None else images.to(device)
+    return [None if image is None else image.to(device) for image in images]
+
+
+if __name__ == "__main__":
+    run_cli(main)

@@ -1,0 +1,199 @@
+"""Answer files: chunks, resuming at every byte, refusing another run's file, merging."""
+
+import json
+import threading
+
+import pytest
+
+from llava.data.rows import parse_row, question_row, write_jsonl
+from llava.eval import merge_chunks
+from llava.eval.answer_file import (
+    answer_row,
+    append,
+    appending,
+    batches,
+    chunk_range,
+    merge_answers,
+    model_fingerprint,
+    run_id,
+    split_evenly,
+)
+from llava.utils import UserError
+
+ROWS = [parse_row(question_row(number, "a.jpg", f"question {number}?", "yes", "abd", ("abd",))) for number in range(7)]
+
+
+def answers(rows=ROWS, model_id="llava-x", run="r1", text="yes"):
+    return [answer_row(row, text, model_id, {"run": run}) for row in rows]
+
+
+def write_all(path, rows=ROWS, model_id="llava-x", run="r1", replace=False):
+    with appending(path, rows, model_id, run, replace) as (done, stream):
+        append(stream, answers(rows[done:], model_id, run))
+    return done
+
+
+@pytest.mark.parametrize("total", [0, 1, 7, 8, 10, 17, 20, 33, 41])
+@pytest.mark.parametrize("chunks", [1, 3, 8])
+def test_chunks_cover_every_row_once_and_evenly(total, chunks):
+    parts = split_evenly(total, chunks)
+    assert [number for part in parts for number in part] == list(range(total))
+    assert len(parts) == chunks
+    assert max(map(len, parts)) - min(map(len, parts)) <= 1
+
+
+def test_a_chunk_index_out_of_range_is_named():
+    assert chunk_range(10, 8, 7) == range(8, 10)
+    for chunks, index in [(8, 8), (8, -1), (0, 0)]:
+        with pytest.raises(UserError, match="chunk"):
+            chunk_range(10, chunks, index)
+
+
+def test_batches():
+    assert batches(7, 3) == [range(0, 3), range(3, 6), range(6, 7)]
+    assert batches(0, 3) == []
+
+
+def test_answer_row_is_the_seeds_format_and_its_id_repeats():
+    text = "is there evidence of air in the peritoneal cavity?\n<image>"
+    row = parse_row({"question_id": 101, "image": "test_img_00101.jpg", "pair_id": "test_img_00101", "text": text})
+    answer = answer_row(row, "no", "llava-vqa-rad_abd", {})
+    assert list(answer) == ["question_id", "prompt", "text", "answer_id", "model_id", "metadata"]
+    assert (answer["question_id"], answer["prompt"], answer["text"]) == (101, text, "no")
+    assert (answer["model_id"], answer["metadata"]) == ("llava-vqa-rad_abd", {})
+    assert answer["answer_id"] == answer_row(row, "yes", "llava-vqa-rad_abd", {})["answer_id"]
+    assert answer["answer_id"] != answer_row(row, "no", "llava-vqa-rad_abd_chest", {})["answer_id"]
+
+
+def test_a_file_cut_at_any_byte_is_completed_to_the_same_bytes(tmp_path):
+    whole = tmp_path / "whole.jsonl"
+    write_all(whole)
+    data = whole.read_bytes()
+    target = tmp_path / "cut.jsonl"
+    for length in range(0, len(data) + 1, 13):
+        target.write_bytes(data[:length])
+        done = write_all(target)
+        assert done == data[:length].count(b"\n")
+        assert target.read_bytes() == data
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model_id": "llava-y"}, "by model 'llava-y'"),
+        ({"run": "r2"}, "other model weights or settings"),
+        ({"rows": ROWS[1:]}, "another question file or chunk"),
+        ({"rows": [*ROWS, parse_row(question_row(9, "a.jpg", "q?", "yes", "abd", ("abd",)))]}, "more than the 7"),
+    ],
+)
+def test_another_runs_file_is_refused_and_kept_or_replaced_on_demand(tmp_path, change, message):
+    path = tmp_path / "a.jsonl"
+    write_jsonl(path, answers(**change))
+    before = path.read_bytes()
+    with pytest.raises(UserError, match=message):
+        write_all(path)
+    assert path.read_bytes() == before
+    assert write_all(path, replace=True) == 0
+    assert [json.loads(line)["question_id"] for line in path.read_text().splitlines()] == [row.id for row in ROWS]
+
+
+def test_a_broken_line_inside_is_refused(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps(answers()[0]) + "\n{broken\n")
+    with pytest.raises(UserError, match="line 2"):
+        write_all(path)
+
+
+def test_a_run_that_fails_before_its_first_answer_leaves_no_file(tmp_path):
+    path = tmp_path / "deep" / "a.jsonl"
+    with pytest.raises(UserError, match="no model"), appending(path, ROWS, "llava-x", "r1"):
+        raise UserError("no model")
+    assert not path.exists()
+
+
+def test_a_chunk_without_rows_is_an_empty_file_that_merges(tmp_path):
+    path = tmp_path / "a.jsonl"
+    write_all(path, rows=[])
+    assert path.read_bytes() == b""
+    assert len(merge_answers(ROWS, [*write_chunks(tmp_path), path])) == 7
+
+
+def test_a_second_writer_waits_and_finds_the_work_done(tmp_path):
+    path = tmp_path / "a.jsonl"
+    found = []
+    with appending(path, ROWS, "llava-x", "r1") as (_, stream):
+        second = threading.Thread(target=lambda: found.append(write_all(path)))
+        second.start()
+        second.join(0.3)
+        assert not found
+        append(stream, answers())
+    second.join(10)
+    assert found == [len(ROWS)]
+    assert len(path.read_text().splitlines()) == len(ROWS)
+
+
+def test_run_id_follows_settings_and_model_files(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    first = run_id({"model": model_fingerprint(str(tmp_path))})
+    (tmp_path / "trainer_state.json").write_text("{}")
+    (tmp_path / "log.md").write_text("x")
+    assert run_id({"model": model_fingerprint(str(tmp_path))}) == first
+    (tmp_path / "slots.pth").write_bytes(b"1")
+    assert run_id({"model": model_fingerprint(str(tmp_path))}) != first
+    assert model_fingerprint("some/hub-id") == {"hub id": "some/hub-id"}
+
+
+def test_a_large_model_file_is_sampled(tmp_path, monkeypatch):
+    monkeypatch.setattr("llava.eval.answer_file.HASHED_WHOLE", 10)
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(bytes(300_000))
+    first = model_fingerprint(str(tmp_path))
+    file.write_bytes(bytes(299_999) + b"x")
+    assert model_fingerprint(str(tmp_path)) != first
+
+
+# -- merging -----------------------------------------------------------------------------------------------------------
+
+
+def write_chunks(folder, chunks=3, **more):
+    paths = []
+    for number, part in enumerate(split_evenly(len(ROWS), chunks)):
+        path = folder / f"{chunks}_{number}.jsonl"
+        write_jsonl(path, answers([ROWS[i] for i in part], **more))
+        paths.append(path)
+    return paths
+
+
+def test_chunks_merge_in_the_question_files_order(tmp_path, capsys):
+    questions = tmp_path / "q.jsonl"
+    write_jsonl(questions, [row.raw for row in ROWS])
+    paths = write_chunks(tmp_path)
+    target = tmp_path / "answers.jsonl"
+    chunk_arguments = [str(path) for path in reversed(paths)]
+    merge_chunks.main(["--question-file", str(questions), "--answers-file", str(target), "--chunks", *chunk_arguments])
+    assert [json.loads(line)["question_id"] for line in target.read_text().splitlines()] == list(range(7))
+    assert "7 answers from 3 chunk(s)" in capsys.readouterr().out
+
+
+def test_more_chunks_than_rows_merge(tmp_path):
+    paths = write_chunks(tmp_path, chunks=10)
+    assert len(merge_answers(ROWS, paths)) == 7
+
+
+def test_a_missing_torn_foreign_or_double_chunk_is_refused(tmp_path):
+    paths = write_chunks(tmp_path)
+    with pytest.raises(UserError, match="missing chunk: .*gone.jsonl"):
+        merge_answers(ROWS, [*paths, tmp_path / "gone.jsonl"])
+    with pytest.raises(UserError, match="2 of 7 questions have no answer, the first is question_id 0"):
+        merge_answers(ROWS, paths[1:])
+    with pytest.raises(UserError, match="question_id '6' is answered but not in the question file"):
+        merge_answers(ROWS[:6], paths)
+    with pytest.raises(UserError, match="answered in two chunks"):
+        merge_answers(ROWS, [*paths, paths[0]])
+    write_jsonl(paths[1], answers([ROWS[i] for i in split_evenly(7, 3)[1]], run="r2"))
+    with pytest.raises(UserError, match="different runs"):
+        merge_answers(ROWS, paths)
+    paths = write_chunks(tmp_path)
+    paths[2].write_bytes(paths[2].read_bytes()[:-5])
+    with pytest.raises(UserError, match="the first is question_id 6"):
+        merge_answers(ROWS, paths)
