@@ -16,8 +16,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from llava.data.dataset import check_image_files
 from llava.data.rows import Row
-from llava.mm_utils import load_image, process_images
+from llava.image_io import load_image
+from llava.mm_utils import process_images
 from llava.model.builder import llava_config, load_vision_tower
 from llava.model.checkpoint import fingerprint
 from llava.model.language_model.query_encoder import TextEncoder, load_text_encoder
@@ -43,16 +45,6 @@ class Queries:
         return Queries(*(part if part is None else part[rows] for part in (self.text, self.image)), self.encoder)
 
 
-def check_images(rows: list[Row], image_folder: str | os.PathLike) -> None:
-    """``UserError`` naming the first missing picture and the count, before any work is done."""
-    missing = [row for row in rows if row.image and not (Path(image_folder) / row.image).is_file()]
-    if missing:
-        raise UserError(
-            f"{len(missing)} of {len(rows)} rows name a picture that is not in {image_folder}, first "
-            f"{missing[0].image} (row {missing[0].id}); check --image_folder"
-        )
-
-
 def compute_queries(
     rows: list[Row],
     base: Path,
@@ -71,7 +63,7 @@ def compute_queries(
     """
     encoder = load_text_encoder(text_encoder, base) if "text" in query_mode else None
     if "image" in query_mode:
-        check_images(rows, image_folder)
+        check_image_files(rows, image_folder)
     cache = None
     if cache_dir is not None:
         cache = Path(cache_dir) / f"{_cache_key(rows, base, image_folder, query_mode, encoder)}.pt"

@@ -1,0 +1,28 @@
+"""The project's method: each task trains its own retrieved slots; everything else stays bit-identical.
+
+While a task trains, only its own slots are in memory, so the thousandth task costs what the first did. The slots of
+earlier tasks pass from checkpoint to checkpoint untouched.
+"""
+
+from __future__ import annotations
+
+from llava.continual.methods import only
+from llava.continual.tasks import TaskSequence
+from llava.model.language_model.slot_file import SlotFile
+
+
+class Retrieval:
+    name = "retrieval"
+
+    def training_files(self, sequence: TaskSequence, task: str) -> list[str]:
+        return [sequence.task(task).train]
+
+    def begin(self, merged: SlotFile, previous: SlotFile | None, task: str) -> tuple[SlotFile, str]:
+        return only(merged, merged.task(task)), task
+
+    def end(self, previous: SlotFile | None, trained: SlotFile) -> SlotFile:
+        earlier = [] if previous is None else previous.tasks
+        return SlotFile(trained.settings, [*earlier, *trained.tasks], trained.base)
+
+
+METHOD = Retrieval()

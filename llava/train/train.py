@@ -1,0 +1,211 @@
+"""Stage 2: train one task's slots on a frozen base.
+
+What happens, in order: the base is loaded and frozen; the merged keys give the task its slots; every training question
+gets its text query once; transformers' trainer (on DeepSpeed, where asked for) fits the slots' offsets to the answers;
+the stage checkpoint is written, with the slots of earlier tasks passed through untouched.
+
+A killed run goes on from its last whole checkpoint when the same command is given again; a finished one is skipped.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import torch
+import transformers
+
+from llava.continual.keys import seed_of
+from llava.continual.methods import load_method
+from llava.continual.stage_checkpoint import check_same_run, finished_stage, read_stage_slots, write_stage
+from llava.continual.tasks import TaskSequence, load_sequence
+from llava.conversation import conv_mode_for
+from llava.data.dataset import DataCollatorForSupervisedDataset, LazySupervisedDataset
+from llava.data.rows import Row, read_rows
+from llava.mm_utils import get_model_name_from_path
+from llava.model.builder import attach_slots, attention, load_base
+from llava.model.checkpoint import resolve_checkpoint
+from llava.model.language_model.query_encoder import encoder_from_identity
+from llava.model.language_model.slot_file import SlotFile, read_slot_file
+from llava.train.arguments import DataArguments, TrainingArguments, parse_arguments, translate
+from llava.train.deepspeed_config import check_deepspeed_config, prepare_cpu_deepspeed
+from llava.train.llava_trainer import LLaVATrainer, last_complete_checkpoint, trainable_state
+from llava.utils import UserError, atomic_write, file_sha256, rank0_print
+
+RECORDED = (
+    "num_train_epochs",
+    "max_steps",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "learning_rate",
+    "lr_scheduler_type",
+    "warmup_steps",
+    "weight_decay",
+    "max_grad_norm",
+    "bf16",
+    "fp16",
+    "model_max_length",
+)
+
+
+def train(attn_implementation: str | None = None) -> None:
+    """Run stage 2 for the task that the command line names."""
+    argv = sys.argv[1:]
+    uses_deepspeed = _look_at_deepspeed(argv)
+    model_args, data_args, args = parse_arguments(argv)
+    model_args.attn_implementation = model_args.attn_implementation or attn_implementation
+    quiet_libraries()
+    sequence, method = load_sequence(data_args.sequence), load_method(args.method)
+    if not model_args.model_name_or_path:
+        raise UserError("no base model; give --model_name_or_path")
+    base = resolve_checkpoint(model_args.model_name_or_path)
+    stage = Path(args.output_dir)
+    if "llava" not in stage.name.lower():
+        raise UserError(
+            f"--output_dir {stage}: the folder's name must contain 'llava'"
+        )
+    previous = read_stage_slots(Path(args.previous_stage)) if args.previous_stage else None
+    merged = read_slot_file(args.retriever_state_dict)
+    files = [data_args.data_path] if data_args.data_path else method.training_files(sequence, data_args.task)
+    rows = [row for file in files for row in read_rows(file, require_answer=True)]
+    run = describe_run(data_args, args, merged, previous, files, args.retriever_state_dict)
+    if finished_stage(stage, run):
+        rank0_print(f"{stage} is finished already; skipped")
+        return
+    work = stage.parent / "checkpoints" / stage.name
+    check_same_run(work / "run.json", run, f"remove {work} to start the task anew, or restore the setting")
+    args.output_dir = str(work)
+    args.seed = seed_of(data_args.task, args.seed, "training") % 2**31  # a task's run does not depend on its place
+    transformers.set_seed(args.seed)
+
+    slots, trained_task = method.begin(merged, previous, data_args.task)
+    model, tokenizer, image_processor = load_base(
+        base, attn_implementation=attention(model_args.attn_implementation), dtype=base_dtype(args)
+    )
+    model.requires_grad_(False)
+    attach_slots(model, slots, base, with_encoder=False)
+    parameters = model.retriever.train_only(trained_task)
+    rank0_print(
+        f"task {data_args.task}: {len(rows)} rows; {sum(p.numel() for p in parameters):,} weights in "
+        f"{model.retriever.pool_size} slots train, the base is frozen"
+    )
+    dataset = build_dataset(rows, sequence, data_args, args, model_args, model, tokenizer, image_processor, slots, base)
+    trainer = build_trainer(model, tokenizer, dataset, args)
+    if args.should_save:
+        with atomic_write(work / "run.json") as stream:
+            json.dump(run, stream, indent=1)
+    checkpoint = last_complete_checkpoint(work, args.world_size)
+    if checkpoint:
+        rank0_print(f"going on from {checkpoint}")
+    result = trainer.train(resume_from_checkpoint=checkpoint)
+    if not torch.isfinite(torch.tensor(result.training_loss)):
+        raise UserError(f"the training loss is {result.training_loss}; lower --learning_rate")
+    trained = collect(slots, trained_task, model)
+    if args.should_save:
+        config = model.config
+        config.base_model_name_or_path = str(model_args.model_name_or_path)
+        whole = model if args.save_full_model and not uses_deepspeed else None
+        write_stage(stage, method.end(previous, trained), config, tokenizer, run, trainer.state.log_history, whole)
+        shutil.rmtree(work, ignore_errors=True)
+    rank0_print(f"task {data_args.task}: training loss {result.training_loss:.4f}; written to {stage}")
+
+
+def _look_at_deepspeed(argv: list[str]) -> bool:
+    """Check DeepSpeed's file before anything is loaded, and set it up on a machine without a GPU."""
+    clean = translate(argv)
+    if "--deepspeed" not in clean:
+        return False
+    check_deepspeed_config(clean[clean.index("--deepspeed") + 1])
+    if not torch.cuda.is_available():
+        prepare_cpu_deepspeed()
+    return True
+
+
+def quiet_libraries() -> None:
+    """Other libraries' notices only where something is wrong: the user reads this project's lines."""
+    transformers.logging.set_verbosity_error()
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+
+
+def base_dtype(args: TrainingArguments) -> torch.dtype:
+    """Of the frozen base: half precision when training in it, float32 otherwise."""
+    return torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
+
+
+def describe_run(
+    data_args: DataArguments,
+    args: TrainingArguments,
+    merged: SlotFile,
+    previous: SlotFile | None,
+    files: list[str],
+    keys: str,
+) -> dict:
+    """What makes two runs of a task the same; kept with the checkpoint and compared when the command is run again."""
+    return {
+        "task": data_args.task,
+        "method": args.method,
+        "seed": args.seed,
+        "data": {Path(file).name: file_sha256(file)[:16] for file in files},
+        "keys": file_sha256(keys)[:16],
+        "base": merged.base.get("fingerprint"),
+        "earlier_tasks": [task.name for task in previous.tasks] if previous else [],
+        **{name: getattr(args, name) for name in RECORDED},
+    }
+
+
+def build_dataset(
+    rows: list[Row], sequence: TaskSequence, data_args, args, model_args, model, tokenizer, image_processor, slots, base
+) -> LazySupervisedDataset:
+    """Training samples with their text queries."""
+    text_queries = None
+    if slots.settings.uses_text and slots.settings.encoder:
+        encoder = encoder_from_identity(slots.settings.encoder, base)
+        text_queries = encoder([row.question for row in rows])
+    if data_args.image_aspect_ratio:
+        model.config.image_aspect_ratio = data_args.image_aspect_ratio
+    name = get_model_name_from_path(str(model_args.model_name_or_path))
+    return LazySupervisedDataset(
+        rows,
+        tokenizer,
+        data_args.image_folder or sequence.image_folder,
+        image_processor,
+        model.config,
+        model_args.version or conv_mode_for(model.config, name),
+        text_queries,
+        max_length=args.model_max_length,
+    )
+
+
+def build_trainer(model, tokenizer, dataset, args: TrainingArguments) -> LLaVATrainer:
+    """The trainer, with what a frozen base asks for."""
+    if args.gradient_checkpointing:
+        args.gradient_checkpointing_kwargs = {"use_reentrant": False}  # slots are gathered: not leaves of the graph
+    args.save_total_limit = max(args.save_total_limit or 2, 2)  # the newest may still be half-written
+    model.config.use_cache = False
+    return LLaVATrainer(
+        model=model,
+        args=args,
+        train_dataset=dataset,
+        data_collator=DataCollatorForSupervisedDataset(tokenizer),
+        processing_class=tokenizer,
+    )
+
+
+def collect(slots: SlotFile, task: str, model) -> SlotFile:
+    """The slots after training, as a slot file: the trained task's offsets replaced, everything else as it was."""
+    state = trainable_state(model)
+    entry = slots.task(task)
+    for kind in ("A", "B"):
+        trained = {name.rsplit(".", 1)[1]: value for name, value in state.items() if f".{kind}." in name}
+        setattr(entry, kind, trained)
+    entry.trained = True
+    return slots
+
+
+def main() -> None:
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    train()
