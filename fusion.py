@@ -81,11 +81,15 @@ def check_images(examples: list[Example], folder: Path, allow: bool, report: Rep
 
 def refuse_stale_test_file(output: Path, files: dict[str, str]) -> None:
     """A test file of an earlier run must not stand beside training files that may hold its rows."""
-    stale = output / "test_vqa_rad.jsonl"
-    if "train_vqa_rad_combined.jsonl" in files and stale.name not in files and stale.exists():
-        raise UserError(
-            f"{stale} is from an earlier run, but this input names no test rows (give --test_metadata, or remove it)"
-        )
+    for train, test in (
+        ("train_vqa_rad_combined.jsonl", "test_vqa_rad.jsonl"),
+        ("unseen/train_vqa_rad_combined.jsonl", "unseen/test_vqa_rad.jsonl"),
+    ):
+        if train in files and test not in files and (output / test).exists():
+            raise UserError(
+                f"{output / test} is from an earlier run, but this input gives no test rows for it "
+                "(give --test_metadata, or remove it)"
+            )
 
 
 def check_tasks(files: dict[str, str]) -> None:

@@ -40,11 +40,16 @@ def write_together(folder: Path, files: dict[str, str]) -> None:
     """Write all files or none: each is complete on disk, under a temporary name, before the first takes its place.
 
     Raises:
-        UserError: ``folder`` is no folder.
+        UserError: ``folder`` is no folder and cannot be made.
         OSError: disk full, no permission.
     """
     if folder.exists() and not folder.is_dir():
         raise UserError(f"output folder {folder} is a file (choose another with --output_dir)")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        reason = error.strerror or type(error).__name__
+        raise UserError(f"cannot make output folder {folder}: {reason} (choose another with --output_dir)") from error
     with contextlib.ExitStack() as stack:
         for name, text in files.items():
             stream = stack.enter_context(atomic_write(folder / name))

@@ -113,8 +113,8 @@ def _official_split(examples: list[Example], references: Sequence[Reference]) ->
     """Examples with the references' split, if each one finds its own reference row, its image name included.
 
     Question and answer alone do not tell the split: "Is the trachea midline?" is asked in both. So it is all or none.
-    A row that is both in train and in test (qid 422 and 447) is told by counting: as many rows as the csv has, the
-    test row last.
+    A row that is both in train and in test (qid 422 and 447) is told by counting: in the references' order where the
+    csv has all of them, else the test rows are those that were kept.
     """
     is_test: dict[tuple[str, str, str], list[bool]] = {}
     for reference in references:
@@ -123,12 +123,14 @@ def _official_split(examples: list[Example], references: Sequence[Reference]) ->
             key = image, normalise(reference.question), normalise(reference.answer)
             is_test.setdefault(key, []).append(phrase_type.startswith("test_"))
     keys = [(example.image, normalise(example.question), normalise(example.answer)) for example in examples]
-    left = Counter(keys)
-    if not all(key in is_test and left[key] <= len(is_test[key]) for key in left):
+    counts = Counter(keys)
+    if not all(key in is_test and count <= len(is_test[key]) for key, count in counts.items()):
         return examples
-    split = []
-    for example, key in zip(examples, keys, strict=True):
-        test = sorted(is_test[key])[-left[key]]
-        left[key] -= 1
-        split.append(dataclasses.replace(example, split=TEST) if test else example)
-    return split
+    left = {
+        key: iter(is_test[key] if count == len(is_test[key]) else sorted(is_test[key])[-count:])
+        for key, count in counts.items()
+    }
+    return [
+        dataclasses.replace(example, split=TEST) if next(left[key]) else example
+        for example, key in zip(examples, keys, strict=True)
+    ]

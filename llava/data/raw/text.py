@@ -46,18 +46,21 @@ def mend_text(value: Any, where: str) -> tuple[str, list[str]]:
         value = str(int(value)) if value == int(value) else str(value)
     if not isinstance(value, str):
         raise UserError(f"{where} is missing or no text: {value!r}")
-    text = value
-    for name, mend in ((TAB, _mend_tabs), (APOSTROPHE, _mend_apostrophes), (QUOTE, _mend_quote), (SPACE, _mend_spaces)):
+    text = value.strip()
+    for name, mend in ((TAB, _mend_tabs), (APOSTROPHE, _mend_apostrophes), (QUOTE, _mend_quote)):
         before, text = text, mend(text)
         if text != before:
             mended.append(name)
-    if not text:
+    tidy = _SPACES.sub(" ", text)
+    if value != value.strip() or tidy != text:
+        mended.append(SPACE)
+    if not tidy:
         raise UserError(f"{where} is empty")
-    return text, mended
+    return tidy, mended
 
 
 def _mend_tabs(text: str) -> str:
-    return _TAB.sub(", ", _MOVED_LETTER.sub(r"\1\t", text.strip()) if "\t" in text.strip() else text)
+    return _TAB.sub(", ", _MOVED_LETTER.sub(r"\1\t", text))
 
 
 def _mend_apostrophes(text: str) -> str:
@@ -66,9 +69,4 @@ def _mend_apostrophes(text: str) -> str:
 
 def _mend_quote(text: str) -> str:
     """Without a quotation mark at its very start that has no partner."""
-    stripped = text.strip()
-    return stripped[1:] if stripped.startswith('"') and stripped.count('"') == 1 else text
-
-
-def _mend_spaces(text: str) -> str:
-    return _SPACES.sub(" ", text).strip()
+    return text[1:].strip() if text.startswith('"') and text.count('"') == 1 else text
