@@ -1,0 +1,103 @@
+"""Continual-learning metrics from the accuracy matrix ``R``.
+
+``R[i][j]`` is the score on task ``j`` after stage ``i`` (stages and tasks count from 1 in the formulas, ``T`` of each;
+task ``j`` is trained in stage ``j``). ``Z[j]`` is the score of the zero-shot base.
+
+- average final accuracy: ``mean_j R[T][j]``
+- learning accuracy:      ``mean_j R[j][j]``
+- BWT:                    ``mean over j < T of R[T][j] - R[j][j]``
+- forgetting:             ``mean over j < T of max over i < T of R[i][j], minus R[T][j]``
+- FWT:                    ``mean over j > 1 of R[j-1][j] - Z[j]`` (what earlier tasks give a task before it is trained)
+
+All functions take ``[..., T, T]`` arrays, so that bootstrap replicates are one call. A metric that a single task does
+not define is NaN.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+FORMULAS = {
+    "average_final": "mean_j R[T][j]",
+    "learning_accuracy": "mean_j R[j][j]",
+    "bwt": "mean_{j<T} (R[T][j] - R[j][j])",
+    "forgetting": "mean_{j<T} (max_{i<T} R[i][j] - R[T][j])",
+    "fwt": "mean_{j>1} (R[j-1][j] - zero_shot[j])",
+}
+
+
+def check_matrix(matrix: np.ndarray) -> np.ndarray:
+    """``matrix`` as floats ``[..., T, T]``.
+
+    Raises:
+        ValueError: it is not square, or empty.
+    """
+    found = np.asarray(matrix, dtype=np.float64)
+    if found.ndim < 2 or found.shape[-1] != found.shape[-2] or found.shape[-1] == 0:
+        raise ValueError(f"an accuracy matrix has one row per stage and one column per task, not shape {found.shape}")
+    return found
+
+
+def average_final(matrix: np.ndarray) -> np.ndarray:
+    """Mean over tasks after the last stage, ``[..., T, T] -> [...]``."""
+    return check_matrix(matrix)[..., -1, :].mean(-1)
+
+
+def learning_accuracy(matrix: np.ndarray) -> np.ndarray:
+    """Mean over tasks right after each was trained, ``[..., T, T] -> [...]``."""
+    return _diagonal(check_matrix(matrix)).mean(-1)
+
+
+def backward_transfer(matrix: np.ndarray) -> np.ndarray:
+    """BWT, ``[..., T, T] -> [...]``: below 0 where later stages cost earlier tasks."""
+    found = check_matrix(matrix)
+    return _mean(found[..., -1, :-1] - _diagonal(found)[..., :-1])
+
+
+def forgetting(matrix: np.ndarray) -> np.ndarray:
+    """Loss from each task's best earlier stage to the last, ``[..., T, T] -> [...]``; below 0 is a gain."""
+    found = check_matrix(matrix)
+    if found.shape[-1] < 2:
+        return np.full(found.shape[:-2], np.nan)
+    return _mean(found[..., :-1, :-1].max(-2) - found[..., -1, :-1])
+
+
+def forward_transfer(matrix: np.ndarray, zero_shot: np.ndarray) -> np.ndarray:
+    """FWT against the zero-shot row ``[..., T]``: ``[..., T, T] -> [...]``.
+
+    Raises:
+        ValueError: the zero-shot row has another number of tasks.
+    """
+    found, base = check_matrix(matrix), np.asarray(zero_shot, dtype=np.float64)
+    if base.shape[-1] != found.shape[-1]:
+        raise ValueError(f"the zero-shot row has {base.shape[-1]} tasks, the matrix {found.shape[-1]}")
+    return _mean(np.diagonal(found, offset=1, axis1=-2, axis2=-1) - base[..., 1:])
+
+
+def summary(matrix: np.ndarray, zero_shot: np.ndarray | None = None) -> dict[str, np.ndarray]:
+    """All metrics by name; ``fwt`` is NaN without a zero-shot row."""
+    measures: dict[str, Callable] = {
+        "average_final": average_final,
+        "learning_accuracy": learning_accuracy,
+        "bwt": backward_transfer,
+        "forgetting": forgetting,
+    }
+    found = {name: measure(matrix) for name, measure in measures.items()}
+    missing = np.full(np.shape(found["bwt"]), np.nan)
+    return {**found, "fwt": missing if zero_shot is None else forward_transfer(matrix, zero_shot)}
+
+
+def gap(reference: float, matrix: np.ndarray) -> np.ndarray:
+    """How far the average final accuracy stays below a reference's (joint training, or one model per task)."""
+    return reference - average_final(matrix)
+
+
+def _diagonal(matrix: np.ndarray) -> np.ndarray:
+    return np.diagonal(matrix, axis1=-2, axis2=-1)
+
+
+def _mean(values: np.ndarray) -> np.ndarray:
+    """Mean over the last axis, NaN (without a warning) where it is empty."""
+    return values.mean(-1) if values.shape[-1] else np.full(values.shape[:-1], np.nan)
