@@ -31,6 +31,7 @@ BLEU_ORDER = 4
 PTB_TOKENIZER = "PTBTokenizer (Stanford CoreNLP 3.4.1 as in pycocoevalcap, lower case, punctuation removed)"
 PLAIN_TOKENIZER = "plain (lower case; words of letters and digits, inner hyphen, point, slash and apostrophe kept)"
 NO_JAVA = "Java was not found; install a Java runtime (8 or newer) to have METEOR"
+JAVA_OFF = "Java was switched off, and METEOR needs it"
 METEOR_FORMULA = "METEOR 1.5 (en, -norm), corpus aggregate"
 
 # METEOR 1.5, English ranking weights: matcher weights (exact, stem, synonym, paraphrase) and alpha, beta, gamma, delta.
@@ -54,7 +55,7 @@ class TextScorer:
             raise UserError(NO_JAVA)
         self._meteor: MeteorProcess | None = None
         self.tokenizer = PTB_TOKENIZER if self._java else PLAIN_TOKENIZER
-        self.meteor_reason = None if self._java else NO_JAVA
+        self.meteor_reason = None if self._java else JAVA_OFF if use_java is False else NO_JAVA
 
     def close(self) -> None:
         """End METEOR's process."""
