@@ -12,7 +12,7 @@ import argparse
 import os
 from pathlib import Path
 
-from llava.utils import UserError, run_cli
+from llava.utils import UserError, quiet_libraries, run_cli
 
 
 def parse_args() -> argparse.Namespace:
@@ -26,6 +26,7 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
+    quiet_libraries()
     from llava.continual.stage1 import merge_key_files, routing_accuracy
     from llava.continual.tasks import load_sequence
     from llava.model.language_model.slot_file import write_slot_file

@@ -11,7 +11,7 @@ import argparse
 import os
 from pathlib import Path
 
-from llava.utils import UserError, run_cli
+from llava.utils import UserError, quiet_libraries, run_cli
 
 
 def parse_args() -> argparse.Namespace:
@@ -43,6 +43,7 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
+    quiet_libraries()
     import torch  # after parsing, so that --help and bad flags answer at once
 
     from llava.continual.queries import default_base

@@ -14,12 +14,16 @@ import logging
 import os
 import sys
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
+
+GPU_DEVICES = ("/dev/nvidiactl", "/dev/kfd")
+"""Present where a driver for NVIDIA or AMD GPUs is loaded."""
 
 _SYSTEM_ERRORS = {
     errno.ENOSPC: "the disk is full; free some space and run the same command again",
@@ -44,6 +48,9 @@ def run_cli(main: Callable[[], int | None]) -> None:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         code = EXIT_USER_ERROR
+    except BrokenPipeError:  # the reader of a pipe, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 0
     except OSError as error:
         if error.errno not in _SYSTEM_ERRORS:
             raise
@@ -131,6 +138,21 @@ def build_logger(name: str, filename: str | None = None) -> logging.Logger:
         handler.setFormatter(formatter)
         logger.addHandler(handler)
     return logger
+
+
+def quiet_libraries() -> None:
+    """Let other libraries speak only of what is wrong, so that the user reads this project's lines.
+
+    Called before they are imported where possible: DeepSpeed and bitsandbytes report at import that they find no GPU.
+    """
+    for name in ("DeepSpeed", "bitsandbytes", "transformers"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    if not any(os.path.exists(device) for device in GPU_DEVICES):
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch")
+    warnings.filterwarnings("ignore", category=FutureWarning, module="deepspeed")
 
 
 def disable_torch_init() -> None:

@@ -39,17 +39,11 @@ class LLaVATrainer(Trainer):
             for name, value in state.items():
                 parameters[name].copy_(value)
 
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        if self.is_deepspeed_enabled:
-            self.model_wrapped.save_checkpoint(output_dir, exclude_frozen_parameters=True)
-        else:
-            super()._save_optimizer_and_scheduler(output_dir)
-
     def create_scheduler(self, num_training_steps: int, optimizer=None):
         """Also the moment at which DeepSpeed's engine exists and has not loaded a checkpoint yet."""
         wrapped = getattr(self.accelerator, "deepspeed_engine_wrapped", None)
         if wrapped is not None:
-            _accept_partial_checkpoints(wrapped.engine)
+            _leave_frozen_out(wrapped.engine)
         return super().create_scheduler(num_training_steps, optimizer)
 
     def _save_checkpoint(self, model, trial) -> None:
@@ -60,17 +54,17 @@ class LLaVATrainer(Trainer):
             (folder / COMPLETE).touch()
 
 
-def _accept_partial_checkpoints(engine) -> None:
-    """Checkpoints leave the frozen base out, so loading them must not ask for every tensor."""
-    if getattr(engine, "loads_partial_checkpoints", False):
-        return
-    load = engine.load_checkpoint
+def _leave_frozen_out(engine) -> None:
+    """Make DeepSpeed's checkpoints leave the frozen base out, and loading them not ask for it."""
+    save, load = engine.save_checkpoint, engine.load_checkpoint
 
-    def load_partial(*args, **kwargs):
+    def save_trained(*args, **kwargs):
+        return save(*args, **{**kwargs, "exclude_frozen_parameters": True})
+
+    def load_trained(*args, **kwargs):
         return load(*args, **{**kwargs, "load_module_strict": False})
 
-    engine.load_checkpoint = load_partial
-    engine.loads_partial_checkpoints = True
+    engine.save_checkpoint, engine.load_checkpoint = save_trained, load_trained
 
 
 def trainable_state(model) -> dict[str, torch.Tensor]:

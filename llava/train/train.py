@@ -10,8 +10,6 @@ A killed run goes on from its last whole checkpoint when the same command is giv
 from __future__ import annotations
 
 import json
-import logging
-import os
 import shutil
 import sys
 from pathlib import Path
@@ -58,7 +56,7 @@ def train(attn_implementation: str | None = None) -> None:
     uses_deepspeed = _look_at_deepspeed(argv)
     model_args, data_args, args = parse_arguments(argv)
     model_args.attn_implementation = model_args.attn_implementation or attn_implementation
-    quiet_libraries()
+    transformers.logging.set_verbosity_error()
     sequence, method = load_sequence(data_args.sequence), load_method(args.method)
     if not model_args.model_name_or_path:
         raise UserError("no base model; give --model_name_or_path")
@@ -123,12 +121,6 @@ def _look_at_deepspeed(argv: list[str]) -> bool:
     if not torch.cuda.is_available():
         prepare_cpu_deepspeed()
     return True
-
-
-def quiet_libraries() -> None:
-    """Other libraries' notices only where something is wrong: the user reads this project's lines."""
-    transformers.logging.set_verbosity_error()
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
 
 
 def base_dtype(args: TrainingArguments) -> torch.dtype:
@@ -207,5 +199,5 @@ def collect(slots: SlotFile, task: str, model) -> SlotFile:
 
 
 def main() -> None:
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    """Command line of stage 2."""
     train()
