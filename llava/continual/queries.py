@@ -18,12 +18,10 @@ from tqdm import tqdm
 
 from llava.data.dataset import check_image_files
 from llava.data.rows import Row
-from llava.image_io import load_image
-from llava.mm_utils import process_images
-from llava.model.builder import llava_config, load_vision_tower
 from llava.model.checkpoint import fingerprint
 from llava.model.language_model.query_encoder import TextEncoder, load_text_encoder
 from llava.model.llava_arch import pooled_features
+from llava.model.tower_features import tower_features
 from llava.utils import UserError, atomic_write, is_main_process, rank0_print
 
 DEFAULT_CACHE = "output/cache/queries"
@@ -86,21 +84,14 @@ def _text_queries(rows: list[Row], encoder: TextEncoder) -> Tensor:
     return torch.stack([encoder([row.question])[0] for row in shown])
 
 
-@torch.inference_mode()
 def _image_queries(rows: list[Row], base: Path, image_folder, batch_size: int, device: str) -> Tensor:
     """Each picture goes through the tower once, however many questions it has."""
-    tower, config = load_vision_tower(base, device), llava_config(base)
     names = list(dict.fromkeys(row.image for row in rows if row.image))
     by_name: dict[str | None, Tensor] = {}
-    starts = range(0, len(names), batch_size)
-    for start in tqdm(starts, desc="image queries", unit="batch", disable=not is_main_process(), leave=False):
-        batch = names[start : start + batch_size]
-        pictures = process_images([load_image(Path(image_folder) / n) for n in batch], tower.image_processor, config)
-        tiles = [picture if picture.dim() == 4 else picture[None] for picture in pictures]
-        features = tower(torch.cat(tiles).to(device)).split([len(tile) for tile in tiles])
-        for name, pooled in zip(batch, pooled_features([[feature] for feature in features]), strict=True):
-            by_name[name] = pooled.float().cpu().clone()
-    by_name[None] = torch.zeros(tower.hidden_size)
+    for name, features, _ in tower_features(names, base, image_folder, batch_size, device, purpose="image queries"):
+        by_name[name] = pooled_features([[features]])[0].cpu()
+    width = next(iter(by_name.values())).shape[0]
+    by_name[None] = torch.zeros(width)
     return torch.stack([by_name[row.image or None] for row in rows])
 
 

@@ -47,6 +47,8 @@ class LazySupervisedDataset(Dataset):
         conv_mode: a key of ``conv_templates``.
         text_queries: ``[N, d]`` query of each row, handed on in the sample.
         answer_suffix: put after each question on a line of its own, as evaluation puts it.
+        features: per file name the frozen tower's features ``[tiles, patches, C]`` and the picture's size; where given, a
+            sample carries these as ``image_features`` instead of ``image``, and no picture is opened.
         max_length: longest sample in positions, features of the picture included; None for no limit.
         cache_megabytes: memory for preprocessed pictures.
 
@@ -68,6 +70,7 @@ class LazySupervisedDataset(Dataset):
         text_queries: torch.Tensor | None = None,
         *,
         answer_suffix: str = "",
+        features: dict[str, tuple[torch.Tensor, tuple[int, int]]] | None = None,
         max_length: int | None = None,
         cache_megabytes: int = 256,
     ) -> None:
@@ -82,6 +85,7 @@ class LazySupervisedDataset(Dataset):
         self.model_cfg = model_cfg
         self.conv_mode = conv_mode
         self.text_queries = text_queries
+        self.features = features
         self.answer_suffix = answer_suffix
         self.max_length = max_length
         self.image_tokens = image_token_count(model_cfg, image_processor)
@@ -95,14 +99,12 @@ class LazySupervisedDataset(Dataset):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         row = self.rows[index]
-        image, size = self._picture(row)
         ids, labels = self._encoded.get(index) or self._encode(index)
-        sample = {
-            "input_ids": torch.tensor(ids, dtype=torch.long),
-            "labels": torch.tensor(labels, dtype=torch.long),
-            "image": image,
-            "image_size": size,
-        }
+        sample = {"input_ids": torch.tensor(ids, dtype=torch.long), "labels": torch.tensor(labels, dtype=torch.long)}
+        if self.features is not None:
+            sample["image_features"], sample["image_size"] = self.features.get(row.image, (None, None))
+        else:
+            sample["image"], sample["image_size"] = self._picture(row)
         if self.text_queries is not None:
             sample["text_query"] = self.text_queries[index]
         return sample
@@ -249,7 +251,8 @@ class DataCollatorForSupervisedDataset:
 
     The batch holds ``input_ids``, ``labels`` and ``attention_mask`` ``[B, T]``; ``images`` ``[B, 3, H, W]`` when every
     sample has a picture of one shape, else a list with None for text-only rows; ``image_sizes`` (list of
-    ``(width, height)`` or None); ``text_query`` ``[B, d]`` where the samples carry one. The mask comes from the
+    ``(width, height)`` or None); ``text_query`` ``[B, d]`` where the samples carry one. Samples with ``image_features``
+    give a list per sample of these instead of ``images``. The mask comes from the
     lengths, never from the padding id, which may be a real token.
     """
 
@@ -264,14 +267,18 @@ class DataCollatorForSupervisedDataset:
         for row, sample in enumerate(samples):
             length = len(sample["input_ids"])
             ids[row, :length], labels[row, :length], mask[row, :length] = sample["input_ids"], sample["labels"], True
-        images = [sample["image"] for sample in samples]
         batch = {
             "input_ids": ids,
             "labels": labels,
             "attention_mask": mask,
-            "images": torch.stack(images) if _stackable(images) else images,
             "image_sizes": [sample["image_size"] for sample in samples],
         }
+        if "image_features" in samples[0]:
+            features = [sample["image_features"] for sample in samples]
+            batch["image_features"] = [[] if feature is None else [feature] for feature in features]
+        else:
+            images = [sample["image"] for sample in samples]
+            batch["images"] = torch.stack(images) if _stackable(images) else images
         if "text_query" in samples[0]:
             batch["text_query"] = torch.stack([sample["text_query"] for sample in samples])
         return batch

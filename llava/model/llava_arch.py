@@ -222,6 +222,7 @@ class LlavaMetaForCausalLM:
         use_cache: bool | None = None,
         images: Images | None = None,
         image_sizes: list[tuple[int, int]] | None = None,
+        image_features: list[list[Tensor]] | None = None,
         text_query: Tensor | None = None,
         slot_indices: torch.LongTensor | None = None,
         slot_weights: Tensor | None = None,
@@ -231,11 +232,14 @@ class LlavaMetaForCausalLM:
 
         Args:
             images, image_sizes: pictures per sample (see ``vision_features``) and their original ``(width, height)``.
-            text_query: ``[batch, text_dim]`` encoded questions; with ``images`` they decide the route.
+            image_features: what ``vision_features(images)`` gives, computed before; then ``images`` is not needed.
+            text_query: ``[batch, text_dim]`` encoded questions; with the pictures they decide the route.
             slot_indices, slot_weights: ``[batch, k]`` a route already decided (decoding steps pass it along).
         """
-        if inputs_embeds is None and images is not None and self.get_vision_tower() is not None:
-            features = self.vision_features(images)
+        if image_features is None and images is not None and self.get_vision_tower() is not None:
+            image_features = self.vision_features(images)
+        if inputs_embeds is None and image_features is not None:
+            features = image_features
             if slot_indices is None:
                 slot_indices, slot_weights = _as_pair(self.route(features, text_query))
             projected = self.project_features(features, image_sizes)

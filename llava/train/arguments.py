@@ -50,6 +50,7 @@ class TrainingArguments(transformers.TrainingArguments):
         default="output/prompt-key/merged_prompt_key.pth", metadata={"help": "merged keys and initial offsets"}
     )
     previous_stage: str | None = field(default=None, metadata={"help": "checkpoint of the stage before this one"})
+    feature_cache_mb: int = field(default=4096, metadata={"help": "memory for the frozen tower's picture features"})
     save_full_model: bool = field(default=False, metadata={"help": "write the base's weights into the checkpoint too"})
 
 

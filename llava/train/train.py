@@ -22,13 +22,14 @@ from llava.continual.methods import load_method
 from llava.continual.stage_checkpoint import check_same_run, finished_stage, read_stage_slots, write_stage
 from llava.continual.tasks import TaskSequence, load_sequence
 from llava.conversation import conv_mode_for
-from llava.data.dataset import DataCollatorForSupervisedDataset, LazySupervisedDataset
+from llava.data.dataset import DataCollatorForSupervisedDataset, LazySupervisedDataset, check_image_files
 from llava.data.rows import Row, read_rows
 from llava.mm_utils import get_model_name_from_path
 from llava.model.builder import attach_slots, attention, load_base
 from llava.model.checkpoint import resolve_checkpoint
 from llava.model.language_model.query_encoder import encoder_from_identity
 from llava.model.language_model.slot_file import SlotFile, read_slot_file
+from llava.model.tower_features import tower_features
 from llava.train.arguments import DataArguments, TrainingArguments, parse_arguments, translate
 from llava.train.deepspeed_config import check_deepspeed_config, prepare_cpu_deepspeed
 from llava.train.llava_trainer import LLaVATrainer, last_complete_checkpoint, trainable_state
@@ -63,9 +64,7 @@ def train(attn_implementation: str | None = None) -> None:
     base = resolve_checkpoint(model_args.model_name_or_path)
     stage = Path(args.output_dir)
     if "llava" not in stage.name.lower():
-        raise UserError(
-            f"--output_dir {stage}: the folder's name must contain 'llava'"
-        )
+        raise UserError(f"--output_dir {stage}: the folder's name must contain 'llava'")
     previous = read_stage_slots(Path(args.previous_stage)) if args.previous_stage else None
     merged = read_slot_file(args.retriever_state_dict)
     files = [data_args.data_path] if data_args.data_path else method.training_files(sequence, data_args.task)
@@ -168,8 +167,24 @@ def build_dataset(
         model.config,
         model_args.version or conv_mode_for(model.config, name),
         text_queries,
+        features=picture_features(rows, base, data_args.image_folder or sequence.image_folder, args),
         max_length=args.model_max_length,
     )
+
+
+def picture_features(rows: list[Row], base: Path, image_folder: str, args: TrainingArguments):
+    """The frozen tower's features of every picture, so that no epoch runs it again; ``None`` if they take too much."""
+    names = list(dict.fromkeys(row.image for row in rows if row.image))
+    check_image_files(rows, image_folder)
+    device = "cuda" if torch.cuda.is_available() and not args.use_cpu else "cpu"
+    found: dict[str, tuple[torch.Tensor, tuple[int, int]]] = {}
+    features = tower_features(names, base, image_folder, 16, device, base_dtype(args), "picture features")
+    for name, feature, size in features:
+        found[name] = (feature.cpu().clone(), size)
+        if len(found) * feature.nbytes > args.feature_cache_mb * 2**20:
+            rank0_print(f"note: features of {len(names)} pictures exceed --feature_cache_mb; the tower runs every step")
+            return None
+    return found
 
 
 def build_trainer(model, tokenizer, dataset, args: TrainingArguments) -> LLaVATrainer:
