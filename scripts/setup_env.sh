@@ -66,3 +66,4 @@ else
     # shellcheck disable=SC1091
     source "$VENV/bin/activate"
 fi
+PYTHON=python   # from here on, for every script that is started
