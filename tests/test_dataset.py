@@ -101,6 +101,15 @@ def test_training_prompt_is_the_evaluation_prompt(image, suffix, folder, tokeniz
     assert sample["labels"][len(prompt) :].ne(IGNORE_INDEX).all()
 
 
+def test_given_features_replace_the_pictures(folder, tokenizer, monkeypatch):
+    monkeypatch.setattr(module, "load_image", lambda path: pytest.fail(f"opened {path}"))
+    features = {"a.png": (torch.ones(1, 16, 8), (40, 20))}
+    data = build([row(1), row(2, None)], folder, tokenizer, features=features)
+    batch = DataCollatorForSupervisedDataset(tokenizer)([data[0], data[1]])
+    assert batch["image_features"][0][0].shape == (1, 16, 8) and batch["image_features"][1] == []
+    assert "images" not in batch and batch["image_sizes"] == [(40, 20), None]
+
+
 def test_text_queries_travel_with_their_rows(folder, tokenizer):
     data = build([row(1), row(2, None)], folder, tokenizer, text_queries=torch.eye(2, 5))
     batch = DataCollatorForSupervisedDataset(tokenizer)([data[1], data[0]])

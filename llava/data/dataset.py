@@ -47,8 +47,8 @@ class LazySupervisedDataset(Dataset):
         conv_mode: a key of ``conv_templates``.
         text_queries: ``[N, d]`` query of each row, handed on in the sample.
         answer_suffix: put after each question on a line of its own, as evaluation puts it.
-        features: per file name the frozen tower's features ``[tiles, patches, C]`` and the picture's size; where given, a
-            sample carries these as ``image_features`` instead of ``image``, and no picture is opened.
+        features: per file name the frozen tower's features ``[tiles, patches, C]`` and the picture's size; where
+            given, a sample carries these as ``image_features`` instead of ``image``, and no picture is opened.
         max_length: longest sample in positions, features of the picture included; None for no limit.
         cache_megabytes: memory for preprocessed pictures.
 
@@ -251,9 +251,9 @@ class DataCollatorForSupervisedDataset:
 
     The batch holds ``input_ids``, ``labels`` and ``attention_mask`` ``[B, T]``; ``images`` ``[B, 3, H, W]`` when every
     sample has a picture of one shape, else a list with None for text-only rows; ``image_sizes`` (list of
-    ``(width, height)`` or None); ``text_query`` ``[B, d]`` where the samples carry one. Samples with ``image_features``
-    give a list per sample of these instead of ``images``. The mask comes from the
-    lengths, never from the padding id, which may be a real token.
+    ``(width, height)`` or None); ``text_query`` ``[B, d]`` where the samples carry one. Samples with
+    ``image_features`` give a list per sample of these instead of ``images``. The mask comes from the lengths, never
+    from the padding id, which may be a real token.
     """
 
     tokenizer: Any
