@@ -136,7 +136,8 @@ def test_run_id_follows_settings_and_model_files(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     first = run_id({"model": model_fingerprint(str(tmp_path))})
     (tmp_path / "trainer_state.json").write_text("{}")
-    (tmp_path / "log.md").write_text("x")
+    (tmp_path / "log_history.json").write_text("{}")
+    (tmp_path / "training_args.bin").write_bytes(b"1")
     assert run_id({"model": model_fingerprint(str(tmp_path))}) == first
     (tmp_path / "slots.pth").write_bytes(b"1")
     assert run_id({"model": model_fingerprint(str(tmp_path))}) != first

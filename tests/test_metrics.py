@@ -270,6 +270,14 @@ def test_score_by_hand():
     assert overall["figures"]["closed_accuracy"]["n"] == 3
 
 
+def test_a_given_task_is_no_routing_accuracy():
+    row = make_row(1, "yes")
+    route = {"task_posterior": {"abd": 1.0}, "task_given": True}
+    with closing(TextScorer(use_java=False)) as scorer:
+        scores = score([row], [make_answer(row, "yes", route=route)], scorer=scorer)
+    assert scores["groups"][OVERALL]["figures"]["route_accuracy"]["value"] is None
+
+
 def test_score_refuses_rows_it_cannot_score():
     row, other = make_row(1, "yes"), make_row(2, "no")
     with pytest.raises(UserError, match="question_id 2"):

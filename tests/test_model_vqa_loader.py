@@ -175,6 +175,10 @@ def test_a_task_can_be_given(place, tmp_path):
     for answer, row in zip(run(place, tmp_path / "o.jsonl", "--route", "oracle"), rows, strict=True):
         assert answer["metadata"]["route"]["task_given"]
         assert all((slot < 4) == (row.domain == "abd") for slot in answer["metadata"]["route"]["slots"])
+    write_stage(place / "llava-tiny_abd", place / "tiny-base", tasks=("abd",))
+    first_stage = run(place, tmp_path / "f.jsonl", "--model-path", place / "llava-tiny_abd", "--route", "oracle")
+    given = ["task_given" in answer["metadata"]["route"] for answer in first_stage]
+    assert given == [row.domain == "abd" for row in rows]  # what is not learned yet is routed freely
     for answer in run(place, tmp_path / "t.jsonl", "--task-id", "chest"):
         assert all(slot >= 4 for slot in answer["metadata"]["route"]["slots"])
     with pytest.raises(UserError, match="no trained slots for task 'head'; the model has abd, chest"):

@@ -23,8 +23,9 @@ RUN_LENGTH = 16
 HASHED_WHOLE = 64 << 20
 SAMPLES, SAMPLE_SIZE = 64, 1 << 16
 """Model files up to ``HASHED_WHOLE`` bytes are hashed; of larger ones the size and evenly spread samples are."""
-_MODEL_FILES = (".json", ".safetensors", ".bin", ".pth", ".pt", ".model", ".txt", ".jinja")
-_NOT_THE_MODEL = ("training_args.bin", "trainer_state.json", "all_results.json", "train_results.json")
+_WEIGHT_FILES = (".safetensors", ".bin", ".pth", ".pt", ".model", ".jinja")
+_SETTING_FILES = ("config", "generation_config", "tokenizer", "special_tokens", "added_tokens", "vocab", "merges")
+_SETTING_FILES += ("preprocessor_config", "processor_config", "adapter_config", "chat_template")
 
 
 def split_evenly(total: int, parts: int) -> list[range]:
@@ -63,8 +64,13 @@ def model_fingerprint(path: str) -> dict[str, str]:
     folder = Path(path)
     if not folder.is_dir():
         return {"hub id": path}
-    files = [file for file in sorted(folder.iterdir()) if file.suffix in _MODEL_FILES and file.is_file()]
-    return {file.name: _file_fingerprint(file) for file in files if file.name not in _NOT_THE_MODEL}
+    files = [file for file in sorted(folder.iterdir()) if _decides_answers(file) and file.is_file()]
+    return {file.name: _file_fingerprint(file) for file in files}
+
+
+def _decides_answers(file: Path) -> bool:
+    """Weights, settings and tokenizer, but no logs of the training."""
+    return file.name.startswith(_SETTING_FILES) or (file.suffix in _WEIGHT_FILES and file.name != "training_args.bin")
 
 
 def _file_fingerprint(file: Path) -> str:

@@ -83,8 +83,9 @@ class Example:
 
     @property
     def task_posterior(self) -> Mapping[str, float]:
-        """Probability of each task the model knows, as the route saw it; empty where there was nothing to decide."""
-        return (self.metadata.get("route") or {}).get("task_posterior") or {}
+        """Probability of each task the model knows, as the route saw it; empty where the task was given or no route."""
+        route = self.metadata.get("route") or {}
+        return {} if route.get("task_given") else route.get("task_posterior") or {}
 
     @property
     def routed_task(self) -> str | None:

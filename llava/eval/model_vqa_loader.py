@@ -6,8 +6,9 @@
 LLaVA's flags, and: any ``--batch-size``; greedy by default; the conversation template follows the checkpoint unless
 ``--conv-mode`` is given. Killed and started again with the same command, it goes on where it was and ends with the
 same file: batches are fixed by the chunk, not by where the run stopped. The route each answer took is in its
-``metadata``. ``--task-id`` (one task for all rows) and ``--route oracle`` (each row's own domain) give the task away,
-for comparison; other values of ``--route`` choose a router, ``none`` answers with the base model.
+``metadata``. ``--task-id`` (one task for all rows) and ``--route oracle`` (each row's own domain, where the model has
+learned it) give the task away, for comparison; other values of ``--route`` choose a router, ``none`` answers with the
+base model.
 """
 
 from __future__ import annotations
@@ -78,7 +79,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             return
         check_images(rows[done:], arguments.image_folder)
         speaker = Speaker.load(arguments)
-        check_given_tasks(speaker.model, rows, arguments)
+        if arguments.task_id and arguments.task_id not in known_tasks(speaker.model):
+            known = ", ".join(known_tasks(speaker.model)) or "no slots"
+            raise UserError(f"no trained slots for task {arguments.task_id!r}; the model has {known}")
         for batch, replies in answer_rows(speaker, rows, arguments, done):
             answers = [
                 answer_row(rows[number], text, model_id, {"run": run, **({"route": route} if route else {})})
@@ -199,6 +202,8 @@ class Speaker:
             load_4bit=arguments.load_4bit,
             device=device,
         )
+        if not hasattr(model, "get_vision_tower"):
+            raise UserError(f"{arguments.model_path} is a plain language model, not a LLaVA checkpoint")
         model.eval()
         choose_router(model, arguments.route)
         return cls(tokenizer, model, image_processor, arguments.conv_mode or conv_mode_for(model.config, name))
@@ -238,11 +243,25 @@ class Speaker:
 
     def reply(self, batch: dict[str, Any], arguments: argparse.Namespace) -> list[tuple[str, dict | None]]:
         """Texts and routes of a collated batch."""
+        tasks = given_tasks(batch["rows"], arguments)
+        known = known_tasks(self.model)
+        if tasks is None or not known:
+            return self._generate(batch, arguments, None)
+        replies: dict[int, tuple[str, dict | None]] = {}
+        for given in (True, False):  # tasks that the model has not learned yet are routed freely
+            numbers = [number for number, task in enumerate(tasks) if (task in known) == given]
+            if numbers:
+                chosen = [tasks[number] for number in numbers] if given else None
+                replies.update(zip(numbers, self._generate(_select(batch, numbers), arguments, chosen), strict=True))
+        return [replies[number] for number in range(len(tasks))]
+
+    def _generate(
+        self, batch: dict[str, Any], arguments: argparse.Namespace, tasks: list[str] | None
+    ) -> list[tuple[str, dict | None]]:
         from llava.mm_utils import KeywordsStoppingCriteria
 
         model, rows = self.model, batch["rows"]
-        tasks = given_tasks(rows, arguments)
-        more = {} if tasks is None else {"tasks": tasks}
+        more: dict[str, Any] = {} if tasks is None else {"tasks": tasks}
         if self.stop and self.stop.strip() and self.stop != self.tokenizer.eos_token:
             more["stopping_criteria"] = [KeywordsStoppingCriteria([self.stop], self.tokenizer, batch["input_ids"])]
         if arguments.temperature > 0:
@@ -287,18 +306,10 @@ def given_tasks(rows: Sequence[Row], arguments: argparse.Namespace) -> list[str]
     return [row.domain for row in rows]
 
 
-def check_given_tasks(model: Any, rows: Sequence[Row], arguments: argparse.Namespace) -> None:
-    """See that the model has trained slots for every task that the arguments give away (a base model has none).
-
-    Raises:
-        UserError: it lacks one.
-    """
+def known_tasks(model: Any) -> list[str]:
+    """Tasks that the model has trained slots for, in slot order; none for a base model."""
     retriever = getattr(model, "retriever", None)
-    known = list(dict.fromkeys(retriever.layout().allowed_tasks)) if retriever is not None else []
-    wanted = given_tasks(rows, arguments) or []
-    unknown = [task for task in wanted if task not in known]
-    if unknown and (known or arguments.task_id):
-        raise UserError(f"no trained slots for task {unknown[0]!r}; the model has {', '.join(known) or 'no slots'}")
+    return [] if retriever is None else list(dict.fromkeys(retriever.layout().allowed_tasks))
 
 
 def choose_router(model: Any, route: str | None) -> None:
@@ -316,9 +327,19 @@ def choose_router(model: Any, route: str | None) -> None:
         return
     if route not in ROUTERS:
         raise UserError(f"--route {route!r} is not a router (choose from {', '.join([*ROUTERS, NO_ROUTE])})")
-    if model.retriever is not None:
+    if model.retriever is not None:  # a base model has none
         model.retriever.router_name = route
         model.retriever.changed()
+
+
+def _select(batch: dict[str, Any], numbers: Sequence[int]) -> dict[str, Any]:
+    """Some rows of a collated batch."""
+    picked = {name: [value[number] for number in numbers] for name, value in batch.items() if isinstance(value, list)}
+    tensors = {name: batch[name][list(numbers)] for name in ("input_ids", "attention_mask")}
+    images = batch["images"]
+    if not isinstance(images, list):
+        picked["images"] = None if images is None else images[list(numbers)]
+    return {**picked, **tensors}
 
 
 def _stack_images(images: list[Any]) -> Any:
