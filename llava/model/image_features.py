@@ -7,6 +7,7 @@ overview tile; ``spatial_unpad`` also cuts the letter-box away and ends every ro
 from __future__ import annotations
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from llava.mm_utils import get_anyres_image_grid_shape
@@ -31,14 +32,15 @@ def merge_tiles(tiles: Tensor, size, config, side: int, tile_pixels: int, newlin
     if size is None:
         raise ValueError("an any-resolution picture needs its original size in image_sizes")
     width, height = get_anyres_image_grid_shape(size, config.image_grid_pinpoints, tile_pixels)
-    grid = tiles[1:].view(height, width, side, side, -1)
+    shape = {"rows": height, "columns": width, "y": side}
     if not unpad:
-        # LLaVA keeps tile order here: rows of patches across the whole picture
-        return torch.cat([tiles[0], grid.permute(0, 2, 1, 3, 4).flatten(0, 3)])
-    picture = grid.permute(4, 0, 2, 1, 3).flatten(1, 2).flatten(2, 3)  # [hidden, height * side, width * side]
+        across = rearrange(tiles[1:], "(rows columns) (y x) hidden -> (rows y columns x) hidden", **shape)
+        return torch.cat([tiles[0], across])
+    picture = rearrange(tiles[1:], "(rows columns) (y x) hidden -> hidden (rows y) (columns x)", **shape)
     picture = unpad_image(picture, size)
     ends = newline[:, None, None].to(picture).expand(-1, picture.shape[1], 1)
-    return torch.cat([tiles[0], torch.cat([picture, ends], dim=-1).flatten(1, 2).transpose(0, 1)])
+    lines = rearrange(torch.cat([picture, ends], dim=-1), "hidden y x -> (y x) hidden")
+    return torch.cat([tiles[0], lines])
 
 
 def unpad_image(tensor: Tensor, original_size: tuple[int, int]) -> Tensor:

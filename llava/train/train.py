@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from accelerate.utils import set_seed
 
 from llava.continual.keys import seed_of
 from llava.continual.methods import load_method
@@ -77,7 +78,7 @@ def train(attn_implementation: str | None = None) -> None:
     check_same_run(work / "run.json", run, f"remove {work} to start the task anew, or restore the setting")
     args.output_dir = str(work)
     args.seed = seed_of(data_args.task, args.seed, "training") % 2**31  # a task's run does not depend on its place
-    transformers.set_seed(args.seed)
+    set_seed(args.seed)
 
     slots, trained_task = method.begin(merged, previous, data_args.task)
     model, tokenizer, image_processor = load_base(
