@@ -88,9 +88,22 @@ def fit_task(
         image_keys=fitted.image,
         statistics=TaskStatistics.of(Query(mine.text, mine.image).joint()),
         held_out=held_out if len(held) else None,
-        info={"rows": len(rows), "data": [_digest(path) for path in data_paths], "seed": options.seed},
+        info={
+            "rows": len(rows),
+            "data": [_digest(path) for path in data_paths],
+            "seed": options.seed,
+            "mixture": mean_weights(fitted, mine, settings),
+        },
     )
     return SlotFile(settings, [task_slots], {"path": str(base_name), "fingerprint": fingerprint(base)}), fitted
+
+
+def mean_weights(fitted: FittedKeys, queries: Queries, settings: RetrieverSettings) -> list[float]:
+    """The weight each slot of a task gets on average over the task's own questions; they sum to 1."""
+    pool = Pool([""] * len(fitted.selected), fitted.text, fitted.image, {}, settings.image_weight, settings.tau)
+    scores = build_router("keys", pool).scores(Query(queries.text, queries.image))
+    best, chosen = scores.topk(settings.top_k, dim=-1)
+    return torch.zeros_like(scores).scatter(1, chosen, best.softmax(-1)).mean(0).tolist()
 
 
 def split_by_picture(rows: list[Row], share: float, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -139,7 +152,11 @@ def merge_key_files(paths: list[Path]) -> SlotFile:
         UserError: naming the two files, when they hold the same task, overlapping slots, or were made with different
             encoders, dimensions or base models.
     """
-    files = [(path, read_slot_file(path)) for path in paths]
+    return merge_slot_files([(path, read_slot_file(path)) for path in paths])
+
+
+def merge_slot_files(files: list[tuple[Path, SlotFile]]) -> SlotFile:
+    """The same for files that were read already; ``UserError`` as in ``merge_key_files``."""
     for (path_a, a), (path_b, b) in combinations(files, 2):
         _check_mergeable(path_a, a, path_b, b)
     tasks = sorted((task for _, file in files for task in file.tasks), key=lambda task: task.start)

@@ -97,8 +97,7 @@ def _validated(values: dict, path: Path) -> TaskSequence:
     for number, entry in enumerate(values["tasks"], start=1):
         if not isinstance(entry, dict) or not entry.get("name") or not entry.get("train"):
             raise UserError(f"{path}: task {number} needs a name and a training file")
-        if not _NAME.fullmatch(entry["name"]):
-            raise UserError(f"{path}: task name {entry['name']!r}: use lower-case letters, digits, '-' and '_' only")
+        check_task_name(entry["name"], f"{path}: ")
         tasks.append(Task(entry["name"], _expand(entry["train"])))
     names = [task.name for task in tasks]
     if len(set(names)) != len(names):
@@ -116,6 +115,12 @@ def _validated(values: dict, path: Path) -> TaskSequence:
         answer_suffix=values.get("answer_suffix", ""),
         metrics=tuple(values.get("metrics", ())),
     )
+
+
+def check_task_name(name: str, where: str = "") -> None:
+    """``UserError`` if ``name`` cannot be a task's name; ``where`` goes in front of the message."""
+    if not _NAME.fullmatch(name):
+        raise UserError(f"{where}task name {name!r}: use lower-case letters, digits, '-' and '_' only")
 
 
 def _expand(text: str) -> str:

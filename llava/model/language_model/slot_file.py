@@ -7,7 +7,8 @@ checkpoints (``slots.pth``). It is a ``torch.save`` of tensors and plain contain
     settings: RetrieverSettings as a dict (dimensions, groups, rank, query mode, encoder identity, ...)
     base: {"path", "fingerprint"} of the base model
     keys: [1, groups, pool, text_dim / groups]          image_keys: the same for image queries (either may be None)
-    tasks: [{name, start, stop, trained, statistics: {count, total, scatter} | None, held_out: ... | None, info: {}}]
+    tasks: [{name, start, stop, trained, statistics: {count, total, scatter} | None, held_out: ... | None, info: {},
+             checksum: of the task's tensors}]
     offsets: {task: {"A": {target: [slots, layers, rank, out]}, "B": {target: [slots, layers, rank, in]}}}
 
 ``start`` and ``stop`` are the task's slots in the task sequence; keys are stored in the order of ``tasks``. The
@@ -16,6 +17,7 @@ prototype's bare ``{"keys": tensor}`` is read too, given the tasks and their ran
 
 from __future__ import annotations
 
+import hashlib
 import pickle
 import zipfile
 from dataclasses import dataclass, field
@@ -46,10 +48,29 @@ class TaskSlots:
     A: dict[str, Tensor] = field(default_factory=dict)
     B: dict[str, Tensor] = field(default_factory=dict)
     info: dict = field(default_factory=dict)
+    recorded_checksum: str | None = None  # written beside the tensors; None for a task that was not read from a file
 
     @property
     def count(self) -> int:
         return self.stop - self.start
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All of the task's tensors that a route or an answer depends on, by name."""
+        parts: dict[str, Tensor | None] = {"text_keys": self.text_keys, "image_keys": self.image_keys}
+        if self.statistics is not None:
+            parts |= {"statistics.total": self.statistics.total, "statistics.scatter": self.statistics.scatter}
+        for kind, tensors in (("A", self.A), ("B", self.B)):
+            parts |= {f"{kind}.{target}": tensor for target, tensor in tensors.items()}
+        return {name: tensor for name, tensor in parts.items() if tensor is not None}
+
+    def checksum(self) -> str:
+        """16 hex digits over everything a route or an answer depends on, whatever the task and its file are called."""
+        digest = hashlib.sha256(str((self.trained, self.statistics and self.statistics.count)).encode())
+        for name, tensor in sorted(self.tensors().items()):
+            plain = tensor.detach().cpu().contiguous()
+            digest.update(f"{name}:{plain.dtype}:{tuple(plain.shape)}".encode())
+            digest.update(plain.flatten().view(torch.uint8).numpy())
+        return digest.hexdigest()[:16]
 
 
 @dataclass
@@ -116,6 +137,7 @@ def read_slot_file(path: str | Path) -> SlotFile:
                 A=offsets["A"],
                 B=offsets["B"],
                 info=entry["info"],
+                recorded_checksum=entry.get("checksum"),
             )
         )
         place += count
@@ -192,6 +214,7 @@ def _task_to_dict(task: TaskSlots) -> dict:
         "statistics": None if s is None else {"count": s.count, "total": s.total, "scatter": s.scatter},
         "held_out": task.held_out,
         "info": task.info,
+        "checksum": task.checksum(),
     }
 
 
