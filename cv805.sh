@@ -15,7 +15,7 @@ OUTPUT_DIR=${OUTPUT_DIR:-output}                    # holds the stage checkpoint
 METHOD=${METHOD:-retrieval}                         # continual method whose stages are evaluated
 ROUTE=${ROUTE:-}                                    # empty: as trained; oracle: the task is given; or a router
 ZERO_SHOT=${ZERO_SHOT:-1}                           # 1: also evaluate the base model alone
-DEVICES=${CUDA_VISIBLE_DEVICES-${HIP_VISIBLE_DEVICES-all}}   # e.g. 0,1,2,3; all: every NVIDIA GPU; empty: the CPU
+DEVICES=${CUDA_VISIBLE_DEVICES-${HIP_VISIBLE_DEVICES-all}}   # e.g. 0,1,2,3; all: every GPU; empty: the CPU
 CHUNKS=${CHUNKS:-}                                  # processes at a time; empty: one per device
 BATCH_SIZE=${BATCH_SIZE:-16}
 MAX_NEW_TOKENS=${MAX_NEW_TOKENS:-64}
@@ -43,7 +43,7 @@ eval_dir=$OUTPUT_DIR/eval/$name
 [ -z "$ROUTE" ] || eval_dir+=-$ROUTE
 
 if [ "$DEVICES" = all ]; then
-    DEVICES=$(nvidia-smi --query-gpu=index --format=csv,noheader 2>/dev/null | paste -sd, -) || DEVICES=
+    DEVICES=$(python -c "import torch; print(*range(torch.cuda.device_count()), sep=',')")
 fi
 IFS=, read -ra devices <<<"$DEVICES"
 CHUNKS=${CHUNKS:-$(( ${#devices[@]} > 0 ? ${#devices[@]} : 1 ))}
