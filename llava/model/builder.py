@@ -1,43 +1,38 @@
-"""Load any checkpoint by its content; print which rule fired.
-
-| found in the folder | what it is |
-| --- | --- |
-| ``slots.pth``, no weights | a stage checkpoint of this project: its slots over ``model_base`` (or the base it names) |
-| ``slots.pth`` and weights | the same, self-contained (``--save_full_model``) |
-| ``mm_projector.bin``, no weights | a projector for the language model in ``model_base`` |
-| config with a LLaVA model type or architecture | a full LLaVA checkpoint (Llama or Mistral decoder) |
-| any other config | a plain language model (no pictures) |
-
-The folder's name breaks no tie here; ``model_name`` is accepted for LLaVA's callers and only checked.
-"""
+"""Load any checkpoint by its content (``layouts``), over a base where it needs one; print which rule fired."""
 
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
-from transformers import CLIPImageProcessorPil as CLIPImageProcessor  # the one that needs no torchvision
+from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from llava.model.checkpoint import (
-    fingerprint,
-    read_config,
-    read_tensors,
-    resolve_checkpoint,
-    tensor_files,
-    weight_files,
-)
-from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
+from llava.model.adapters import adapter_base, apply_adapter, load_extra_tensors
+from llava.model.checkpoint import fingerprint, read_config, resolve_checkpoint, weight_files
+from llava.model.hf_layout import TO_LLAVA as HF_TO_LLAVA
 from llava.model.language_model.query_encoder import encoder_from_identity
 from llava.model.language_model.slot_file import SlotFile, read_slot_file, retriever_from
-from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower
+from llava.model.layouts import (
+    FAMILIES,
+    PROJECTOR_PREFIX,
+    SLOTS_FILE,
+    checkpoint_kind,
+    language_family,
+    llava_config,
+    load_vision_tower,
+)
+from llava.model.multimodal_encoder.clip_encoder import shipped_image_processor
+from llava.model.tokenizer import load_tokenizer
 from llava.utils import UserError, rank0_print
 
-SLOTS_FILE = "slots.pth"
-TOWER_PREFIX = "model.vision_tower."
+__all__ = ["SLOTS_FILE", "attach_slots", "load_base", "load_pretrained_model", "load_vision_tower", "llava_config"]
+
 DEFAULT_CONTEXT = 2048
-LLAVA_TYPES = {"llava_llama": LlavaLlamaForCausalLM, "llava": LlavaLlamaForCausalLM}
-LLAVA_ARCHITECTURES = {"LlavaLlamaForCausalLM": LlavaLlamaForCausalLM}
+NEWLINE = "model.image_newline"
+HARMLESS = ("rotary_emb.inv_freq", "position_ids")
+"""Endings of tensors that old checkpoints hold and the model computes, or the reverse."""
 
 
 def load_pretrained_model(
@@ -56,7 +51,8 @@ def load_pretrained_model(
     """Load a model for inference.
 
     Args:
-        model_path: checkpoint folder or hub name. model_base: base model of a light checkpoint.
+        model_path: checkpoint folder or hub name. model_base: base model of a checkpoint that is none by itself.
+        model_name: decides only where the content allows two readings (default: the folder's name).
         load_8bit, load_4bit: quantise the base with bitsandbytes; slots, projector and tower keep full precision.
         device_map, device: ``device_map`` is used on GPUs; on ``cpu`` everything is float32 on the CPU.
         dtype: of the weights; default: the checkpoint's own on a GPU, float32 on the CPU.
@@ -68,28 +64,42 @@ def load_pretrained_model(
         UserError: the folder is missing, is no checkpoint, needs a base, or does not fit its base.
     """
     folder = resolve_checkpoint(model_path)
-    has_slots, has_weights = (folder / SLOTS_FILE).is_file(), bool(weight_files(folder))
-    slots = read_slot_file(folder / SLOTS_FILE) if has_slots else None
-    if has_slots and not has_weights:
-        base = stage_base(folder, slots, model_base)
-        rank0_print(f"loading slots of {[task.name for task in slots.tasks]} from {folder} over base {base}")
-    elif (folder / "mm_projector.bin").is_file() and not has_weights:
-        if model_base is None:
-            raise UserError(f"{folder} holds only a projector; give its language model as --model-base")
-        base = resolve_checkpoint(model_base)
-        rank0_print(f"loading the projector in {folder} over the language model {base}")
-    else:
-        base = folder
-        if not has_weights:
-            raise UserError(f"{folder}: neither weights nor {SLOTS_FILE} found, so there is nothing to load")
+    kind, rule = checkpoint_kind(folder, model_name)
+    slots = read_slot_file(folder / SLOTS_FILE) if kind == "stage" else None
+    base = _base_of(folder, kind, slots, model_base)
+    rank0_print(f"{folder}: {_DESCRIPTION[kind]}{f' over base {base}' if base != folder else ''} ({rule})")
     options = loading_options(load_8bit, load_4bit, device_map, device, use_flash_attn, attn_implementation, dtype)
-    model, tokenizer, image_processor = load_base(base, config_from=folder, **options, **kwargs)
+    over = folder if kind in ("lora", "projector") else None
+    model, tokenizer, image_processor = load_base(base, config_from=over, name=model_name, **options, **kwargs)
+    if kind == "lora":
+        model = apply_adapter(model, folder, merge=not (load_8bit or load_4bit))
     if slots is not None:
         attach_slots(model, slots, base)
-    if base != folder and (folder / "mm_projector.bin").is_file():
-        _load_projector(model, folder / "mm_projector.bin")
     context = getattr(model.config, "max_sequence_length", None) or DEFAULT_CONTEXT
     return tokenizer, model.eval(), image_processor, context
+
+
+_DESCRIPTION = {
+    "stage": "slots of a continual run",
+    "lora": "LoRA adapter",
+    "projector": "projector",
+    "hf": "Hugging Face LLaVA checkpoint",
+    "llava": "LLaVA checkpoint",
+    "plain": "plain language model, pictures are ignored",
+}
+
+
+def _base_of(folder: Path, kind: str, slots: SlotFile | None, model_base: str | None) -> Path:
+    """The folder that holds the full weights: the checkpoint itself, or its base."""
+    if kind == "stage" and not weight_files(folder):
+        return stage_base(folder, slots, model_base)
+    if kind == "lora":
+        return resolve_checkpoint(adapter_base(folder, model_base))
+    if kind == "projector":
+        if model_base is None:
+            raise UserError(f"{folder} holds only a projector; give its language model as --model-base")
+        return resolve_checkpoint(model_base)
+    return folder
 
 
 def loading_options(
@@ -135,78 +145,89 @@ def attention(wanted: str | None, use_flash_attn: bool = False) -> str:
     return wanted
 
 
-def load_base(folder: Path, config_from: Path | None = None, **options):
-    """A full checkpoint: ``(model, tokenizer, image_processor)``. ``config_from`` may name a projector's folder."""
-    values = read_config(folder)
-    model_class = llava_class(values)
-    projector_only = config_from is not None and config_from != folder and (config_from / "mm_projector.bin").is_file()
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    if model_class is None and not projector_only:
-        rank0_print(
-            f"{folder}: model type {values.get('model_type')!r} is a plain language model, pictures are ignored"
-        )
+def load_base(folder: Path, config_from: Path | None = None, name: str | None = None, **options):
+    """A checkpoint with full weights: ``(model, tokenizer, image_processor)``.
+
+    Args:
+        config_from: a projector's or LoRA's folder: its config and its tensors go over the base's.
+        options: for ``from_pretrained``.
+    """
+    kind, _ = checkpoint_kind(folder, name)
+    if not weight_files(folder):
+        raise UserError(f"{folder} is itself no full model ({_DESCRIPTION[kind]}); give the base it was trained on")
+    tokenizer = load_tokenizer(folder)
+    if kind == "plain" and config_from is None:
         return AutoModelForCausalLM.from_pretrained(folder, **options), tokenizer, None
-    config = llava_config(config_from if projector_only else folder, weights=folder)
-    rank0_print(f"{folder}: LLaVA checkpoint (model type {values.get('model_type')!r})")
-    model, report = (model_class or LlavaLlamaForCausalLM).from_pretrained(
-        folder, config=config, output_loading_info=True, **options
-    )
-    _check_loading(folder, report, projector_only)
+    config = llava_config(_config_folder(folder, config_from, kind), weights=folder, name=name)
+    if config_from is not None:
+        config.vocab_size = _vocabulary(folder)  # a longer one is in the tensors beside the adapter
+    model_class = FAMILIES[language_family({"model_type": config.model_type})]
+    model, report = _from_pretrained(model_class, folder, config, kind, options)
+    lacking = _check_loading(folder, report, config_from is not None)
+    image_processor = _ready_tower(model, folder)
+    if config_from is not None:
+        load_extra_tensors(model, config_from, lacking)
     _sanitise_generation(model)
+    return model, tokenizer, image_processor
+
+
+def _config_folder(folder: Path, config_from: Path | None, kind: str) -> Path:
+    """Where the LLaVA config is: beside the adapter, else in the base."""
+    if config_from is None:
+        return folder
+    if (config_from / "config.json").is_file():
+        return config_from
+    if kind == "plain":
+        raise UserError(
+            f"{config_from} has no config.json and {folder} is a plain language model, so the projector's type is "
+            "unknown; copy config.json from the training run's final folder"
+        )
+    return folder
+
+
+def _from_pretrained(model_class, folder: Path, config, kind: str, options: dict):
+    """``(model, loading report)``; what is wrong with the files becomes a ``UserError``."""
+    mapping = {"key_mapping": HF_TO_LLAVA} if kind == "hf" else {}
+    try:
+        model, report = model_class.from_pretrained(
+            folder, config=config, output_loading_info=True, **mapping, **options
+        )
+    except (OSError, SafetensorError, pickle.UnpicklingError) as error:
+        raise UserError(f"{folder}: the weights cannot be read ({_first_line(error)}); copy them again") from error
+    except RuntimeError as error:
+        if "mismatch" not in str(error):
+            raise
+        raise UserError(
+            f"{folder}: tensors don't have the shapes that config.json asks for ({_first_line(error)}); the config "
+            "and the weights belong to different models"
+        ) from error
+    if mapping and "quantization_config" not in options:
+        model._weight_conversions = []  # saved again, it has LLaVA's names
+    return model, report
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__
+
+
+def _vocabulary(folder: Path) -> int:
+    values = read_config(folder)
+    return (values.get("text_config") or values).get("vocab_size", 32000)
+
+
+def _ready_tower(model, folder: Path):
+    """Load the vision tower if the checkpoint did not ship it; returns the image processor, ``None`` without tower."""
     tower = model.get_vision_tower()
     if tower is None:
-        return model, tokenizer, None
+        rank0_print(f"{folder}: the config names no vision tower; pictures are ignored")
+        return None
     if tower.is_loaded:
-        tower.image_processor = _shipped_image_processor(folder, tower)
+        tower.image_processor = shipped_image_processor(folder, tower.config)
     else:
         tower.load_model()
         tower.to(device=model.device, dtype=model.get_model().embed_tokens.weight.dtype)
-    return model, tokenizer, tower.image_processor
-
-
-def llava_class(values: dict):
-    """The model class for a config, or ``None`` for a plain language model. ``UserError`` for other LLaVA layouts."""
-    architectures = values.get("architectures") or []
-    for name in architectures:
-        if name in LLAVA_ARCHITECTURES:
-            return LLAVA_ARCHITECTURES[name]
-    if "LlavaForConditionalGeneration" in architectures or "text_config" in values:
-        raise UserError("this checkpoint has the Hugging Face LLaVA layout; convert it to LLaVA's own layout first")
-    return LLAVA_TYPES.get(values.get("model_type"))
-
-
-def llava_config(folder: Path, weights: Path | None = None) -> LlavaConfig:
-    """The config of a LLaVA checkpoint. Where its weights hold a vision tower, the config says so afterwards."""
-    values = read_config(folder)
-    values.pop("model_type", None)
-    config = LlavaConfig.from_dict(values)
-    has_tower = any(key.startswith(TOWER_PREFIX) for key in tensor_files(weights or folder))
-    if has_tower and getattr(config, "vision_config", None) is None:
-        name = getattr(config, "mm_vision_tower", None)
-        config.vision_config = CLIPVisionTower(name, args=config, delay_load=True).config.to_dict()
-    return config
-
-
-def load_vision_tower(folder: Path, device: str = "cpu") -> CLIPVisionTower:
-    """The tower of a LLaVA checkpoint without its language model, with ``image_processor`` set."""
-    config = llava_config(folder)
-    tower = CLIPVisionTower(
-        getattr(config, "mm_vision_tower", None) or "",
-        args=config,
-        vision_config=getattr(config, "vision_config", None),
-        delay_load=True,
-    )
-    if not tower.is_loaded:
-        tower.load_model()
-    else:
-        keys = [key for key in tensor_files(folder) if key.startswith(TOWER_PREFIX)]
-        state = {key.removeprefix(TOWER_PREFIX): value for key, value in read_tensors(folder, keys).items()}
-        state = {key.replace(".vision_model.", "."): value.float() for key, value in state.items()}
-        missing, unexpected = tower.load_state_dict(state, strict=False)
-        if missing or unexpected:
-            raise UserError(f"{folder}: vision tower weights do not fit; missing {missing}, unexpected {unexpected}")
-        tower.image_processor = _shipped_image_processor(folder, tower)
-    return tower.to(device).eval()
+    return tower.image_processor
 
 
 def stage_base(folder: Path, slots: SlotFile, model_base: str | None) -> Path:
@@ -234,22 +255,22 @@ def attach_slots(model, slots: SlotFile, base: Path, with_encoder: bool = True) 
     model.attach_retriever(retriever)
 
 
-def _check_loading(folder: Path, report: dict, projector_only: bool) -> None:
-    harmless = ("rotary_emb.inv_freq", "position_ids")
-    missing = sorted(key for key in report["missing_keys"] if not key.endswith(harmless))
-    if projector_only:
-        missing = [key for key in missing if "mm_projector" not in key]
-    unexpected = sorted(key for key in report["unexpected_keys"] if not key.endswith(harmless))
-    for what, keys in (("lacks", missing), ("has no place for", unexpected)):
+def _check_loading(folder: Path, report: dict, with_extra: bool) -> list[str]:
+    """Refuse a checkpoint with missing or surplus tensors, listing them.
+
+    With ``with_extra`` the projector (and the newline of any-resolution pictures) may be missing: their names are
+    returned, and ``load_extra_tensors`` must supply them.
+    """
+    problems = {}
+    for what, kind in (("lacks", "missing_keys"), ("has no place for", "unexpected_keys")):
+        problems[what] = sorted(key for key in report[kind] if not key.endswith(HARMLESS))
+    problems["has another shape for"] = sorted(str(entry[0]) for entry in report.get("mismatched_keys", ()))
+    supplied = [key for key in problems["lacks"] if with_extra and key.startswith((PROJECTOR_PREFIX, NEWLINE))]
+    problems["lacks"] = [key for key in problems["lacks"] if key not in supplied]
+    for what, keys in problems.items():
         if keys:
             raise UserError(f"{folder}: the checkpoint {what} {len(keys)} tensors, among them {', '.join(keys[:4])}")
-
-
-def _load_projector(model, path: Path) -> None:
-    state = torch.load(path, map_location="cpu", weights_only=True)
-    state = {key.split("mm_projector.")[-1]: value for key, value in state.items() if "mm_projector." in key}
-    projector = model.get_model().mm_projector
-    projector.load_state_dict({key: value.to(next(projector.parameters()).dtype) for key, value in state.items()})
+    return supplied
 
 
 def _sanitise_generation(model) -> None:
@@ -257,10 +278,3 @@ def _sanitise_generation(model) -> None:
     settings = model.generation_config
     if settings is not None and not settings.do_sample:
         settings.temperature = settings.top_p = settings.top_k = None
-
-
-def _shipped_image_processor(folder: Path, tower: CLIPVisionTower):
-    if (folder / "preprocessor_config.json").is_file():
-        return CLIPImageProcessor.from_pretrained(folder)
-    size = tower.config.image_size
-    return CLIPImageProcessor(size={"shortest_edge": size}, crop_size={"height": size, "width": size})

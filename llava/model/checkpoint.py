@@ -9,6 +9,8 @@ import functools
 import hashlib
 import json
 import os
+import pickle
+import zipfile
 from pathlib import Path
 
 import torch
@@ -70,7 +72,7 @@ def tensor_files(folder: Path) -> dict[str, Path]:
             with safe_open(file, framework="pt") as tensors:
                 places.update(dict.fromkeys(tensors.keys(), file))
         else:
-            places.update(dict.fromkeys(_load_bin(file), file))
+            places.update(dict.fromkeys(load_bin(file), file))
     return places
 
 
@@ -84,13 +86,18 @@ def read_tensors(folder: Path, wanted: list[str]) -> dict[str, Tensor]:
             with safe_open(file, framework="pt") as tensors:
                 found.update({key: tensors.get_tensor(key) for key in mine})
         else:
-            tensors = _load_bin(file)
+            tensors = load_bin(file)
             found.update({key: tensors[key].clone() for key in mine})
     return found
 
 
-def _load_bin(file: Path) -> dict[str, Tensor]:
-    return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+def load_bin(file: Path) -> dict[str, Tensor]:
+    """Tensors of a ``.bin`` file, tensors and plain containers only; ``UserError`` if it holds anything else."""
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(f"{file}: cannot be read as a file of plain tensors ({reason}); copy it again") from error
 
 
 @functools.lru_cache(maxsize=8)

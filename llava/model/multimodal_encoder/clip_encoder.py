@@ -6,6 +6,8 @@ folder or hub name in ``mm_vision_tower``, loaded on demand by ``load_model``.
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 from torch import Tensor, nn
 from transformers import CLIPImageProcessorPil as CLIPImageProcessor  # the one that needs no torchvision
@@ -100,3 +102,11 @@ class CLIPVisionTower(nn.Module):
     @property
     def dummy_feature(self) -> Tensor:
         return torch.zeros(1, self.hidden_size, device=self.device, dtype=self.dtype)
+
+
+def shipped_image_processor(folder: Path, vision: CLIPVisionConfig) -> CLIPImageProcessor:
+    """The image processor of a checkpoint that ships its tower: its own, else CLIP's for the tower's picture size."""
+    if (folder / "preprocessor_config.json").is_file():
+        return CLIPImageProcessor.from_pretrained(folder)
+    size = vision.image_size
+    return CLIPImageProcessor(size={"shortest_edge": size}, crop_size={"height": size, "width": size})

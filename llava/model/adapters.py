@@ -1,0 +1,123 @@
+"""LoRA adapters and projector files over a base: what LLaVA's training writes when it does not write the whole model.
+
+- ``mm_projector.bin``: the projector (and the token embeddings, where image start and end tokens were added).
+- ``adapter_config.json`` with ``adapter_model.*``: a LoRA in PEFT's format; beside it ``non_lora_trainables.bin``, the
+  projector and whatever else was trained in full.
+
+On a quantised base the LoRA stays a LoRA: merging would round it away or fail. Either way the model that comes back is
+the LLaVA class itself, with or without LoRA layers inside.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from llava.model.checkpoint import load_bin
+from llava.model.layouts import ADAPTER_CONFIG, NON_LORA_FILE, PROJECTOR_FILE, PROJECTOR_PREFIX
+from llava.utils import UserError, rank0_print
+
+PEFT_PREFIX = "base_model.model."
+
+
+def adapter_base(folder: Path, model_base: str | None) -> str:
+    """The base of a LoRA folder: ``model_base``, else the one its config names."""
+    if model_base:
+        return model_base
+    try:
+        named = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8")).get("base_model_name_or_path")
+    except json.JSONDecodeError as error:
+        raise UserError(f"{folder / ADAPTER_CONFIG}: broken JSON at line {error.lineno}; restore the file") from error
+    if not named:
+        raise UserError(f"{folder} holds a LoRA adapter that names no base; give its base as --model-base")
+    rank0_print(f"base of the LoRA: {named} ({ADAPTER_CONFIG} names it)")
+    return named
+
+
+def extra_tensors(folder: Path) -> dict[str, Tensor]:
+    """Tensors trained beside a LoRA, or the projector file's, under their names in the LLaVA model."""
+    found: dict[str, Tensor] = {}
+    for name in (PROJECTOR_FILE, NON_LORA_FILE):
+        if (folder / name).is_file():
+            state = load_bin(folder / name)
+            found |= {_plain_name(key): value for key, value in state.items()}
+    return found
+
+
+def _plain_name(key: str) -> str:
+    """``base_model.model.model.mm_projector.0.weight`` -> ``model.mm_projector.0.weight``."""
+    key = key.removeprefix(PEFT_PREFIX)
+    if key.startswith("model.model."):  # written by runs whose names carry one "model." too many
+        key = key.removeprefix("model.")
+    key = key.replace("vision_tower.vision_tower.vision_model.", "vision_tower.vision_tower.")
+    return f"model.{key}" if key.startswith("mm_projector.") else key
+
+
+def load_extra_tensors(model, folder: Path, lacking: list[str]) -> None:
+    """Put ``mm_projector.bin`` and ``non_lora_trainables.bin`` into the model.
+
+    Args:
+        lacking: names of tensors that the base did not have; all of them must come from these files.
+
+    Raises:
+        UserError: a tensor is still missing, has no place, or another shape.
+    """
+    state = extra_tensors(folder)
+    still = sorted(set(lacking) - set(state))
+    if still:
+        raise UserError(
+            f"{folder}: {len(still)} tensors are neither in the base nor in {PROJECTOR_FILE} or {NON_LORA_FILE} here, "
+            f"among them {', '.join(still[:3])}; copy the file from the training run's final folder"
+        )
+    _fit_vocabulary(model, state)
+    own = model.state_dict()
+    unknown = sorted(set(state) - set(own))
+    if unknown:
+        raise UserError(f"{folder}: the model has no place for {len(unknown)} tensors, among them {unknown[0]}")
+    wrong = [key for key, value in state.items() if own[key].shape != value.shape]
+    if wrong:
+        raise UserError(
+            f"{folder}: {wrong[0]} is {tuple(state[wrong[0]].shape)}, the model has {tuple(own[wrong[0]].shape)}; "
+            "give the base it was trained on"
+        )
+    with torch.no_grad():
+        for key, value in state.items():
+            own[key].copy_(value)
+
+
+def _fit_vocabulary(model, state: dict[str, Tensor]) -> None:
+    """Grow the embeddings to the rows in the file (LLaVA adds image start and end tokens)."""
+    rows = next((value.shape[0] for key, value in state.items() if key.endswith("embed_tokens.weight")), None)
+    if rows and rows != model.get_input_embeddings().weight.shape[0]:
+        model.resize_token_embeddings(rows)
+
+
+def apply_adapter(model, folder: Path, merge: bool):
+    """``model`` with the LoRA of ``folder`` in it: merged into its weights, or as LoRA layers.
+
+    Raises:
+        UserError: the adapter does not fit the base, or is no LoRA.
+    """
+    from peft import PeftModel
+
+    files = [folder / f"adapter_model.{ending}" for ending in ("safetensors", "bin")]
+    if not any(file.is_file() for file in files):
+        raise UserError(f"{folder}: {ADAPTER_CONFIG} is there, but no adapter_model.safetensors or .bin; copy it")
+    try:
+        wrapped = PeftModel.from_pretrained(model, str(folder))
+    except (RuntimeError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{folder}: the LoRA does not fit the base ({reason}); give the right --model-base") from error
+    if merge:
+        rank0_print("LoRA merged into the base")
+        return wrapped.merge_and_unload()
+    rank0_print("LoRA kept beside the base, which is quantised")
+    return wrapped.get_base_model()
+
+
+def projector_tensors(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The projector's part of a state, as ``mm_projector.bin`` holds it."""
+    return {key: value for key, value in state.items() if key.startswith((PROJECTOR_PREFIX, "model.image_newline"))}

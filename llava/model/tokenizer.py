@@ -1,0 +1,42 @@
+"""The tokenizer of a checkpoint folder, with the ids its training saw.
+
+Transformers' ``AutoTokenizer`` goes by ``model_type``: for the legacy ``llava`` it ignores ``tokenizer_class`` and
+reads a sentencepiece file without the word-start mark in front, so that nearly every prompt gets other ids than in
+training. Folders with a sentencepiece file alone are therefore read by ``LlamaTokenizer``, with the defaults of the
+time when such folders were written (``legacy``, a beginning-of-text token).
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from transformers import AutoTokenizer, LlamaTokenizer
+
+from llava.utils import UserError
+
+SENTENCEPIECE_FILE = "tokenizer.model"
+LLAMA_CLASSES = (None, "LlamaTokenizer", "LlamaTokenizerFast", "CodeLlamaTokenizer")
+OLD_DEFAULTS = {"legacy": True, "add_bos_token": True, "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+
+
+def load_tokenizer(folder: Path):
+    """The tokenizer in ``folder``.
+
+    Raises:
+        UserError: there is none, or it cannot be read.
+    """
+    path = folder / "tokenizer_config.json"
+    settings = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    alone = (folder / SENTENCEPIECE_FILE).is_file() and not (folder / "tokenizer.json").is_file()
+    try:
+        if alone and settings.get("tokenizer_class") in LLAMA_CLASSES:
+            missing = {key: value for key, value in OLD_DEFAULTS.items() if settings.get(key) is None}
+            return LlamaTokenizer.from_pretrained(folder, **missing)
+        return AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(
+            f"{folder}: no tokenizer can be read here ({reason}); copy tokenizer.model or tokenizer.json and "
+            "tokenizer_config.json from the base model"
+        ) from error
