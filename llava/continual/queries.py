@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from llava.data.dataset import check_image_files
 from llava.data.rows import Row
+from llava.model.builder import llava_config
 from llava.model.checkpoint import fingerprint
 from llava.model.language_model.query_encoder import TextEncoder, load_text_encoder
 from llava.model.llava_arch import pooled_features
@@ -89,9 +90,8 @@ def _image_queries(rows: list[Row], base: Path, image_folder, batch_size: int, d
     names = list(dict.fromkeys(row.image for row in rows if row.image))
     by_name: dict[str | None, Tensor] = {}
     for name, features, _ in tower_features(names, base, image_folder, batch_size, device, purpose="image queries"):
-        by_name[name] = pooled_features([[features]])[0].cpu()
-    width = next(iter(by_name.values())).shape[0]
-    by_name[None] = torch.zeros(width)
+        by_name[name] = pooled_features([[features]], features.shape[-1])[0].cpu()
+    by_name[None] = torch.zeros(llava_config(base).mm_hidden_size)
     return torch.stack([by_name[row.image or None] for row in rows])
 
 

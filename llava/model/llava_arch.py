@@ -64,6 +64,7 @@ class LlavaMetaForCausalLM:
         self.retriever: Retriever | None = None
         self.last_route: Route | None = None
         self._offset_cache = None
+        self._offset_hooks: list = []
 
     # -- parts ---------------------------------------------------------------------------------------------------
 
@@ -76,11 +77,11 @@ class LlavaMetaForCausalLM:
     def attach_retriever(self, retriever: Retriever) -> None:
         """Give the model a pool of slots; its offsets act from the next forward pass on."""
         retriever.to(self.device)
-        first_time = self.retriever is None
         self.retriever = retriever
         self.config.retriever = retriever.settings.to_dict()
-        if first_time:
-            install_offset_hooks(self.get_model().layers, retriever.settings.targets)
+        for hook in self._offset_hooks:  # of a pool attached before, whose targets may have been others
+            hook.remove()
+        self._offset_hooks = install_offset_hooks(self.get_model().layers, retriever.settings.targets)
         self.last_route = self._offset_cache = None
 
     # -- images --------------------------------------------------------------------------------------------------
@@ -96,8 +97,11 @@ class LlavaMetaForCausalLM:
         flat = [picture for sample in pictures for picture in sample]
         if not flat:
             return [[] for _ in pictures]
-        features = self.get_vision_tower()(torch.cat(flat).to(self.get_model().embed_tokens.weight.dtype))
-        pieces = iter(features.split([len(picture) for picture in flat]))
+        tower, dtype = self.get_vision_tower(), self.get_model().embed_tokens.weight.dtype
+        if self.training:
+            pieces = iter(tower(torch.cat(flat).to(dtype)).split([len(picture) for picture in flat]))
+        else:  # each picture by itself: kernels are picked by batch size, and a route must not depend on its batch
+            pieces = iter([tower(picture.to(dtype)) for picture in flat])
         return [[next(pieces) for _ in sample] for sample in pictures]
 
     def _pictures(self, entry) -> list[Tensor]:
@@ -195,7 +199,11 @@ class LlavaMetaForCausalLM:
         """The route of each sample, or ``None`` when no slot may be selected (the base model answers)."""
         if self.retriever is None or not self.retriever.active:
             return None
-        image_query = pooled_features(features) if self.retriever.settings.uses_images else None
+        image_query = None
+        if self.retriever.settings.uses_images:
+            if features is None:
+                features = [[] for _ in (text_query if text_query is not None else tasks or ())]
+            image_query = pooled_features(features, self.retriever.settings.image_dim).to(self.device)
         text_query = None if text_query is None else text_query.to(self.device)
         return self.retriever.route(text_query, image_query, tasks)
 
@@ -291,12 +299,12 @@ class LlavaMetaForCausalLM:
         attention_mask = kwargs.pop("attention_mask", None)
         kwargs.pop("position_ids", None)
         self._offset_cache = None
-        features = None
+        features: list[list[Tensor]] = [[] for _ in input_ids]
         if images is not None and self.get_vision_tower() is not None:
             features = self.vision_features(images)
         self.last_route = self._question_route(features, questions, text_query, tasks)
         slot_indices, slot_weights = _as_pair(self.last_route)
-        projected = [[] for _ in input_ids] if features is None else self.project_features(features, image_sizes)
+        projected = self.project_features(features, image_sizes)
         embeds, mask, _, _ = self._splice(input_ids, attention_mask, None, projected, padding_side="left")
         try:
             return super().generate(
@@ -319,20 +327,20 @@ class LlavaMetaForCausalLM:
         return self.route(features, text_query, tasks)
 
 
-def pooled_features(features: list[list[Tensor]] | None) -> Tensor:
-    """The image query: tower features averaged over patches, tiles and pictures, ``[batch, mm_hidden_size]`` fp32.
+def pooled_features(features: list[list[Tensor]], width: int) -> Tensor:
+    """The image query: tower features averaged over patches, tiles and pictures, ``[batch, width]`` fp32.
 
     A sample without a picture gets zeros, which no key prefers.
     """
-    if not features or not any(features):
-        raise ValueError("this model routes on pictures, but the batch has none")
-    width = next(picture for sample in features for picture in sample)
-    zero = width.new_zeros(width.shape[-1], dtype=torch.float32)
+    if not features:
+        raise ValueError("this model routes on pictures and questions, but the batch has neither")
+    zero = torch.zeros(width)
     pooled = [
         torch.stack([picture.float().mean(dim=(0, 1)) for picture in sample]).mean(0) if sample else zero
         for sample in features
     ]
-    return torch.stack(pooled)
+    device = next((row.device for row in pooled if row is not zero), zero.device)
+    return torch.stack([row.to(device) for row in pooled])
 
 
 def _as_pair(route: Route | None) -> tuple[Tensor | None, Tensor | None]:

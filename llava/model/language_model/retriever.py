@@ -17,9 +17,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, fields
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 
-from llava.model.language_model.router import ROUTERS, Pool, Query, Router, TaskStatistics, build_router
+from llava.model.language_model.router import ROUTERS, Pool, Query, Router, TaskStatistics, build_router, row_products
 from llava.model.language_model.weight_offset import TARGETS, WeightOffset
 
 SHARED_FORM_LIMIT = 32
@@ -305,6 +306,11 @@ class Retriever(nn.Module):
         allowed = self.layout().allowed
         if len(allowed) < self.settings.top_k:
             raise ValueError(f"top_k is {self.settings.top_k}, but only {len(allowed)} slots may be selected")
+        for task in set(tasks or ()) & set(self.layout().allowed_tasks):
+            if self.block(task).count < self.settings.top_k:
+                raise ValueError(
+                    f"top_k is {self.settings.top_k}, but task {task!r} has {self.block(task).count} slots"
+                )
         query = Query(
             text=text_query if self.settings.uses_text else None,
             image=image_query if self.settings.uses_images else None,
@@ -358,16 +364,16 @@ class Retriever(nn.Module):
         gate = gate.scatter_add(1, local, weights).repeat_interleave(self.settings.rank, dim=1)
         down, up = {}, {}
         for target, (a, b) in tensors.items():
-            down[target] = b.to(dtype).permute(1, 3, 0, 2).flatten(2).unsqueeze(1)  # [layers, 1, in, m]
-            up[target] = a.to(dtype).permute(1, 0, 2, 3).flatten(1, 2).unsqueeze(1)  # [layers, 1, m, out]
+            down[target] = rearrange(b.to(dtype), "slots layers rank features -> layers 1 features (slots rank)")
+            up[target] = rearrange(a.to(dtype), "slots layers rank features -> layers 1 (slots rank) features")
         return WeightOffset(down, up, gate.unsqueeze(1))
 
     def _gathered_form(self, tensors, local: Tensor, weights: Tensor, dtype: torch.dtype) -> WeightOffset:
         gate = weights.repeat_interleave(self.settings.rank, dim=1)  # [batch, k * rank]
         down, up = {}, {}
         for target, (a, b) in tensors.items():
-            down[target] = b.to(dtype)[local].permute(2, 0, 4, 1, 3).flatten(3)  # [layers, batch, in, m]
-            up[target] = a.to(dtype)[local].permute(2, 0, 1, 3, 4).flatten(2, 3)  # [layers, batch, m, out]
+            down[target] = rearrange(b.to(dtype)[local], "b k layers rank features -> layers b features (k rank)")
+            up[target] = rearrange(a.to(dtype)[local], "b k layers rank features -> layers b (k rank) features")
         return WeightOffset(down, up, gate.unsqueeze(1))
 
 
@@ -379,4 +385,4 @@ def _task_posterior(scores: Tensor, pool: Pool) -> tuple[Tensor, list[str]]:
     """Probability of each task: the softmax of all scores, summed over the task's slots."""
     tasks = pool.tasks
     member = torch.tensor([[slot == task for slot in pool.slot_tasks] for task in tasks], device=scores.device)
-    return scores.softmax(-1) @ member.to(scores.dtype).T, tasks
+    return row_products(scores.softmax(-1), member.to(scores.dtype)), tasks

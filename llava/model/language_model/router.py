@@ -160,7 +160,7 @@ class GaussianRouter(KeysRouter):
         joint = query.joint()
         if joint.shape[-1] != self.weight.shape[-1]:
             raise ValueError(f"query has {joint.shape[-1]} dimensions, the task statistics {self.weight.shape[-1]}")
-        return F.log_softmax(joint @ self.weight.T + self.bias, dim=-1)
+        return F.log_softmax(row_products(joint, self.weight) + self.bias, dim=-1)
 
     def scores(self, query: Query) -> Tensor:
         by_key = super().scores(query)  # [batch, pool]
@@ -281,9 +281,19 @@ def _group_cosine(name: str, value: Tensor | None, pool: Pool, flat_keys: Tensor
         raise ValueError(f"the pool has {name} keys, but the query has no {name} part")
     if value.shape[-1] != flat_keys.shape[-1]:
         raise ValueError(f"{name} query has {value.shape[-1]} dimensions, the keys have {flat_keys.shape[-1]}")
+    if not torch.isfinite(value).all():
+        raise ValueError(f"the {name} query holds NaN or infinite numbers")
     groups = (pool.text_keys if name == "text" else pool.image_keys).shape[0]
     unit = F.normalize(value.double().unflatten(-1, (groups, -1)), dim=-1).flatten(-2)
-    return unit @ flat_keys.T
+    return row_products(unit, flat_keys)
+
+
+def row_products(rows: Tensor, matrix: Tensor) -> Tensor:
+    """``rows @ matrix.T``, one row at a time: ``[batch, dim], [n, dim] -> [batch, n]``.
+
+    Matrix products pick their kernel by the number of rows, so a row's last bits would depend on its batch.
+    """
+    return torch.stack([matrix @ row.clone() for row in rows])
 
 
 def _key_device(pool: Pool) -> torch.device:

@@ -20,6 +20,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 ATTENTION_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP_TARGETS = ("gate_proj", "up_proj", "down_proj")
@@ -70,14 +71,13 @@ def target_features(config, target: str) -> tuple[int, int]:
     }[target]
 
 
-def install_offset_hooks(layers: Iterable[nn.Module], targets: Iterable[str]) -> None:
+def install_offset_hooks(layers: Iterable[nn.Module], targets: Iterable[str]) -> list[RemovableHandle]:
     """Let the ``weight_offset`` argument of a forward pass act on the ``targets`` of every decoder layer."""
     targets = tuple(targets)
-    for index, layer in enumerate(layers):
-        _hook_layer(layer, index, targets)
+    return [hook for index, layer in enumerate(layers) for hook in _hook_layer(layer, index, targets)]
 
 
-def _hook_layer(layer: nn.Module, index: int, targets: tuple[str, ...]) -> None:
+def _hook_layer(layer: nn.Module, index: int, targets: tuple[str, ...]) -> list[RemovableHandle]:
     current: dict[str, WeightOffset | None] = {"offset": None}
 
     def take(module, args, kwargs):
@@ -86,9 +86,10 @@ def _hook_layer(layer: nn.Module, index: int, targets: tuple[str, ...]) -> None:
 
     # On self_attn, not on the layer: checkpointing recomputes what is inside the layer's forward. Attention runs before
     # the MLP, so MLP targets find the offset too.
-    layer.self_attn.register_forward_pre_hook(take, with_kwargs=True)
+    hooks = [layer.self_attn.register_forward_pre_hook(take, with_kwargs=True)]
     for target in targets:
-        target_module(layer, target).register_forward_hook(_adder(current, target, index))
+        hooks.append(target_module(layer, target).register_forward_hook(_adder(current, target, index)))
+    return hooks
 
 
 def _adder(current: dict[str, WeightOffset | None], target: str, index: int):
