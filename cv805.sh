@@ -17,7 +17,7 @@ ROUTE=${ROUTE:-}                                    # empty: as trained; oracle:
 ZERO_SHOT=${ZERO_SHOT:-1}                           # 1: also evaluate the base model alone
 DEVICES=${CUDA_VISIBLE_DEVICES-${HIP_VISIBLE_DEVICES-all}}   # e.g. 0,1,2,3; all: every GPU; empty: the CPU
 CHUNKS=${CHUNKS:-}                                  # processes at a time; empty: one per device
-BATCH_SIZE=${BATCH_SIZE:-16}
+EVAL_BATCH_SIZE=${EVAL_BATCH_SIZE:-16}            # questions answered at a time
 MAX_NEW_TOKENS=${MAX_NEW_TOKENS:-64}
 CONV_MODE=${CONV_MODE:-}                            # empty: the checkpoint's own conversation template
 STALE=${STALE:-replace}                             # answers of other weights or settings: replace, or refuse
@@ -66,7 +66,7 @@ answer_chunk() {
     fi
     python -m llava.eval.model_vqa_loader "$@" --question-file "$questions" --image-folder "$images" \
         --answers-file "$folder/chunks/${CHUNKS}_$index.jsonl" --num-chunks "$CHUNKS" --chunk-idx "$index" \
-        --batch-size "$BATCH_SIZE" --max_new_tokens "$MAX_NEW_TOKENS" --temperature 0 --answer-suffix "$suffix" \
+        --batch-size "$EVAL_BATCH_SIZE" --max_new_tokens "$MAX_NEW_TOKENS" --temperature 0 --answer-suffix "$suffix" \
         ${CONV_MODE:+--conv-mode "$CONV_MODE"} ${ROUTE:+--route "$ROUTE"} --stale "$STALE"
 }
 

@@ -25,14 +25,13 @@ MAX_LENGTH=${MAX_LENGTH:-2048}
 SAVE_STEPS=${SAVE_STEPS:-200}
 SEED=${SEED:-42}
 MASTER_PORT=${MASTER_PORT:-29500}
-PYTHON=${PYTHON:-python}
 EXTRA_ARGS=${EXTRA_ARGS:-}                     # more flags for llava/train/train_mem.py, e.g. "--save_full_model True"
 # ----------------------------------------------------------------------------------------------------------------------
 
 if [ -n "${HIP_VISIBLE_DEVICES:-}" ] && [ -z "${CUDA_VISIBLE_DEVICES:-}" ]; then
     export CUDA_VISIBLE_DEVICES=$HIP_VISIBLE_DEVICES # PyTorch for ROCm reads either; DeepSpeed's launcher reads this one
 fi
-gpus=$("$PYTHON" -c "import torch; print(torch.cuda.device_count())")
+gpus=$(python -c "import torch; print(torch.cuda.device_count())")
 
 arguments=(
     --model_name_or_path "$BASE_MODEL" --sequence "$SEQUENCE" --method "$METHOD" --retriever_state_dict "$KEYS"
@@ -43,15 +42,15 @@ arguments=(
 )
 if [ "$gpus" -gt 0 ]; then
     arguments+=(--bf16 True --gradient_checkpointing True --dataloader_num_workers 4)
-    launcher=("$PYTHON" -m deepspeed.launcher.runner --master_port "$MASTER_PORT" llava/train/train_mem.py)
+    launcher=(python -m deepspeed.launcher.runner --master_port "$MASTER_PORT" llava/train/train_mem.py)
     if [ -z "${CUDA_VISIBLE_DEVICES:-}" ]; then launcher=("${launcher[@]:0:3}" --num_gpus "$gpus" "${launcher[@]:3}"); fi
     echo "== training on $gpus GPU(s) with ${ZERO/none/no DeepSpeed}"
 else
     arguments+=(--use_cpu True)
-    launcher=("$PYTHON" -m llava.train.train_mem)
+    launcher=(python -m llava.train.train_mem)
     if [ "$ZERO" = none ]; then
         echo "== no GPU: training on the CPU, plainly (ZERO=scripts/zero3.json trains the same under ZeRO-3)"
-    elif "$PYTHON" -c "from llava.train.deepspeed_config import prepare_cpu_deepspeed as p; p()" >/dev/null 2>&1; then
+    elif python -c "from llava.train.deepspeed_config import prepare_cpu_deepspeed as p; p()" >/dev/null 2>&1; then
         echo "== no GPU: training on the CPU under DeepSpeed ($ZERO, gloo)"
     else
         echo "== no GPU, and DeepSpeed does not start on this CPU: training plainly, without ZeRO"
@@ -60,8 +59,8 @@ else
 fi
 if [ "$ZERO" != none ]; then arguments+=(--deepspeed "$ZERO"); fi
 
-mapfile -t tasks < <("$PYTHON" -m llava.continual.tasks get "$SEQUENCE" tasks)
-mapfile -t stages < <("$PYTHON" -m llava.continual.tasks stages "$SEQUENCE" --output_dir "$OUTPUT_DIR" --method "$METHOD")
+mapfile -t tasks < <(python -m llava.continual.tasks get "$SEQUENCE" tasks)
+mapfile -t stages < <(python -m llava.continual.tasks stages "$SEQUENCE" --output_dir "$OUTPUT_DIR" --method "$METHOD")
 [ "${#tasks[@]}" -gt 0 ] && [ "${#tasks[@]}" -eq "${#stages[@]}" ] || exit 2 # the reason was printed above
 
 previous=()
