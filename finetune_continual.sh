@@ -28,6 +28,7 @@ MASTER_PORT=${MASTER_PORT:-29500}
 EXTRA_ARGS=${EXTRA_ARGS:-}                     # more flags for llava/train/train_mem.py, e.g. "--save_full_model True"
 # ----------------------------------------------------------------------------------------------------------------------
 
+export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 if [ -n "${HIP_VISIBLE_DEVICES:-}" ] && [ -z "${CUDA_VISIBLE_DEVICES:-}" ]; then
     export CUDA_VISIBLE_DEVICES=$HIP_VISIBLE_DEVICES # PyTorch for ROCm reads either; DeepSpeed's launcher reads this one
 fi
