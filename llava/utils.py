@@ -102,7 +102,7 @@ def file_sha256(path: str | os.PathLike) -> str:
 
 
 def require_file(path: str | os.PathLike, what: str, mend: str) -> Path:
-    """``path`` as a ``Path`` if it is a readable file, else a ``UserError`` that says what was expected and the mend."""
+    """``path`` as a ``Path`` if it is a readable file; else a ``UserError`` saying what was expected and the mend."""
     found = Path(path)
     if not found.is_file():
         raise UserError(f"{what} not found: {found} ({mend})")

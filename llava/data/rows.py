@@ -214,6 +214,8 @@ def question_row(
         raise UserError(f"{where}: the question is empty or holds {DEFAULT_IMAGE_TOKEN!r}: {question!r}")
     row: dict[str, Any] = {"question_id": question_id}
     if image is not None:
+        if not PurePosixPath(image).name:
+            raise UserError(f"{where}: image {image!r} names no file")
         row["image"] = image
         row["pair_id"] = str(PurePosixPath(image).with_suffix(""))
     row["text"] = question if image is None else f"{question}\n{DEFAULT_IMAGE_TOKEN}"

@@ -168,6 +168,7 @@ def build_dataset(
         model.config,
         model_args.version or conv_mode_for(model.config, name),
         text_queries,
+        answer_suffix=sequence.answer_suffix,
         features=picture_features(rows, base, data_args.image_folder or sequence.image_folder, args),
         max_length=args.model_max_length,
     )
