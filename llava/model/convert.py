@@ -1,0 +1,165 @@
+"""Turn checkpoint folders between LLaVA's layout and Hugging Face's (``hf_layout``), one weight file at a time.
+
+A 14 GB checkpoint needs the memory of its largest file. Tensors are renamed, never changed; the one addition is the
+``<image>`` token that Hugging Face's classes count pictures by: where the tokenizer lacks it, the embeddings get rows
+for it, and the head rows equal to the mean of the others, which is never the largest logit.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from llava.constants import DEFAULT_IMAGE_TOKEN
+from llava.model.checkpoint import load_bin, read_config, tensor_files, weight_files
+from llava.model.hf_layout import TO_HF, TO_LLAVA, config_from_hf, config_to_hf, is_hf_layout, renamed
+from llava.model.layouts import TOWER_PREFIX, llava_config
+from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower, shipped_image_processor
+from llava.model.tokenizer import load_tokenizer
+from llava.utils import UserError, atomic_write, rank0_print
+
+FROM_HF, TO_HF_DIRECTION = "from_hf", "to_hf"
+VOCABULARY_TENSORS = ("model.embed_tokens.weight", "lm_head.weight")
+COPIED = ("generation_config.json", "preprocessor_config.json", "chat_template.json", "chat_template.jinja")
+
+
+def convert(source: Path, target: Path, direction: str) -> None:
+    """Write the checkpoint ``source`` in the other layout to the new folder ``target``.
+
+    Raises:
+        UserError: the source has the wrong layout, something the other layout has no word for, or ``target`` exists.
+    """
+    if direction not in (FROM_HF, TO_HF_DIRECTION):
+        raise UserError(f"unknown direction {direction!r} (choose {FROM_HF} or {TO_HF_DIRECTION})")
+    if target.exists() and any(target.iterdir()):
+        raise UserError(f"{target} is there already; give a new folder")
+    if is_hf_layout(read_config(source)) != (direction == FROM_HF):
+        found = "Hugging Face's" if direction == TO_HF_DIRECTION else "LLaVA's"
+        raise UserError(f"{source} has {found} layout already, or is no LLaVA checkpoint; nothing to convert")
+    if not weight_files(source):
+        raise UserError(f"{source} holds no full weights; merge the adapter first (scripts/merge_lora_weights.py)")
+    partial = target.with_name(f".{target.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    for name in COPIED:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, partial / name)
+    (_from_hf if direction == FROM_HF else _to_hf)(source, partial)
+    shutil.rmtree(target, ignore_errors=True)
+    partial.rename(target)
+    rank0_print(f"{source} converted ({direction}) to {target}")
+
+
+def _from_hf(source: Path, target: Path) -> None:
+    values = config_from_hf(read_config(source))
+    _write_json(target / "config.json", values)
+    load_tokenizer(source).save_pretrained(target)
+    write_shards(target, ({renamed(key, TO_LLAVA): value for key, value in shard.items()} for shard in shards(source)))
+
+
+def _to_hf(source: Path, target: Path) -> None:
+    config = llava_config(source)
+    tokenizer = load_tokenizer(source)
+    tower = None
+    if getattr(config, "vision_config", None) is None:
+        tower = CLIPVisionTower(getattr(config, "mm_vision_tower", None) or "", args=config)
+    vision = tower.config.to_dict() if tower else dict(config.vision_config)
+    image_token = _image_token(tokenizer)
+    config.vocab_size = max(config.vocab_size, image_token + 1)
+    _write_json(target / "config.json", config_to_hf(_plain_values(config), vision, image_token))
+    write_shards(target, _hf_shards(source, config.vocab_size, tower))
+    _write_processor(source, target, tokenizer, config, vision, tower)
+
+
+def _plain_values(config) -> dict:
+    values = json.loads(config.to_json_string(use_diff=False))
+    values.pop("transformers_version", None)
+    return {**values, "model_type": config.model_type}
+
+
+def _hf_shards(source: Path, vocabulary: int, tower: CLIPVisionTower | None) -> Iterator[dict[str, Tensor]]:
+    for shard in shards(source):
+        for key in VOCABULARY_TENSORS:
+            if key in shard:
+                shard[key] = grown(shard[key], vocabulary)
+        yield {renamed(key, TO_HF): value for key, value in shard.items() if not key.endswith("rotary_emb.inv_freq")}
+    if tower is not None:  # LLaVA's checkpoints mostly leave the tower out
+        state = {f"{TOWER_PREFIX}{key}": value for key, value in tower.state_dict().items()}
+        yield {renamed(key, TO_HF): value.contiguous() for key, value in state.items()}
+
+
+def grown(table: Tensor, rows: int) -> Tensor:
+    """``[n, hidden]`` with the mean row repeated up to ``rows``: as a head row it is never the largest logit."""
+    lacking = rows - table.shape[0]
+    if lacking <= 0:
+        return table
+    mean = table.float().mean(0, keepdim=True).to(table.dtype)
+    return torch.cat([table, mean.expand(lacking, -1)])
+
+
+def _image_token(tokenizer) -> int:
+    """The id of ``<image>``, which is added where the tokenizer lacks it."""
+    if DEFAULT_IMAGE_TOKEN not in tokenizer.get_vocab():
+        tokenizer.add_tokens([DEFAULT_IMAGE_TOKEN], special_tokens=True)
+    return tokenizer.convert_tokens_to_ids(DEFAULT_IMAGE_TOKEN)
+
+
+def _write_processor(source: Path, target: Path, tokenizer, config, vision: dict, tower) -> None:
+    """Tokenizer, image processor and the file that tells transformers' processor how many tokens a picture is."""
+    from transformers import CLIPVisionConfig
+
+    tokenizer.save_pretrained(target)
+    processor = tower.image_processor if tower else shipped_image_processor(source, CLIPVisionConfig(**vision))
+    pictures, mode = processor.to_dict(), getattr(config, "image_aspect_ratio", None)
+    if mode == "anyres":
+        pinpoints = [[height, width] for width, height in config.image_grid_pinpoints]
+        pictures |= {"image_processor_type": "LlavaNextImageProcessor", "image_grid_pinpoints": pinpoints}
+    else:
+        pictures |= {"image_processor_type": "LlavaImageProcessor", "do_pad": mode == "pad"}
+    _write_json(target / "preprocessor_config.json", pictures)
+    select = getattr(config, "mm_vision_select_feature", None) or "patch"
+    settings = {
+        "processor_class": "LlavaNextProcessor" if mode == "anyres" else "LlavaProcessor",
+        "image_token": DEFAULT_IMAGE_TOKEN,
+        "patch_size": vision["patch_size"],
+        "vision_feature_select_strategy": "default" if select == "patch" else "full",
+        "num_additional_image_tokens": 1,
+    }
+    _write_json(target / "processor_config.json", settings)
+
+
+def shards(folder: Path) -> Iterator[dict[str, Tensor]]:
+    """The tensors of each weight file in turn."""
+    for file in sorted(set(tensor_files(folder).values())):
+        yield load_file(file) if file.suffix == ".safetensors" else load_bin(file)
+
+
+def write_shards(folder: Path, parts: Iterator[dict[str, Tensor]]) -> None:
+    """Write each part as a safetensors file, with transformers' names and index."""
+    files: list[list[str]] = []
+    total = 0
+    for number, part in enumerate(parts):
+        part = {key: value.contiguous() for key, value in part.items()}
+        save_file(part, folder / f"part-{number}.safetensors", metadata={"format": "pt"})
+        files.append(list(part))
+        total += sum(value.numel() * value.element_size() for value in part.values())
+    if len(files) == 1:
+        (folder / "part-0.safetensors").rename(folder / "model.safetensors")
+        return
+    weight_map = {}
+    for number, keys in enumerate(files):
+        name = f"model-{number + 1:05d}-of-{len(files):05d}.safetensors"
+        (folder / f"part-{number}.safetensors").rename(folder / name)
+        weight_map.update(dict.fromkeys(keys, name))
+    _write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map})
+
+
+def _write_json(path: Path, values: dict) -> None:
+    with atomic_write(path) as stream:
+        json.dump(values, stream, indent=2, sort_keys=True)

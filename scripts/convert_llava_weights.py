@@ -1,0 +1,34 @@
+#!/usr/bin/env python3
+"""Convert a checkpoint between LLaVA's layout and Hugging Face's (LlavaForConditionalGeneration).
+
+python scripts/convert_llava_weights.py --direction from_hf --source llava-1.5-7b-hf --target llava-1.5-7b
+python scripts/convert_llava_weights.py --direction to_hf --source llava-med-v1.5 --target llava-med-v1.5-hf
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from llava.utils import quiet_libraries, run_cli
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--direction", required=True, choices=("from_hf", "to_hf"))
+    parser.add_argument("--source", required=True, help="checkpoint folder or hub name")
+    parser.add_argument("--target", required=True, help="new folder")
+    arguments = parser.parse_args()
+    quiet_libraries()
+    from llava.model.checkpoint import resolve_checkpoint
+    from llava.model.convert import convert
+
+    convert(resolve_checkpoint(arguments.source), Path(arguments.target), arguments.direction)
+
+
+if __name__ == "__main__":
+    run_cli(main)
