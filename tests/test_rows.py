@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -295,7 +295,7 @@ FIELDS = [
 @given(
     question=TEXT,
     answer=TEXT,
-    image=st.text("abcäß/_-. 0", min_size=1, max_size=12).filter(str.strip),
+    image=st.text("abcäß/_-. 0", min_size=1, max_size=12).filter(lambda name: name.strip() and PurePosixPath(name).name),
     identifier=st.integers() | st.text(st.characters(exclude_categories=["Cs"]), min_size=1),
     domain=st.sampled_from(["abd", "chest", "head"]),
 )
@@ -334,3 +334,8 @@ def test_any_bytes_are_rows_or_one_user_error(tmp_path, content):
     for read in (read_rows, read_answers):
         with pytest.raises(UserError):
             read(path)
+
+
+def test_an_image_that_names_no_file_is_refused():
+    with pytest.raises(UserError, match="names no file"):
+        question_row(1, "/", "What is this?", "a lung", None)
