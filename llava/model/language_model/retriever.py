@@ -117,7 +117,7 @@ class SlotBlock(nn.Module):
 
     def __init__(self, settings: RetrieverSettings, count: int):
         super().__init__()
-        self.count, self.trained, self.rank = count, False, settings.rank
+        self.count, self.trained, self.rank, self.targets = count, False, settings.rank, settings.targets
         shape = (count, settings.num_layers, settings.rank)
         self.A = nn.ParameterDict(
             {
@@ -147,8 +147,11 @@ class SlotBlock(nn.Module):
                 self.A[target].zero_()
 
     def forward(self) -> tuple[Tensor, ...]:
-        """All of the block's offsets, ``A`` then ``B`` per target. A call, so that ZeRO-3 gathers the parameters."""
-        return tuple(tensor.clone() for pair in zip(self.A.values(), self.B.values(), strict=True) for tensor in pair)
+        """All of the block's offsets, ``A`` then ``B`` per target. A call, so that ZeRO-3 gathers the parameters.
+
+        In the order of the settings; a ``ParameterDict`` has its own.
+        """
+        return tuple(side[target].clone() for target in self.targets for side in (self.A, self.B))
 
 
 @dataclass(frozen=True)
