@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import hashlib
 import pickle
-import zipfile
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -31,6 +31,9 @@ from llava.model.language_model.router import TaskStatistics
 from llava.utils import UserError, atomic_write
 
 FORMAT, VERSION = "llava-slots", 1
+
+UNREADABLE = (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, OSError, IndexError)
+"""What ``torch.load`` raises for a cut or foreign file; it depends on where the cut is."""
 
 
 @dataclass
@@ -89,7 +92,7 @@ class SlotFile:
 
 
 def write_slot_file(path: str | Path, slots: SlotFile) -> None:
-    """Write atomically; tensors are copied to the CPU and made contiguous, so equal slots give equal files."""
+    """Write atomically; equal slots give equal bytes, whatever made them."""
     tasks = sorted(slots.tasks, key=lambda task: task.start)
     data = {
         "format": FORMAT,
@@ -99,10 +102,10 @@ def write_slot_file(path: str | Path, slots: SlotFile) -> None:
         "keys": _stack_keys([task.text_keys for task in tasks]),
         "image_keys": _stack_keys([task.image_keys for task in tasks]),
         "tasks": [_task_to_dict(task) for task in tasks],
-        "offsets": {task.name: {"A": _plain(task.A), "B": _plain(task.B)} for task in tasks if task.B},
+        "offsets": {task.name: {"A": task.A, "B": task.B} for task in tasks if task.B},
     }
     with atomic_write(path, "wb") as stream:
-        torch.save(data, stream)
+        torch.save(_canonical(data), stream)
 
 
 def read_slot_file(path: str | Path) -> SlotFile:
@@ -115,10 +118,24 @@ def read_slot_file(path: str | Path) -> SlotFile:
         )
     if data.get("format") != FORMAT:
         raise UserError(f"{path}: not a slot file (no format mark {FORMAT!r}); make it with train_prompt_key.py")
-    if data["version"] > VERSION:
+    if data.get("version", 0) > VERSION:
         raise UserError(f"{path}: slot file version {data['version']}, this package reads up to {VERSION}; update it")
+    try:
+        return _parse(data, path)
+    except UserError:
+        raise
+    except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
+        reason = f"no field {error}" if isinstance(error, KeyError) else error
+        raise UserError(f"{path}: the slot file is incomplete or damaged ({reason}); write it again") from error
+
+
+def _parse(data: dict, path: str | Path) -> SlotFile:
     settings = RetrieverSettings.from_dict(data["settings"])
     tasks, place = [], 0
+    wanted = sum(entry["stop"] - entry["start"] for entry in data["tasks"])
+    for name in ("keys", "image_keys"):
+        if data[name] is not None and data[name].shape[2] != wanted:
+            raise UserError(f"{path}: {name} for {data[name].shape[2]} slots, but its tasks have {wanted}")
     for entry in data["tasks"]:
         count = entry["stop"] - entry["start"]
         span = slice(place, place + count)
@@ -129,8 +146,8 @@ def read_slot_file(path: str | Path) -> SlotFile:
                 name=entry["name"],
                 start=entry["start"],
                 stop=entry["stop"],
-                text_keys=_slice_keys(data["keys"], span, path, "keys"),
-                image_keys=_slice_keys(data["image_keys"], span, path, "image_keys"),
+                text_keys=_slice_keys(data["keys"], span),
+                image_keys=_slice_keys(data["image_keys"], span),
                 statistics=None if statistics is None else TaskStatistics(**statistics),
                 held_out=entry["held_out"],
                 trained=entry["trained"],
@@ -140,6 +157,7 @@ def read_slot_file(path: str | Path) -> SlotFile:
                 recorded_checksum=entry.get("checksum"),
             )
         )
+        _refuse_nan(tasks[-1], path)
         place += count
     return SlotFile(settings, tasks, data["base"])
 
@@ -172,10 +190,7 @@ def retriever_from(slots: SlotFile) -> Retriever:
                 )
             if buffer is not None:
                 buffer.copy_(value)
-        with torch.no_grad():
-            for mine, theirs in ((block.A, task.A), (block.B, task.B)):
-                for target, tensor in theirs.items():
-                    mine[target].copy_(tensor)
+        load_task_offsets(retriever, task)
         block.statistics, block.trained = task.statistics, task.trained
     retriever.changed()
     return retriever
@@ -184,9 +199,15 @@ def retriever_from(slots: SlotFile) -> Retriever:
 def load_task_offsets(retriever: Retriever, task: TaskSlots) -> None:
     """Put a task's offsets from a file into the retriever's block of that name."""
     block = retriever.block(task.name)
-    with torch.no_grad():
-        for mine, theirs in ((block.A, task.A), (block.B, task.B)):
-            for target, tensor in theirs.items():
+    for kind, mine, theirs in (("A", block.A, task.A), ("B", block.B, task.B)):
+        for target, tensor in theirs.items():
+            if target not in mine or mine[target].shape != tensor.shape:
+                expected = _shape(mine[target] if target in mine else None)
+                raise UserError(
+                    f"task {task.name!r}: offset {kind} of {target} has shape {_shape(tensor)}, but the settings ask "
+                    f"for {expected}"
+                )
+            with torch.no_grad():
                 mine[target].copy_(tensor)
 
 
@@ -195,10 +216,11 @@ def _load(path: str | Path) -> dict:
         raise UserError(f"slot file not found: {path} (make it with train_prompt_key.py or merge_prompt_key.py)")
     try:
         data = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, zipfile.BadZipFile, RuntimeError, EOFError, ValueError) as error:
-        raise UserError(
-            f"{path}: cannot be read as a slot file ({str(error).splitlines()[0]}); write it again"
-        ) from error
+    except PermissionError:
+        raise
+    except UNREADABLE as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise UserError(f"{path}: cannot be read as a slot file ({reason}); write it again") from error
     if not isinstance(data, dict):
         raise UserError(f"{path}: holds a {type(data).__name__}, not a slot file")
     return data
@@ -218,8 +240,17 @@ def _task_to_dict(task: TaskSlots) -> dict:
     }
 
 
-def _plain(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {target: tensor.detach().cpu().contiguous().clone() for target, tensor in tensors.items()}
+def _canonical(value):
+    """A copy without shared parts: pickle writes an object that occurs again as a reference to the first place."""
+    if isinstance(value, Tensor):
+        return value.detach().cpu().contiguous().clone()
+    if isinstance(value, str):
+        return sys.intern(value)
+    if isinstance(value, dict):
+        return {_canonical(key): _canonical(part) for key, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(map(_canonical, value))
+    return value
 
 
 def _stack_keys(keys: list[Tensor | None]) -> Tensor | None:
@@ -228,12 +259,14 @@ def _stack_keys(keys: list[Tensor | None]) -> Tensor | None:
     return torch.cat([key.detach().cpu() for key in keys], dim=1).unsqueeze(0).contiguous()
 
 
-def _slice_keys(keys: Tensor | None, span: slice, path, name: str) -> Tensor | None:
-    if keys is None:
-        return None
-    if not torch.isfinite(keys[0, :, span]).all():
-        raise UserError(f"{path}: {name} {span.start}:{span.stop} hold NaN or infinite numbers; fit the task again")
-    return keys[0, :, span].clone()
+def _slice_keys(keys: Tensor | None, span: slice) -> Tensor | None:
+    return None if keys is None else keys[0, :, span].clone()
+
+
+def _refuse_nan(task: TaskSlots, path) -> None:
+    for name, tensor in task.tensors().items():
+        if not torch.isfinite(tensor).all():
+            raise UserError(f"{path}: {name} of task {task.name!r} holds NaN or infinite numbers; fit the task again")
 
 
 def _shape(tensor: Tensor | None) -> str:
