@@ -1,6 +1,7 @@
 """Tiny random LLaVA models written by transformers' own classes: the outside check of the loader's fidelity."""
 
 import torch
+from tiny_llava import make_tokenizer
 from transformers import (
     CLIPImageProcessorPil,
     CLIPVisionConfig,
@@ -11,8 +12,6 @@ from transformers import (
     LlavaNextForConditionalGeneration,
     MistralConfig,
 )
-
-from tests.tiny_llava import make_tokenizer
 
 PIXELS, PATCH = 16, 8
 TOKENS = (PIXELS // PATCH) ** 2

@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from hf_llava import PINPOINTS, TOKENS, hf_ids, pad, write_hf_model
 from PIL import Image
 from safetensors.torch import load_file
+from tiny_llava import write_base
 from transformers import (
     AutoTokenizer,
     LlavaForConditionalGeneration,
@@ -26,8 +28,6 @@ from llava.model.checkpoint import tensor_files
 from llava.model.convert import convert, grown
 from llava.model.layouts import load_vision_tower
 from llava.utils import UserError
-from tests.hf_llava import PINPOINTS, TOKENS, hf_ids, pad, write_hf_model
-from tests.tiny_llava import write_base
 
 FAMILIES = ("llama", "mistral")
 ROOT = Path(__file__).resolve().parents[1]

@@ -7,6 +7,7 @@ from transformers import CLIPImageProcessorPil, CLIPVisionConfig, PreTrainedToke
 
 from llava.model.checkpoint import fingerprint
 from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
+from llava.model.language_model.llava_mistral import LlavaMistralConfig, LlavaMistralForCausalLM
 from llava.model.language_model.query_encoder import BaseEmbeddingEncoder
 from llava.model.language_model.retriever import RetrieverSettings
 from llava.model.language_model.router import TaskStatistics
@@ -14,6 +15,10 @@ from llava.model.language_model.slot_file import SlotFile, TaskSlots, write_slot
 
 HIDDEN, LAYERS, PIXELS, VISION = 32, 2, 16, 16
 GROUPS, SLOTS, RANK = 4, 4, 2
+FAMILIES = {
+    "llama": (LlavaConfig, LlavaLlamaForCausalLM),
+    "mistral": (LlavaMistralConfig, LlavaMistralForCausalLM),
+}
 WORDS = "yes no left right lung is there a lesion in the image of chest abdomen head what side where USER ASSISTANT:"
 
 
@@ -33,8 +38,9 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
 
 
-def write_base(folder, seed=0):
+def write_base(folder, seed=0, family="llama"):
     """Write a base checkpoint with its own vision tower; returns its folder."""
+    config_class, model_class = FAMILIES[family]
     tokenizer = make_tokenizer()
     vision = CLIPVisionConfig(
         hidden_size=VISION,
@@ -44,12 +50,13 @@ def write_base(folder, seed=0):
         image_size=PIXELS,
         patch_size=8,
     )
-    config = LlavaConfig(
+    config = config_class(
         vocab_size=len(tokenizer),
         hidden_size=HIDDEN,
         intermediate_size=64,
         num_hidden_layers=LAYERS,
         num_attention_heads=2,
+        num_key_value_heads=2 if family == "llama" else 1,
         max_position_embeddings=256,
         bos_token_id=1,
         eos_token_id=2,
@@ -66,7 +73,7 @@ def write_base(folder, seed=0):
         vision_config=vision.to_dict(),
     )
     torch.manual_seed(seed)
-    model = LlavaLlamaForCausalLM(config).eval()
+    model = model_class(config).eval()
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     size = {"height": PIXELS, "width": PIXELS}

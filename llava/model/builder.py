@@ -192,7 +192,12 @@ def _from_pretrained(model_class, folder: Path, config, kind: str, options: dict
         model, report = model_class.from_pretrained(
             folder, config=config, output_loading_info=True, **mapping, **options
         )
-    except (OSError, SafetensorError, pickle.UnpicklingError) as error:
+    except pickle.UnpicklingError as error:
+        raise UserError(
+            f"{folder}: a pytorch_model*.bin file holds more than plain tensors and is not run; get the checkpoint as "
+            "safetensors"
+        ) from error
+    except (OSError, SafetensorError) as error:
         raise UserError(f"{folder}: the weights cannot be read ({_first_line(error)}); copy them again") from error
     except RuntimeError as error:
         if "mismatch" not in str(error):

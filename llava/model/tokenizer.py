@@ -11,8 +11,6 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from transformers import AutoTokenizer, LlamaTokenizer
-
 from llava.utils import UserError
 
 SENTENCEPIECE_FILE = "tokenizer.model"
@@ -26,6 +24,8 @@ def load_tokenizer(folder: Path):
     Raises:
         UserError: there is none, or it cannot be read.
     """
+    from transformers import AutoTokenizer, LlamaTokenizer
+
     path = folder / "tokenizer_config.json"
     settings = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     alone = (folder / SENTENCEPIECE_FILE).is_file() and not (folder / "tokenizer.json").is_file()

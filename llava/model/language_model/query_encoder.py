@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from llava.model.checkpoint import read_tensors, resolve_checkpoint, tensor_files
+from llava.model.tokenizer import load_tokenizer
 from llava.utils import UserError
 
 REFERENCE_ENCODER = "sentence-transformers/nli-roberta-base-v2"
@@ -58,11 +59,9 @@ class BaseEmbeddingEncoder(TextEncoder):
     kind = "base"
 
     def __init__(self, base_path: str | Path):
-        from transformers import AutoTokenizer
-
         table = read_embedding_table(base_path)
         self.table = torch.nn.functional.normalize(table.float(), dim=-1)
-        self.tokenizer = AutoTokenizer.from_pretrained(resolve_checkpoint(base_path))
+        self.tokenizer = load_tokenizer(resolve_checkpoint(base_path))
         digest = hashlib.sha256(table.contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()[:16]
         super().__init__("base", digest, table.shape[1])
 
