@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 """Convert a checkpoint between LLaVA's layout and Hugging Face's (LlavaForConditionalGeneration).
 
 python scripts/convert_llava_weights.py --direction from_hf --source llava-1.5-7b-hf --target llava-1.5-7b

@@ -30,7 +30,7 @@ CACHED_IMAGES = 512
 ORACLE, NO_ROUTE = "oracle", "none"
 
 
-def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+def parse_arguments(argv: Sequence[str] | None = None, **defaults: Any) -> argparse.Namespace:
     """The command line; LLaVA's spellings with a hyphen or an underscore are both taken."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model-path", required=True, help="checkpoint folder or hub id")
@@ -57,6 +57,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--stale", choices=("refuse", "replace"), default="refuse", help="what to do with another run's answers file"
     )
+    parser.set_defaults(**defaults)
     arguments = parser.parse_args(argv)
     for name in ("batch_size", "max_new_tokens", "num_beams"):
         if getattr(arguments, name) < 1:
@@ -66,9 +67,9 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return arguments
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Answer one chunk of the question file."""
-    arguments = parse_arguments(argv)
+def main(argv: Sequence[str] | None = None, **defaults: Any) -> None:
+    """Answer one chunk of the question file; ``defaults`` replace those of the flags."""
+    arguments = parse_arguments(argv, **defaults)
     rows = read_rows(arguments.question_file)
     rows = [rows[number] for number in chunk_range(len(rows), arguments.num_chunks, arguments.chunk_idx)]
     model_id = get_model_name_from_path(arguments.model_path)
@@ -79,9 +80,6 @@ def main(argv: Sequence[str] | None = None) -> None:
             return
         check_images(rows[done:], arguments.image_folder)
         speaker = Speaker.load(arguments)
-        if arguments.task_id and arguments.task_id not in known_tasks(speaker.model):
-            known = ", ".join(known_tasks(speaker.model)) or "no slots"
-            raise UserError(f"no trained slots for task {arguments.task_id!r}; the model has {known}")
         for batch, replies in answer_rows(speaker, rows, arguments, done):
             answers = [
                 answer_row(rows[number], text, model_id, {"run": run, **({"route": route} if route else {})})
@@ -206,6 +204,9 @@ class Speaker:
             raise UserError(f"{arguments.model_path} is a plain language model, not a LLaVA checkpoint")
         model.eval()
         choose_router(model, arguments.route)
+        if arguments.task_id and arguments.task_id not in known_tasks(model):
+            known = ", ".join(known_tasks(model)) or "no slots"
+            raise UserError(f"no trained slots for task {arguments.task_id!r}; the model has {known}")
         return cls(tokenizer, model, image_processor, arguments.conv_mode or conv_mode_for(model.config, name))
 
     def prompt_ids(self, question: str, has_image: bool) -> list[int]:
@@ -241,27 +242,30 @@ class Speaker:
         candidates = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0)
         return next(token for token in candidates if token is not None)
 
-    def reply(self, batch: dict[str, Any], arguments: argparse.Namespace) -> list[tuple[str, dict | None]]:
-        """Texts and routes of a collated batch."""
+    def reply(
+        self, batch: dict[str, Any], arguments: argparse.Namespace, **options: Any
+    ) -> list[tuple[str, dict | None]]:
+        """Texts and routes of a collated batch; ``options`` go to ``generate``."""
         tasks = given_tasks(batch["rows"], arguments)
         known = known_tasks(self.model)
         if tasks is None or not known:
-            return self._generate(batch, arguments, None)
+            return self._generate(batch, arguments, None, **options)
         replies: dict[int, tuple[str, dict | None]] = {}
         for given in (True, False):  # tasks that the model has not learned yet are routed freely
             numbers = [number for number, task in enumerate(tasks) if (task in known) == given]
             if numbers:
                 chosen = [tasks[number] for number in numbers] if given else None
-                replies.update(zip(numbers, self._generate(_select(batch, numbers), arguments, chosen), strict=True))
+                part = self._generate(_select(batch, numbers), arguments, chosen, **options)
+                replies.update(zip(numbers, part, strict=True))
         return [replies[number] for number in range(len(tasks))]
 
     def _generate(
-        self, batch: dict[str, Any], arguments: argparse.Namespace, tasks: list[str] | None
+        self, batch: dict[str, Any], arguments: argparse.Namespace, tasks: list[str] | None, **options: Any
     ) -> list[tuple[str, dict | None]]:
         from llava.mm_utils import KeywordsStoppingCriteria
 
         model, rows = self.model, batch["rows"]
-        more: dict[str, Any] = {} if tasks is None else {"tasks": tasks}
+        more: dict[str, Any] = options if tasks is None else {**options, "tasks": tasks}
         if self.stop and self.stop.strip() and self.stop != self.tokenizer.eos_token:
             more["stopping_criteria"] = [KeywordsStoppingCriteria([self.stop], self.tokenizer, batch["input_ids"])]
         if arguments.temperature > 0:
@@ -353,9 +357,9 @@ def _stack_images(images: list[Any]) -> Any:
 
 
 def _to_device(images: Any, device: Any) -> Any:
-    if images is None or not isinstance(images, list):
-        return None if images is None else images.to(device)
-    return [None if image is None else image.to(device) for image in images]
+    if isinstance(images, list):
+        return [_to_device(image, device) for image in images]
+    return None if images is None else images.to(device)
 
 
 if __name__ == "__main__":

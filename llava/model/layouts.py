@@ -122,10 +122,14 @@ def llava_config(folder: Path, weights: Path | None = None, name: str | None = N
 
 
 def shipped_tower_config(folder: Path, config) -> dict | None:
-    """The vision config of the tower whose weights a LLaVA checkpoint holds, ``None`` if it holds none.
+    """The vision config of the tower whose weights a checkpoint holds, ``None`` if it holds none.
 
-    Taken from the tower that ``mm_vision_tower`` names where that is at hand, else read off the tensors' shapes.
+    Taken from the checkpoint's own config, else from the tower that ``mm_vision_tower`` names where that is at hand,
+    else read off the tensors' shapes.
     """
+    own = read_config(folder)
+    if own.get("vision_config") is not None:
+        return config_from_hf(own)["vision_config"] if is_hf_layout(own) else own["vision_config"]
     keys = [key for key in tensor_files(folder) if key.startswith(TOWER_PREFIX)]
     if not keys:
         return None

@@ -1,0 +1,50 @@
+"""Take the projector out of a checkpoint (LLaVA's layout or Hugging Face's) as ``mm_projector.bin``.
+
+    python scripts/extract_mm_projector.py --model-path llava-v1.5-7b --output projector/mm_projector.bin
+
+The config is written beside it: a folder with both loads over its language model (``--model-base``).
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from llava.utils import UserError, atomic_write, quiet_libraries, run_cli
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model-path", required=True, help="full checkpoint, folder or hub name")
+    parser.add_argument("--output", required=True, help="file to write, such as projector/mm_projector.bin")
+    arguments = parser.parse_args()
+    quiet_libraries()
+    import torch
+
+    from llava.model.checkpoint import read_tensors, resolve_checkpoint, tensor_files
+    from llava.model.hf_layout import TO_LLAVA, renamed
+    from llava.model.layouts import PROJECTOR_PREFIX, llava_config
+
+    folder, output = resolve_checkpoint(arguments.model_path), Path(arguments.output)
+    names = {key: renamed(key, TO_LLAVA) for key in tensor_files(folder)}
+    wanted = [key for key, name in names.items() if name.startswith((PROJECTOR_PREFIX, "model.image_newline"))]
+    if not wanted:
+        raise UserError(f"{folder} holds no projector tensors ({PROJECTOR_PREFIX}*); is it a full LLaVA checkpoint?")
+    state = {names[key]: value.clone() for key, value in read_tensors(folder, wanted).items()}
+    with atomic_write(output, "wb") as stream:
+        torch.save(state, stream)
+    if not (output.parent / "config.json").exists():
+        config = llava_config(folder)
+        if not (getattr(config, "mm_vision_tower", None) or ""):
+            print("note: the checkpoint ships its vision tower and names none; set mm_vision_tower in config.json")
+        config.vision_config = None
+        config.save_pretrained(output.parent)
+    print(f"{output}: {len(state)} tensors of {folder}")
+
+
+if __name__ == "__main__":
+    run_cli(main)

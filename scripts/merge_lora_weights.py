@@ -1,0 +1,43 @@
+"""Merge a LoRA folder into its base and write a checkpoint that needs no other.
+
+    python scripts/merge_lora_weights.py --model-path checkpoints/llava-lora --model-base lmsys/vicuna-7b-v1.5 \\
+        --save-model-path checkpoints/llava-merged
+
+Without ``--model-base`` the base is the one that ``adapter_config.json`` names. Slots of a continual run are not
+merged: which of them act is decided for each question.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from llava.utils import UserError, quiet_libraries, run_cli
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model-path", required=True, help="LoRA or projector folder")
+    parser.add_argument("--model-base", help="its base (default: the one the adapter names)")
+    parser.add_argument("--save-model-path", required=True, help="new folder")
+    arguments = parser.parse_args()
+    quiet_libraries()
+    from llava.mm_utils import get_model_name_from_path
+    from llava.model.builder import load_pretrained_model
+    from llava.model.saving import save_whole_model
+
+    name = get_model_name_from_path(arguments.model_path)
+    tokenizer, model, image_processor, _ = load_pretrained_model(
+        arguments.model_path, arguments.model_base, name, device="cpu", dtype="auto"
+    )
+    if getattr(model, "retriever", None) is not None:
+        raise UserError(f"{arguments.model_path} holds slots, which route each question; there is no LoRA to merge")
+    save_whole_model(Path(arguments.save_model_path), tokenizer, model, image_processor)
+
+
+if __name__ == "__main__":
+    run_cli(main)

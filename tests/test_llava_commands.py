@@ -1,0 +1,168 @@
+"""LLaVA's commands on a tiny model: run_llava, model_vqa, the chat, merging a LoRA, extracting the projector."""
+
+from __future__ import annotations
+
+import io
+import json
+import runpy
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from tiny_llava import write_base, write_images, write_stage
+
+from llava.data.rows import read_answers
+from llava.eval import model_vqa, run_llava
+from llava.model.builder import load_pretrained_model
+from llava.serve import cli
+from llava.utils import UserError
+
+SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with a base, a stage checkpoint over it and two pictures."""
+    folder = tmp_path_factory.mktemp("commands")
+    write_stage(folder / "llava-tiny_abd_chest", write_base(folder / "tiny-base"))
+    write_images(folder, ["a.png", "b,1.png", "c.png"])
+    return folder
+
+
+def run_script(name, *words):
+    before = sys.argv
+    sys.argv = [name, *map(str, words)]
+    try:
+        runpy.run_path(str(SCRIPTS / name), run_name="__main__")
+    except SystemExit as end:
+        return end.code
+    finally:
+        sys.argv = before
+
+
+def test_eval_model_takes_the_object_of_llavas_readme(place, capsys):
+    """A class with a few attributes, no device, no router."""
+    values = {"model_path": str(place / "tiny-base"), "model_base": None, "query": "is there a lesion"}
+    values |= {"image_file": str(place / "a.png"), "conv_mode": None, "sep": ",", "temperature": 0, "top_p": None}
+    args = type("Args", (), {**values, "num_beams": 1, "max_new_tokens": 4})()
+    text = run_llava.eval_model(args)
+    assert capsys.readouterr().out.rstrip("\n").endswith(text)
+    assert run_llava.eval_model(args) == text
+    with pytest.raises(UserError, match="args.query"):
+        run_llava.eval_model(type("Args", (), {"model_path": "x", "image_file": "y"})())
+
+
+def test_run_llava_answers_with_slots_and_several_pictures(place):
+    words = ["--model-path", place / "llava-tiny_abd_chest", "--model-base", place / "tiny-base", "--temperature", "0"]
+    words += ["--image-file", f"{place / 'a.png'};{place / 'b,1.png'}", "--sep", ";", "--max_new_tokens", "3"]
+    run_llava.main([str(word) for word in [*words, "--query", "is there a lesion", "--task-id", "chest"]])
+    with pytest.raises(UserError, match="no trained slots for task 'knee'"):
+        run_llava.main([str(word) for word in [*words, "--query", "x", "--task-id", "knee"]])
+
+
+def test_the_query_may_place_its_pictures_but_not_others():
+    assert run_llava.with_pictures("what?", 2) == "<image>\n<image>\nwhat?"
+    assert run_llava.with_pictures("<image-placeholder> what?", 1) == "<image> what?"
+    with pytest.raises(UserError, match="2 <image> but there are 1"):
+        run_llava.with_pictures("<image> <image>", 1)
+
+
+def test_a_missing_picture_is_named(place):
+    with pytest.raises(UserError, match="nothing.png"):
+        run_llava.load_pictures(str(place / "nothing.png"))
+
+
+def test_chat_remembers_what_was_said(place, monkeypatch, capsys):
+    """The second prompt holds the first question and answer; an empty line ends the chat."""
+    monkeypatch.setattr(sys, "stdin", io.StringIO("is there a lesion\nwhat side\n\nnever asked\n"))
+    prompts = []
+    from llava.eval.model_vqa_loader import Speaker
+
+    reply = Speaker.reply
+    monkeypatch.setattr(
+        Speaker, "reply", lambda self, batch, *a, **k: prompts.append(batch) or reply(self, batch, *a, **k)
+    )
+    words = ["--model-path", place / "llava-tiny_abd_chest", "--model-base", place / "tiny-base", "--debug"]
+    words += ["--image-file", place / "b,1.png", "--device", "cpu", "--temperature", "0", "--max-new-tokens", "3"]
+    cli.main([str(word) for word in words])
+    out = capsys.readouterr().out
+    assert "USER: " in out and "ASSISTANT: " in out and "'task'" in out
+    assert len(prompts) == 2
+    first, second = (batch["input_ids"][0].tolist() for batch in prompts)
+    assert second[: len(first)] == first and len(second) > len(first) and second.count(-200) == 1
+    assert [batch["rows"][0].question for batch in prompts] == ["is there a lesion", "what side"]
+
+
+def test_model_vqa_is_the_loaders_engine_with_llavas_defaults(place, monkeypatch):
+    seen = {}
+    from llava.eval import model_vqa_loader
+
+    real = model_vqa_loader.run_settings
+    monkeypatch.setattr(model_vqa_loader, "run_settings", lambda found: seen.update(vars(found)) or real(found))
+    rows = [
+        {"question_id": n, "image": name, "text": "what side\n<image>"} for n, name in enumerate(["a.png", "c.png"])
+    ]
+    (place / "questions.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    words = ["--model-path", place / "tiny-base", "--question-file", place / "questions.jsonl", "--image-folder", place]
+    model_vqa.main([*map(str, [*words, "--answers-file", place / "answers.jsonl", "--max_new_tokens", 3])])
+    assert seen["temperature"] == 0.2 and seen["batch_size"] == 1 and seen["conv_mode"] is None
+    assert [row["question_id"] for row in read_answers(place / "answers.jsonl")] == [0, 1]
+    assert model_vqa_loader.parse_arguments(words := ["--model-path", "x", "--question-file", "y"]).temperature == 0
+    assert model_vqa_loader.parse_arguments(words, **model_vqa.DEFAULTS).max_new_tokens == 1024
+
+
+def load(folder, base=None):
+    return load_pretrained_model(str(folder), base and str(base), device="cpu")
+
+
+def test_merge_lora_writes_a_whole_checkpoint(place, tmp_path, capsys):
+    _, model, *_ = load(place / "tiny-base")
+    wrapped = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"))
+    with torch.no_grad():
+        for name, parameter in wrapped.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_()
+    wrapped.save_pretrained(tmp_path / "llava-lora")
+    expected = {name: value.clone() for name, value in wrapped.merge_and_unload().state_dict().items()}
+    words = ["--model-path", tmp_path / "llava-lora", "--model-base", place / "tiny-base"]
+    assert run_script("merge_lora_weights.py", *words, "--save-model-path", tmp_path / "merged") == 0
+    merged = load(tmp_path / "merged")
+    state = merged[1].state_dict()
+    assert state.keys() == expected.keys() and merged[2] is not None
+    assert all(torch.allclose(state[key], expected[key], atol=1e-6) for key in state)
+    assert run_script("merge_lora_weights.py", *words, "--save-model-path", tmp_path / "merged") == 2
+    assert "is there already" in capsys.readouterr().err
+
+
+def test_slots_are_not_merged(place, tmp_path, capsys):
+    words = ["--model-path", place / "llava-tiny_abd_chest", "--save-model-path", tmp_path / "merged"]
+    assert run_script("merge_lora_weights.py", *words) == 2
+    assert "slots, which route each question" in capsys.readouterr().err
+
+
+def test_a_merged_model_with_vicunas_generation_config_can_be_saved(place, tmp_path):
+    """Its temperature without sampling stops the saving in newer transformers."""
+    folder = tmp_path / "vicuna"
+    shutil.copytree(place / "tiny-base", folder)
+    (folder / "generation_config.json").write_text(json.dumps({"temperature": 0.9, "top_p": 0.6, "pad_token_id": 0}))
+    _, model, *_ = load(folder)
+    model.save_pretrained(tmp_path / "saved")
+    assert (tmp_path / "saved" / "generation_config.json").is_file()
+
+
+def test_the_extracted_projector_loads_over_its_language_model(place, tmp_path, capsys):
+    output = tmp_path / "projector" / "mm_projector.bin"
+    assert run_script("extract_mm_projector.py", "--model-path", place / "tiny-base", "--output", output) == 0
+    state = torch.load(output, weights_only=True)
+    _, model, *_ = load(place / "tiny-base")
+    assert sorted(state) == [f"model.mm_projector.{part}.{kind}" for part in (0, 2) for kind in ("bias", "weight")]
+    assert all(torch.equal(value, model.state_dict()[key]) for key, value in state.items())
+    assert "ships its vision tower" in capsys.readouterr().out
+    _, again, image_processor, _ = load(output.parent, place / "tiny-base")
+    assert torch.equal(again.state_dict()["model.mm_projector.0.weight"], state["model.mm_projector.0.weight"])
+    assert image_processor is not None
+    assert again.get_vision_tower().config.num_attention_heads == model.get_vision_tower().config.num_attention_heads
+    assert run_script("extract_mm_projector.py", "--model-path", place, "--output", tmp_path / "x.bin") == 2
