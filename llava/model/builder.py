@@ -14,6 +14,7 @@ from llava.model.checkpoint import fingerprint, read_config, resolve_checkpoint,
 from llava.model.hf_layout import TO_LLAVA as HF_TO_LLAVA
 from llava.model.language_model.query_encoder import encoder_from_identity
 from llava.model.language_model.slot_file import SlotFile, read_slot_file, retriever_from
+from llava.model.language_model.weight_offset import target_features
 from llava.model.layouts import (
     FAMILIES,
     PROJECTOR_PREFIX,
@@ -254,6 +255,12 @@ def attach_slots(model, slots: SlotFile, base: Path, with_encoder: bool = True) 
     layers = model.config.num_hidden_layers
     if slots.settings.num_layers != layers:
         raise UserError(f"the slots are for {slots.settings.num_layers} layers, the base model has {layers}")
+    for target, (in_, out) in slots.settings.features.items():
+        has_in, has_out = target_features(model.config, target)
+        if (in_, out) != (has_in, has_out):
+            raise UserError(
+                f"the slots are for {target} of {in_} -> {out} features, the base model has {has_in} -> {has_out}"
+            )
     retriever = retriever_from(slots)
     if with_encoder and slots.settings.uses_text and slots.settings.encoder:
         retriever.encode_text = encoder_from_identity(slots.settings.encoder, base)
