@@ -24,6 +24,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--image_folder", help="picture folder (default: the sequence's)")
     parser.add_argument("--query_mode", default="text+image", choices=("text", "image", "text+image"))
     parser.add_argument("--text_encoder", default="auto", help="auto, base, minilm, or a sentence encoder's folder")
+    parser.add_argument(
+        "--image_query", default="tower+picture", choices=("tower", "picture", "tower+picture"), help="of the picture"
+    )
     parser.add_argument("--router", default="gaussian", help="keys, gaussian, ridge, uniform, random or batch_vote")
     parser.add_argument("--groups", type=int, default=4, help="groups a key is split into")
     parser.add_argument("--top_k", type=int, default=4, help="slots selected for each question")

@@ -134,7 +134,7 @@ def test_verify_names_infinite_numbers(run, stage, tmp_path):
     slots = read_slots(stage)
     slots.task("head").B["o_proj"][1, 0, 0, 0] = torch.inf
     write_slot_file(tmp_path / "inf.pth", slots)
-    with pytest.raises(UserError, match="not sound: task head"):
+    with pytest.raises(UserError, match="task 'head' holds NaN or infinite"):
         run("verify", tmp_path / "inf.pth")
 
 

@@ -21,7 +21,7 @@ from llava.data.rows import Row
 from llava.model.builder import llava_config
 from llava.model.checkpoint import fingerprint
 from llava.model.language_model.query_encoder import TextEncoder, load_text_encoder
-from llava.model.llava_arch import pooled_features
+from llava.model.picture_query import image_queries, image_query_dim
 from llava.model.tower_features import tower_features
 from llava.utils import UserError, atomic_write, is_main_process, rank0_print
 
@@ -53,27 +53,31 @@ def compute_queries(
     batch_size: int = 16,
     device: str = "cpu",
     cache_dir: str | os.PathLike | None = DEFAULT_CACHE,
+    image_query: str = "tower",
 ) -> Queries:
     """Queries of ``rows`` in the space of ``base``; read from the cache when the same were computed before.
 
     Args:
         query_mode: ``text``, ``image`` or ``text+image``. text_encoder: see ``query_encoder``.
         cache_dir: where results are kept, keyed by base, encoder and rows; ``None`` keeps none.
+        image_query: what the image query is made of, see ``llava.model.picture_query``.
     """
     encoder = load_text_encoder(text_encoder, base) if "text" in query_mode else None
     if "image" in query_mode:
         check_image_files(rows, image_folder)
     cache = None
     if cache_dir is not None:
-        cache = Path(cache_dir) / f"{_cache_key(rows, base, image_folder, query_mode, encoder)}.pt"
+        cache = Path(cache_dir) / f"{_cache_key(rows, base, image_folder, query_mode, encoder, image_query)}.pt"
         if cache.is_file():
             stored = torch.load(cache, map_location="cpu", weights_only=True)
             return Queries(**stored)
     queries = Queries(
         text=_text_queries(rows, encoder) if encoder else None,
-        image=_image_queries(rows, base, image_folder, batch_size, device) if "image" in query_mode else None,
+        image=None,
         encoder=encoder.identity if encoder else {},
     )
+    if "image" in query_mode:
+        queries.image = compute_image_queries(rows, base, image_folder, image_query, batch_size, device)
     if cache is not None and is_main_process():
         with atomic_write(cache, "wb") as stream:
             torch.save({"text": queries.text, "image": queries.image, "encoder": queries.encoder}, stream)
@@ -85,17 +89,23 @@ def _text_queries(rows: list[Row], encoder: TextEncoder) -> Tensor:
     return torch.stack([encoder([row.question])[0] for row in shown])
 
 
-def _image_queries(rows: list[Row], base: Path, image_folder, batch_size: int, device: str) -> Tensor:
-    """Each picture goes through the tower once, however many questions it has."""
+def compute_image_queries(
+    rows: list[Row], base: Path, image_folder: str | os.PathLike, kind: str, batch_size: int = 16, device: str = "cpu"
+) -> Tensor:
+    """Image queries ``[rows, image_dim]``. Each picture goes through the tower once, however many questions it has."""
     names = list(dict.fromkeys(row.image for row in rows if row.image))
-    by_name: dict[str | None, Tensor] = {}
-    for name, features, _ in tower_features(names, base, image_folder, batch_size, device, purpose="image queries"):
-        by_name[name] = pooled_features([[features]], features.shape[-1])[0].cpu()
-    by_name[None] = torch.zeros(llava_config(base).mm_hidden_size)
+    dim = image_query_dim(kind, llava_config(base).mm_hidden_size)
+    by_name: dict[str | None, Tensor] = {None: torch.zeros(dim)}
+    for name, features, pixels, _ in tower_features(
+        names, base, image_folder, batch_size, device, purpose="image queries"
+    ):
+        by_name[name] = image_queries(kind, [[features]], [[pixels]], dim)[0].cpu()
     return torch.stack([by_name[row.image or None] for row in rows])
 
 
-def _cache_key(rows: list[Row], base: Path, image_folder, query_mode: str, encoder: TextEncoder | None) -> str:
+def _cache_key(
+    rows: list[Row], base: Path, image_folder, query_mode: str, encoder: TextEncoder | None, image_query: str
+) -> str:
     stamps = {}
     if "image" in query_mode:
         for row in rows:
@@ -105,7 +115,7 @@ def _cache_key(rows: list[Row], base: Path, image_folder, query_mode: str, encod
     content = {
         "base": fingerprint(base),
         "encoder": encoder.identity if encoder else None,
-        "mode": query_mode,
+        "mode": [query_mode, image_query],
         "rows": [[row.question, row.image] for row in rows],
         "pictures": stamps,
         "folder": str(Path(image_folder).resolve()),

@@ -27,6 +27,7 @@ class KeyOptions:
 
     query_mode: str = "text+image"
     text_encoder: str = "auto"
+    image_query: str = "tower+picture"
     groups: int = 4
     top_k: int = 4
     rank: int = 8
@@ -67,6 +68,7 @@ def fit_task(
         options.batch_size,
         options.device,
         cache_dir,
+        options.image_query,
     )
     settings = _settings(base, queries, options)
     kept, held = split_by_picture(rows, options.held_out, options.seed)
@@ -128,6 +130,7 @@ def _settings(base: Path, queries: Queries, options: KeyOptions) -> RetrieverSet
             text_dim=dims["text"],
             image_dim=dims["image"],
             query_mode=options.query_mode,
+            image_query=options.image_query,
             groups=options.groups,
             rank=options.rank,
             top_k=options.top_k,

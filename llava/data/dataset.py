@@ -69,6 +69,7 @@ class LazySupervisedDataset(Dataset):
         conv_mode: str,
         text_queries: torch.Tensor | None = None,
         *,
+        image_queries: torch.Tensor | None = None,
         answer_suffix: str = "",
         features: dict[str, tuple[torch.Tensor, tuple[int, int]]] | None = None,
         max_length: int | None = None,
@@ -76,15 +77,16 @@ class LazySupervisedDataset(Dataset):
     ) -> None:
         if not rows:
             raise UserError("the training data holds no rows")
-        if text_queries is not None and len(text_queries) != len(rows):
-            raise UserError(f"{len(text_queries)} text queries for {len(rows)} rows")
+        for kind, queries in (("text", text_queries), ("image", image_queries)):
+            if queries is not None and len(queries) != len(rows):
+                raise UserError(f"{len(queries)} {kind} queries for {len(rows)} rows")
         self.rows = list(rows)
         self.tokenizer = tokenizer
         self.image_folder = Path(image_folder) if image_folder is not None else None
         self.image_processor = image_processor
         self.model_cfg = model_cfg
         self.conv_mode = conv_mode
-        self.text_queries = text_queries
+        self.text_queries, self.image_queries = text_queries, image_queries
         self.features = features
         self.answer_suffix = answer_suffix
         self.max_length = max_length
@@ -107,6 +109,8 @@ class LazySupervisedDataset(Dataset):
             sample["image"], sample["image_size"] = self._picture(row)
         if self.text_queries is not None:
             sample["text_query"] = self.text_queries[index]
+        if self.image_queries is not None:
+            sample["image_query"] = self.image_queries[index]
         return sample
 
     @property
@@ -251,9 +255,9 @@ class DataCollatorForSupervisedDataset:
 
     The batch holds ``input_ids``, ``labels`` and ``attention_mask`` ``[B, T]``; ``images`` ``[B, 3, H, W]`` when every
     sample has a picture of one shape, else a list with None for text-only rows; ``image_sizes`` (list of
-    ``(width, height)`` or None); ``text_query`` ``[B, d]`` where the samples carry one. Samples with
-    ``image_features`` give a list per sample of these instead of ``images``. The mask comes from the lengths, never
-    from the padding id, which may be a real token.
+    ``(width, height)`` or None); ``text_query`` and ``image_query`` ``[B, d]`` where the samples carry one.
+    Samples with ``image_features`` give a list per sample of these instead of ``images``. The mask comes from the
+    lengths, never from the padding id, which may be a real token.
     """
 
     tokenizer: Any
@@ -279,8 +283,9 @@ class DataCollatorForSupervisedDataset:
         else:
             images = [sample["image"] for sample in samples]
             batch["images"] = torch.stack(images) if _stackable(images) else images
-        if "text_query" in samples[0]:
-            batch["text_query"] = torch.stack([sample["text_query"] for sample in samples])
+        for name in ("text_query", "image_query"):
+            if name in samples[0]:
+                batch[name] = torch.stack([sample[name] for sample in samples])
         return batch
 
 

@@ -21,6 +21,7 @@ from llava.model.language_model.retriever import Retriever, Route
 from llava.model.language_model.weight_offset import install_offset_hooks
 from llava.model.multimodal_encoder.builder import build_vision_tower
 from llava.model.multimodal_projector.builder import build_vision_projector
+from llava.model.picture_query import image_queries
 
 Images = Tensor | Sequence[Tensor | None]
 
@@ -195,16 +196,20 @@ class LlavaMetaForCausalLM:
 
     # -- route ---------------------------------------------------------------------------------------------------
 
-    def route(self, features: list[list[Tensor]] | None, text_query: Tensor | None, tasks=None) -> Route | None:
+    def image_query(self, features: list[list[Tensor]], images: Images | None) -> Tensor | None:
+        """Image queries ``[batch, image_dim]`` from tower features and pixels; ``None`` where no slot asks for them."""
+        if self.retriever is None or not self.retriever.active or not self.retriever.settings.uses_images:
+            return None
+        settings = self.retriever.settings
+        pixels = [[] for _ in features] if images is None else [self._pictures(entry) for entry in images]
+        return image_queries(settings.image_query, features, pixels, settings.image_dim)
+
+    def route(self, text_query: Tensor | None, image_query: Tensor | None, tasks=None) -> Route | None:
         """The route of each sample, or ``None`` when no slot may be selected (the base model answers)."""
         if self.retriever is None or not self.retriever.active:
             return None
-        image_query = None
-        if self.retriever.settings.uses_images:
-            if features is None:
-                features = [[] for _ in (text_query if text_query is not None else tasks or ())]
-            image_query = pooled_features(features, self.retriever.settings.image_dim).to(self.device)
         text_query = None if text_query is None else text_query.to(self.device)
+        image_query = None if image_query is None else image_query.to(self.device)
         return self.retriever.route(text_query, image_query, tasks)
 
     def _weight_offset(self, slot_indices: Tensor | None, slot_weights: Tensor | None, dtype: torch.dtype):
@@ -232,6 +237,7 @@ class LlavaMetaForCausalLM:
         image_sizes: list[tuple[int, int]] | None = None,
         image_features: list[list[Tensor]] | None = None,
         text_query: Tensor | None = None,
+        image_query: Tensor | None = None,
         slot_indices: torch.LongTensor | None = None,
         slot_weights: Tensor | None = None,
         **kwargs,
@@ -242,6 +248,7 @@ class LlavaMetaForCausalLM:
             images, image_sizes: pictures per sample (see ``vision_features``) and their original ``(width, height)``.
             image_features: what ``vision_features(images)`` gives, computed before; then ``images`` is not needed.
             text_query: ``[batch, text_dim]`` encoded questions; with the pictures they decide the route.
+            image_query: ``[batch, image_dim]`` computed before; by default it comes from the pictures.
             slot_indices, slot_weights: ``[batch, k]`` a route already decided (decoding steps pass it along).
         """
         if image_features is None and images is not None and self.get_vision_tower() is not None:
@@ -249,7 +256,8 @@ class LlavaMetaForCausalLM:
         if inputs_embeds is None and image_features is not None:
             features = image_features
             if slot_indices is None:
-                slot_indices, slot_weights = _as_pair(self.route(features, text_query))
+                image_query = self.image_query(features, images) if image_query is None else image_query
+                slot_indices, slot_weights = _as_pair(self.route(text_query, image_query))
             projected = self.project_features(features, image_sizes)
             inputs_embeds, attention_mask, position_ids, labels_out = self._splice(
                 input_ids, attention_mask, labels, projected
@@ -257,7 +265,8 @@ class LlavaMetaForCausalLM:
             labels = None if labels is None else labels_out
             input_ids = None
         elif slot_indices is None and text_query is not None and past_key_values is None:
-            slot_indices, slot_weights = _as_pair(self.route(None, text_query))
+            image_query = self.image_query([[] for _ in text_query], None) if image_query is None else image_query
+            slot_indices, slot_weights = _as_pair(self.route(text_query, image_query))
         dtype = self.get_model().embed_tokens.weight.dtype if inputs_embeds is None else inputs_embeds.dtype
         return super().forward(
             input_ids=input_ids,
@@ -302,7 +311,7 @@ class LlavaMetaForCausalLM:
         features: list[list[Tensor]] = [[] for _ in input_ids]
         if images is not None and self.get_vision_tower() is not None:
             features = self.vision_features(images)
-        self.last_route = self._question_route(features, questions, text_query, tasks)
+        self.last_route = self._question_route(features, images, questions, text_query, tasks)
         slot_indices, slot_weights = _as_pair(self.last_route)
         projected = self.project_features(features, image_sizes)
         embeds, mask, _, _ = self._splice(input_ids, attention_mask, None, projected, padding_side="left")
@@ -317,30 +326,14 @@ class LlavaMetaForCausalLM:
         finally:
             self._offset_cache = None
 
-    def _question_route(self, features, questions, text_query, tasks) -> Route | None:
+    def _question_route(self, features, images, questions, text_query, tasks) -> Route | None:
         if self.retriever is None or not self.retriever.active:
             return None
         if text_query is None and self.retriever.settings.uses_text:
             if questions is None:
                 raise ValueError("this model routes on the question's text: give questions=[...] (or text_query)")
             text_query = self.retriever.encode_questions(questions)
-        return self.route(features, text_query, tasks)
-
-
-def pooled_features(features: list[list[Tensor]], width: int) -> Tensor:
-    """The image query: tower features averaged over patches, tiles and pictures, ``[batch, width]`` fp32.
-
-    A sample without a picture gets zeros, which no key prefers.
-    """
-    if not features:
-        raise ValueError("this model routes on pictures and questions, but the batch has neither")
-    zero = torch.zeros(width)
-    pooled = [
-        torch.stack([picture.float().mean(dim=(0, 1)) for picture in sample]).mean(0) if sample else zero
-        for sample in features
-    ]
-    device = next((row.device for row in pooled if row is not zero), zero.device)
-    return torch.stack([row.to(device) for row in pooled])
+        return self.route(text_query, self.image_query(features, images), tasks)
 
 
 def _as_pair(route: Route | None) -> tuple[Tensor | None, Tensor | None]:

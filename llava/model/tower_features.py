@@ -28,8 +28,9 @@ def tower_features(
     device: str = "cpu",
     dtype: torch.dtype = torch.float32,
     purpose: str = "pictures",
-) -> Iterator[tuple[str, Tensor, tuple[int, int]]]:
-    """For each picture file: its name, features ``[tiles, patches, mm_hidden_size]`` and ``(width, height)``.
+) -> Iterator[tuple[str, Tensor, Tensor, tuple[int, int]]]:
+    """For each picture file: its name, features ``[tiles, patches, mm_hidden_size]``, pixels ``[tiles, 3, h, w]`` and
+    ``(width, height)``.
 
     Args:
         base: checkpoint folder that names or ships the tower. purpose: what the progress bar says.
@@ -42,5 +43,5 @@ def tower_features(
         pixels = process_images(pictures, tower.image_processor, config)
         tiles = [tile if tile.dim() == 4 else tile[None] for tile in pixels]
         features = tower(torch.cat(tiles).to(device=device, dtype=dtype)).split([len(tile) for tile in tiles])
-        for name, picture, feature in zip(batch, pictures, features, strict=True):
-            yield name, feature, picture.size
+        for name, picture, feature, tile in zip(batch, pictures, features, tiles, strict=True):
+            yield name, feature, tile, picture.size

@@ -20,6 +20,7 @@ from accelerate.utils import set_seed
 
 from llava.continual.keys import seed_of
 from llava.continual.methods import load_method
+from llava.continual.queries import compute_image_queries
 from llava.continual.stage_checkpoint import check_same_run, finished_stage, read_stage_slots, write_stage
 from llava.continual.tasks import TaskSequence, load_sequence
 from llava.conversation import conv_mode_for
@@ -152,36 +153,46 @@ def describe_run(
 def build_dataset(
     rows: list[Row], sequence: TaskSequence, data_args, args, model_args, model, tokenizer, image_processor, slots, base
 ) -> LazySupervisedDataset:
-    """Training samples with their text queries."""
-    text_queries = None
+    """Training samples with their queries."""
+    image_folder = data_args.image_folder or sequence.image_folder
+    text_queries = image_queries = None
     if slots.settings.uses_text and slots.settings.encoder:
         encoder = encoder_from_identity(slots.settings.encoder, base)
         text_queries = encoder([row.question for row in rows])
+    if slots.settings.uses_images:
+        check_image_files(rows, image_folder)
+        kind = slots.settings.image_query
+        image_queries = compute_image_queries(rows, base, image_folder, kind, device=tower_device(args))
     if data_args.image_aspect_ratio:
         model.config.image_aspect_ratio = data_args.image_aspect_ratio
     name = get_model_name_from_path(str(model_args.model_name_or_path))
     return LazySupervisedDataset(
         rows,
         tokenizer,
-        data_args.image_folder or sequence.image_folder,
+        image_folder,
         image_processor,
         model.config,
         model_args.version or conv_mode_for(model.config, name),
         text_queries,
+        image_queries=image_queries,
         answer_suffix=sequence.answer_suffix,
-        features=picture_features(rows, base, data_args.image_folder or sequence.image_folder, args),
+        features=picture_features(rows, base, image_folder, args),
         max_length=args.model_max_length,
     )
+
+
+def tower_device(args: TrainingArguments) -> str:
+    """Where the frozen tower runs ahead of training."""
+    return "cuda" if torch.cuda.is_available() and not args.use_cpu else "cpu"
 
 
 def picture_features(rows: list[Row], base: Path, image_folder: str, args: TrainingArguments):
     """The frozen tower's features of every picture, so that no epoch runs it again; ``None`` if they take too much."""
     names = list(dict.fromkeys(row.image for row in rows if row.image))
     check_image_files(rows, image_folder)
-    device = "cuda" if torch.cuda.is_available() and not args.use_cpu else "cpu"
     found: dict[str, tuple[torch.Tensor, tuple[int, int]]] = {}
-    features = tower_features(names, base, image_folder, 16, device, base_dtype(args), "picture features")
-    for name, feature, size in features:
+    features = tower_features(names, base, image_folder, 16, tower_device(args), base_dtype(args), "picture features")
+    for name, feature, _, size in features:
         found[name] = (feature.cpu().clone(), size)
         if len(found) * feature.nbytes > args.feature_cache_mb * 2**20:
             rank0_print(f"note: features of {len(names)} pictures exceed --feature_cache_mb; the tower runs every step")

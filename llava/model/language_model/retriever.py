@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from llava.model.language_model.router import ROUTERS, Pool, Query, Router, TaskStatistics, build_router, row_products
 from llava.model.language_model.weight_offset import TARGETS, WeightOffset
+from llava.model.picture_query import KINDS
 
 SHARED_FORM_LIMIT = 32
 """Up to this many different slots in a batch, plain products over all of them beat a gather per sample."""
@@ -33,7 +34,8 @@ QUERY_MODES = ("text", "image", "text+image")
 class RetrieverSettings:
     """Everything about a pool but its numbers. Stored in key files and in a checkpoint's config.
 
-    ``features`` gives ``(in, out)`` per target projection. ``encoder`` is the text encoder's identity.
+    ``features`` gives ``(in, out)`` per target projection. ``encoder`` is the text encoder's identity. ``image_query``
+    says what the image query is made of (see ``picture_query``).
     """
 
     num_layers: int
@@ -41,6 +43,7 @@ class RetrieverSettings:
     text_dim: int | None = None
     image_dim: int | None = None
     query_mode: str = "text+image"
+    image_query: str = "tower"
     groups: int = 4
     rank: int = 8
     top_k: int = 4
@@ -57,6 +60,8 @@ class RetrieverSettings:
             raise ValueError(f"unknown target projection {sorted(unknown)[0]!r}; known: {', '.join(TARGETS)}")
         if self.query_mode not in QUERY_MODES:
             raise ValueError(f"query_mode must be one of {QUERY_MODES}, not {self.query_mode!r}")
+        if self.image_query not in KINDS:
+            raise ValueError(f"image_query must be one of {KINDS}, not {self.image_query!r}")
         if self.router not in ROUTERS:
             raise ValueError(f"unknown router {self.router!r}; known: {', '.join(ROUTERS)}")
         if self.weighting not in ("softmax", "distance"):
