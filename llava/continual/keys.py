@@ -5,7 +5,7 @@ Every slot has a key per group and modality. Similarity of query ``q`` and slot 
     s[q, p] = sum_m weight_m * mean_g cos(q_m[g], key_m[g, p])
 
 The keys are the centroids of a spherical k-means in that similarity, with k-means++ seeding: each query pulls its
-nearest key, and a key that attracts too few queries is moved to the query that is served worst. So the keys cover the
+nearest key, and a key that attracts too few queries takes over half of the most sought key's. So the keys cover the
 task's queries instead of collapsing to their mean, which the reference's loss ``-mean cos`` lets them do.
 """
 
@@ -76,7 +76,7 @@ def fit_keys(
         if assigned is not None and torch.equal(nearest, assigned):
             break
         assigned = nearest
-        centres = _update(space, centres, similarity, nearest, reseed=round_number < iterations // 2)
+        centres = _update(space, centres, nearest, reseed=round_number < iterations // 2)
         progress.set_postfix(similarity=f"{similarity.max(-1).values.mean():.4f}")
     after = _selected_similarity(space, centres, top_k)
     text, image = space.keys(centres)
@@ -130,19 +130,26 @@ def _seeding(space: _Space, slots: int, generator: torch.Generator) -> Tensor:
     return vectors[chosen].clone()
 
 
-def _update(space: _Space, centres: Tensor, similarity: Tensor, nearest: Tensor, reseed: bool) -> Tensor:
-    """Centroids of the assigned queries; starved keys move to the worst-served query while ``reseed`` is on."""
-    slots = len(centres)
-    member = F.one_hot(nearest, slots).double()  # [queries, slots]
-    counts = member.sum(0)
-    sums = space.normalise(member.T @ space.vectors)
-    updated = torch.where(counts[:, None] > 0, sums, centres)
+def _update(space: _Space, centres: Tensor, nearest: Tensor, reseed: bool) -> Tensor:
+    """Centroids of the assigned queries. While ``reseed`` is on, starved keys share the largest groups of queries."""
+    slots, nearest = len(centres), nearest.clone()
     if reseed:
         enough = min(MIN_SHARE, 0.5 / slots) * len(nearest)
-        worst = similarity.max(-1).values.argsort().tolist()
-        for slot in (counts < enough).nonzero().flatten().tolist():
-            updated[slot] = space.vectors[worst.pop(0)]
-    return updated
+        for slot in (torch.bincount(nearest, minlength=slots) < enough).nonzero().flatten().tolist():
+            donor = int(torch.bincount(nearest, minlength=slots).argmax())
+            nearest[_half(space.vectors, (nearest == donor).nonzero().flatten())] = slot
+    member = F.one_hot(nearest, slots).double()  # [queries, slots]
+    sums = space.normalise(member.T @ space.vectors)
+    return torch.where(member.sum(0)[:, None] > 0, sums, centres)
+
+
+def _half(vectors: Tensor, group: Tensor) -> Tensor:
+    """Half of a group of rows: those on one side of the group's middle, along the direction in which it is longest."""
+    centred = vectors[group] - vectors[group].mean(0)
+    direction = centred[centred.norm(dim=1).argmax()]
+    for _ in range(8):  # power iteration
+        direction = F.normalize(centred.T @ (centred @ direction), dim=0)
+    return group[(centred @ direction).argsort(stable=True)[len(group) // 2 + len(group) % 2 :]]
 
 
 def _selected_similarity(space: _Space, centres: Tensor, top_k: int) -> float:

@@ -90,6 +90,8 @@ def load_sequence(name_or_path: str | os.PathLike) -> TaskSequence:
 
 
 def _validated(values: dict, path: Path) -> TaskSequence:
+    if not isinstance(values, dict) or not isinstance(values.get("tasks", []), list):
+        raise UserError(f"{path}: a task sequence is a JSON object with a list of tasks (see scripts/tasks)")
     for name in ("name", "tasks", "test", "image_folder"):
         if not values.get(name):
             raise UserError(f"{path}: field {name!r} is missing or empty")
@@ -103,7 +105,7 @@ def _validated(values: dict, path: Path) -> TaskSequence:
     if len(set(names)) != len(names):
         raise UserError(f"{path}: a task name occurs twice in {names}")
     slots = values.get("slots_per_task", 8)
-    if not isinstance(slots, int) or slots < 1:
+    if type(slots) is not int or slots < 1:
         raise UserError(f"{path}: slots_per_task is {slots!r}; write an integer of 1 or more")
     return TaskSequence(
         name=values["name"],
