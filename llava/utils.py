@@ -31,6 +31,9 @@ _SYSTEM_ERRORS = {
     errno.EACCES: "permission denied; choose a place you may write to, or change its permissions",
     errno.EPERM: "permission denied; choose a place you may write to, or change its permissions",
     errno.EROFS: "the file system is read-only; choose a place you may write to",
+    errno.EEXIST: "a file stands where a folder is needed; choose another place, or move it away",
+    errno.ENOTDIR: "a file stands where a folder is needed; choose another place, or move it away",
+    errno.EISDIR: "a folder stands where a file is needed; choose another place, or move it away",
 }
 
 

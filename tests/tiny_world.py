@@ -16,7 +16,7 @@ from llava.data.rows import question_row, write_jsonl
 from llava.model.language_model.slot_file import SlotFile, read_slot_file
 
 TASKS = ("abd", "chest", "head", "knee")
-SLOTS, TOP_K, RANK, PICTURES, ROWS = 2, 2, 2, 5, 10
+SLOTS, TOP_K, RANK, PICTURES, ROWS = 2, 2, 2, 6, 12
 ASKED = ("is there a lesion", "what side", "where is the lesion in the image", "is the lung left")
 
 
