@@ -38,7 +38,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
 
 
-def write_base(folder, seed=0, family="llama"):
+def write_base(folder, seed=0, family="llama", hidden=HIDDEN):
     """Write a base checkpoint with its own vision tower; returns its folder."""
     config_class, model_class = FAMILIES[family]
     tokenizer = make_tokenizer()
@@ -52,8 +52,8 @@ def write_base(folder, seed=0, family="llama"):
     )
     config = config_class(
         vocab_size=len(tokenizer),
-        hidden_size=HIDDEN,
-        intermediate_size=64,
+        hidden_size=hidden,
+        intermediate_size=2 * hidden,
         num_hidden_layers=LAYERS,
         num_attention_heads=2,
         num_key_value_heads=2 if family == "llama" else 1,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 from llava.model.builder import SLOTS_FILE
@@ -42,9 +43,19 @@ def check_same_run(path: Path, run: dict, mend: str) -> None:
 
 
 def write_stage(
-    folder: Path, slots: SlotFile, config, tokenizer, run: dict, log_history: list[dict], model=None
+    folder: Path,
+    slots: SlotFile,
+    config,
+    tokenizer,
+    run: dict,
+    log_history: list[dict],
+    model=None,
+    write_more: Callable[[Path], None] | None = None,
 ) -> None:
-    """Write a stage checkpoint; with ``model`` the base's weights go in too and make it self-contained."""
+    """Write a stage checkpoint; with ``model`` the base's weights go in too and make it self-contained.
+
+    ``write_more`` puts further files (a LoRA) into the folder before it appears under its name.
+    """
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -56,6 +67,8 @@ def write_stage(
     for name, value in ((TRAINING_FILE, run), ("log_history.json", log_history)):
         with atomic_write(partial / name) as stream:
             json.dump(value, stream, indent=1)
+    if write_more is not None:
+        write_more(partial)
     write_slot_file(partial / SLOTS_FILE, slots)
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)

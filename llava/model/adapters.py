@@ -14,13 +14,15 @@ import json
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from llava.model.checkpoint import load_bin
-from llava.model.layouts import ADAPTER_CONFIG, NON_LORA_FILE, PROJECTOR_FILE, PROJECTOR_PREFIX
+from llava.model.layouts import ADAPTER_CONFIG, NON_LORA_FILE, PROJECTOR_FILE
 from llava.utils import UserError, rank0_print
 
 PEFT_PREFIX = "base_model.model."
+NOT_DECODER = r".*(vision_tower|mm_projector|retriever|lm_head).*"
 
 
 def adapter_base(folder: Path, model_base: str | None) -> str:
@@ -95,29 +97,40 @@ def _fit_vocabulary(model, state: dict[str, Tensor]) -> None:
         model.resize_token_embeddings(rows)
 
 
-def apply_adapter(model, folder: Path, merge: bool):
+def apply_adapter(model, folder: Path, merge: bool, trainable: bool = False):
     """``model`` with the LoRA of ``folder`` in it: merged into its weights, or as LoRA layers.
 
     Raises:
-        UserError: the adapter does not fit the base, or is no LoRA.
+        UserError: the adapter does not fit the base.
     """
-    from peft import PeftModel
+    from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 
-    files = [folder / f"adapter_model.{ending}" for ending in ("safetensors", "bin")]
-    if not any(file.is_file() for file in files):
-        raise UserError(f"{folder}: {ADAPTER_CONFIG} is there, but no adapter_model.safetensors or .bin; copy it")
+    state = _adapter_tensors(folder)
+    config = PeftConfig.from_pretrained(str(folder))
+    if isinstance(config.target_modules, (set, list)) and not config.exclude_modules:
+        config.exclude_modules = NOT_DECODER  # LLaVA names layers by their last word, and the tower has a q_proj too
     try:
-        wrapped = PeftModel.from_pretrained(model, str(folder))
+        wrapped = PeftModel.from_pretrained(model, str(folder), config=config, is_trainable=trainable)
     except (RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{folder}: the LoRA does not fit the base ({reason}); give the right --model-base") from error
+    places = get_peft_model_state_dict(wrapped).keys()
+    odd = sorted(places ^ state.keys())
+    if odd:
+        raise UserError(
+            f"{folder}: the LoRA does not fit the base; {len(odd)} tensors have no counterpart, among them {odd[0]}; "
+            "give the right --model-base"
+        )
     if merge:
         rank0_print("LoRA merged into the base")
         return wrapped.merge_and_unload()
-    rank0_print("LoRA kept beside the base, which is quantised")
     return wrapped.get_base_model()
 
 
-def projector_tensors(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The projector's part of a state, as ``mm_projector.bin`` holds it."""
-    return {key: value for key, value in state.items() if key.startswith((PROJECTOR_PREFIX, "model.image_newline"))}
+def _adapter_tensors(folder: Path) -> dict[str, Tensor]:
+    safe, old = (folder / f"adapter_model.{ending}" for ending in ("safetensors", "bin"))
+    if safe.is_file():
+        return load_file(safe)
+    if old.is_file():
+        return load_bin(old)
+    raise UserError(f"{folder}: {ADAPTER_CONFIG} is there, but no adapter_model.safetensors or .bin; copy it")

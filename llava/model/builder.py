@@ -16,6 +16,7 @@ from llava.model.language_model.query_encoder import encoder_from_identity
 from llava.model.language_model.slot_file import SlotFile, read_slot_file, retriever_from
 from llava.model.language_model.weight_offset import target_features
 from llava.model.layouts import (
+    ADAPTER_CONFIG,
     FAMILIES,
     PROJECTOR_PREFIX,
     SLOTS_FILE,
@@ -72,8 +73,11 @@ def load_pretrained_model(
     options = loading_options(load_8bit, load_4bit, device_map, device, use_flash_attn, attn_implementation, dtype)
     over = folder if kind in ("lora", "projector") else None
     model, tokenizer, image_processor = load_base(base, config_from=over, name=model_name, **options, **kwargs)
-    if kind == "lora":
-        model = apply_adapter(model, folder, merge=not (load_8bit or load_4bit))
+    if kind == "lora" or (kind == "stage" and (folder / ADAPTER_CONFIG).is_file()):
+        quantised = load_8bit or load_4bit
+        model = apply_adapter(model, folder, merge=not quantised)
+        if quantised:
+            rank0_print("LoRA kept beside the base, which is quantised")
     if slots is not None:
         attach_slots(model, slots, base)
     context = getattr(model.config, "max_sequence_length", None) or DEFAULT_CONTEXT
@@ -117,15 +121,8 @@ def loading_options(
     if load_8bit and load_4bit:
         raise UserError("choose one of --load-8bit and --load-4bit")
     if load_8bit or load_4bit:
-        skipped = ["lm_head", "mm_projector", "vision_tower", "retriever"]
-        options["quantization_config"] = BitsAndBytesConfig(
-            load_in_8bit=load_8bit,
-            load_in_4bit=load_4bit,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=dtype or (torch.float32 if device == "cpu" else torch.float16),
-            llm_int8_skip_modules=skipped,
-        )
+        compute = dtype or (torch.float32 if device == "cpu" else torch.float16)
+        options["quantization_config"] = quantization_config(8 if load_8bit else 4, compute)
     if device == "cpu":
         return {
             **options,
@@ -133,6 +130,20 @@ def loading_options(
             "device_map": {"": "cpu"} if load_8bit or load_4bit else None,
         }
     return {**options, "dtype": dtype or "auto", "device_map": device_map if device == "cuda" else {"": device}}
+
+
+def quantization_config(
+    bits: int, compute: torch.dtype, double_quant: bool = True, quant_type: str = "nf4"
+) -> BitsAndBytesConfig:
+    """Bitsandbytes settings for the decoder; head, projector, tower and slots keep their precision."""
+    return BitsAndBytesConfig(
+        load_in_8bit=bits == 8,
+        load_in_4bit=bits == 4,
+        bnb_4bit_quant_type=quant_type,
+        bnb_4bit_use_double_quant=double_quant,
+        bnb_4bit_compute_dtype=compute,
+        llm_int8_skip_modules=["lm_head", "model.mm_projector", "model.vision_tower", "retriever"],
+    )
 
 
 def attention(wanted: str | None, use_flash_attn: bool = False) -> str:

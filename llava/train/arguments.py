@@ -51,6 +51,14 @@ class TrainingArguments(transformers.TrainingArguments):
     )
     previous_stage: str | None = field(default=None, metadata={"help": "checkpoint of the stage before this one"})
     feature_cache_mb: int = field(default=4096, metadata={"help": "memory for the frozen tower's picture features"})
+    bits: int = field(default=16, metadata={"help": "4 or 8: quantise the frozen base with bitsandbytes"})
+    double_quant: bool = field(default=True, metadata={"help": "4 bits: quantise the scales too"})
+    quant_type: str = field(default="nf4", metadata={"help": "4 bits: nf4 or fp4"})
+    lora_enable: bool = field(default=False, metadata={"help": "train a LoRA beside the slots, shared by all tasks"})
+    lora_r: int = 64
+    lora_alpha: int = 16
+    lora_dropout: float = 0.05
+    lora_bias: str = "none"
     save_full_model: bool = field(default=False, metadata={"help": "write the base's weights into the checkpoint too"})
 
 
@@ -70,6 +78,7 @@ DROPPED = (
     "tune_mm_mlp_adapter",
     "freeze_mm_mlp_adapter",
     "freeze_backbone",
+    "lora_weight_path",
 )
 SHIPPED_WITH_BASE = (
     "vision_tower",
@@ -79,6 +88,8 @@ SHIPPED_WITH_BASE = (
     "mm_use_im_start_end",
     "mm_use_im_patch_token",
     "mm_patch_merge_type",
+    "mm_projector_lr",
+    "pretrain_mm_mlp_adapter",
 )
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -35,6 +36,7 @@ from llava.model.tower_features import tower_features
 from llava.train.arguments import DataArguments, TrainingArguments, parse_arguments, translate
 from llava.train.deepspeed_config import check_deepspeed_config, prepare_cpu_deepspeed
 from llava.train.llava_trainer import LLaVATrainer, last_complete_checkpoint, trainable_state
+from llava.train.lora import add_lora, base_options, lora_settings, save_lora, slots_count_as_adapters
 from llava.utils import UserError, atomic_write, file_sha256, rank0_print
 
 RECORDED = (
@@ -83,10 +85,12 @@ def train(attn_implementation: str | None = None) -> None:
 
     slots, trained_task = method.begin(merged, previous, data_args.task)
     model, tokenizer, image_processor = load_base(
-        base, attn_implementation=attention(model_args.attn_implementation), dtype=base_dtype(args)
+        base, attn_implementation=attention(model_args.attn_implementation), **base_options(args, base_dtype(args))
     )
     model.requires_grad_(False)
     attach_slots(model, slots, base, with_encoder=False)
+    before = Path(args.previous_stage) if args.previous_stage else None
+    lora = add_lora(model, args, before, str(model_args.model_name_or_path))
     parameters = model.retriever.train_only(trained_task)
     rank0_print(
         f"task {data_args.task}: {len(rows)} rows; {sum(p.numel() for p in parameters):,} weights in "
@@ -103,12 +107,16 @@ def train(attn_implementation: str | None = None) -> None:
     result = trainer.train(resume_from_checkpoint=checkpoint)
     if not torch.isfinite(torch.tensor(result.training_loss)):
         raise UserError(f"the training loss is {result.training_loss}; lower --learning_rate")
-    trained = collect(slots, trained_task, model)
+    state = trainable_state(model)
+    trained = collect(slots, trained_task, state)
     if args.should_save:
         config = model.config
+        vars(config).pop("quantization_config", None)  # says how this run held the base, not what the stage is
         config.base_model_name_or_path = str(model_args.model_name_or_path)
         whole = model if args.save_full_model and not uses_deepspeed else None
-        write_stage(stage, method.end(previous, trained), config, tokenizer, run, trainer.state.log_history, whole)
+        adapter = None if lora is None else partial(save_lora, config=lora, state=state)
+        log = trainer.state.log_history
+        write_stage(stage, method.end(previous, trained), config, tokenizer, run, log, whole, adapter)
         shutil.rmtree(work, ignore_errors=True)
     rank0_print(f"task {data_args.task}: training loss {result.training_loss:.4f}; written to {stage}")
 
@@ -147,6 +155,7 @@ def describe_run(
         "base": merged.base.get("fingerprint"),
         "earlier_tasks": [task.name for task in previous.tasks] if previous else [],
         **{name: getattr(args, name) for name in RECORDED},
+        **lora_settings(args),
     }
 
 
@@ -206,18 +215,18 @@ def build_trainer(model, tokenizer, dataset, args: TrainingArguments) -> LLaVATr
         args.gradient_checkpointing_kwargs = {"use_reentrant": False}  # slots are gathered: not leaves of the graph
     args.save_total_limit = max(args.save_total_limit or 2, 2)  # the newest may still be half-written
     model.config.use_cache = False
-    return LLaVATrainer(
-        model=model,
-        args=args,
-        train_dataset=dataset,
-        data_collator=DataCollatorForSupervisedDataset(tokenizer),
-        processing_class=tokenizer,
-    )
+    with slots_count_as_adapters(model):
+        return LLaVATrainer(
+            model=model,
+            args=args,
+            train_dataset=dataset,
+            data_collator=DataCollatorForSupervisedDataset(tokenizer),
+            processing_class=tokenizer,
+        )
 
 
-def collect(slots: SlotFile, task: str, model) -> SlotFile:
+def collect(slots: SlotFile, task: str, state: dict[str, torch.Tensor]) -> SlotFile:
     """The slots after training, as a slot file: the trained task's offsets replaced, everything else as it was."""
-    state = trainable_state(model)
     entry = slots.task(task)
     for kind in ("A", "B"):
         trained = {name.rsplit(".", 1)[1]: value for name, value in state.items() if f".{kind}." in name}

@@ -1,0 +1,139 @@
+"""A LoRA beside the slots (``--lora_enable``), and quantised bases (``--bits 4`` or ``8``) in training.
+
+The LoRA is LLaVA's: on every linear layer of the decoder, with its ``lora_*`` flags. It is one for all tasks and goes
+on from stage to stage, so it learns and forgets like any fine-tuning: with it the slots keep their isolation, the model
+as a whole does not. Without the flag only slots train.
+
+The stage checkpoint then also holds ``adapter_config.json`` and ``adapter_model.safetensors``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftConfig, get_peft_model
+from safetensors.torch import save_file
+from torch import nn
+
+from llava.model.adapters import PEFT_PREFIX, apply_adapter
+from llava.model.builder import quantization_config
+from llava.model.layouts import ADAPTER_CONFIG
+from llava.train.arguments import TrainingArguments
+from llava.utils import UserError, rank0_print
+
+ADAPTER = "default"  # PEFT's name for the only adapter of a model
+DECODER = re.compile(r"model\.layers\.\d+\.")
+
+
+def add_lora(model: nn.Module, args: TrainingArguments, previous: Path | None, base: str) -> LoraConfig | None:
+    """Put LoRA layers into the decoder, in training; the model itself stays the object it is.
+
+    Args:
+        previous: the stage before, whose LoRA goes on. base: what the adapter's config names as its base.
+
+    Returns:
+        the adapter's config, ``None`` without ``--lora_enable``.
+
+    Raises:
+        UserError: the stage before has a LoRA that this run would leave out.
+    """
+    continued = previous is not None and (previous / ADAPTER_CONFIG).is_file()
+    if not args.lora_enable:
+        if continued:
+            raise UserError(f"{previous} was trained with a LoRA; add --lora_enable True to go on with it")
+        return None
+    if continued:
+        apply_adapter(model, previous, merge=False, trainable=True)
+        config = PeftConfig.from_pretrained(str(previous))
+    else:
+        config = LoraConfig(
+            r=args.lora_r,
+            lora_alpha=args.lora_alpha,
+            lora_dropout=args.lora_dropout,
+            bias=args.lora_bias,
+            target_modules=decoder_linears(model),
+            task_type="CAUSAL_LM",
+            base_model_name_or_path=base,
+        )
+        get_peft_model(model, config)
+    count = sum(value.numel() for name, value in model.named_parameters() if ".lora_" in name)
+    rank0_print(f"LoRA: {count:,} weights train beside the slots; they are shared by all tasks, so tasks can forget")
+    return config
+
+
+def decoder_linears(model: nn.Module) -> str:
+    """A pattern for the decoder's linear layers (quantised ones are linear too): not tower, projector or head."""
+    names = {
+        name.rsplit(".", 1)[1]
+        for name, module in model.named_modules()
+        if DECODER.match(name) and isinstance(module, nn.Linear)
+    }
+    return rf"model\.layers\.\d+\.(self_attn|mlp)\.({'|'.join(sorted(names))})"
+
+
+def save_lora(folder: Path, config: LoraConfig, state: dict[str, torch.Tensor]) -> None:
+    """Write the adapter files of a trained state (names as in the model, see ``trainable_state``)."""
+    tensors = {
+        f"{PEFT_PREFIX}{name.replace(f'.{ADAPTER}.', '.')}": value.contiguous()
+        for name, value in state.items()
+        if ".lora_" in name
+    }
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    config.save_pretrained(folder)
+
+
+def base_options(args: TrainingArguments, dtype: torch.dtype) -> dict:
+    """Arguments of ``load_base`` for ``--bits``: full precision, or quantised on the one device of this process.
+
+    Raises:
+        UserError: another number of bits, or ZeRO-3, which cannot partition quantised tensors.
+    """
+    if args.save_full_model and (args.lora_enable or args.bits != 16):
+        raise UserError("--save_full_model writes plain weights; leave it out with --lora_enable and --bits 4 or 8")
+    if args.bits == 16:
+        return {"dtype": dtype}
+    if args.bits not in (4, 8):
+        raise UserError(f"--bits {args.bits}: choose 4, 8 or 16")
+    if _zero_stage(args.deepspeed) == 3:
+        raise UserError(f"--bits {args.bits} does not go with ZeRO-3 ({args.deepspeed}); use scripts/zero2.json")
+    cuda = torch.cuda.is_available() and not args.use_cpu
+    place = int(os.environ.get("LOCAL_RANK", "0")) if cuda else "cpu"
+    quantised = quantization_config(args.bits, dtype, args.double_quant, args.quant_type)
+    return {"dtype": dtype, "device_map": {"": place}, "quantization_config": quantised}
+
+
+def _zero_stage(deepspeed) -> int:
+    if not deepspeed:
+        return 0
+    values = deepspeed if isinstance(deepspeed, dict) else json.loads(Path(deepspeed).read_text(encoding="utf-8"))
+    return values.get("zero_optimization", {}).get("stage", 0)
+
+
+@contextlib.contextmanager
+def slots_count_as_adapters(model: nn.Module) -> Iterator[None]:
+    """While a trainer is built: transformers trains quantised models only with PEFT's adapters on them.
+
+    Slots are adapters too, though not PEFT's: gradients go through the quantised layers, into the slots alone.
+    """
+    if not getattr(model, "is_quantized", False):
+        yield
+        return
+    before = getattr(model, "_hf_peft_config_loaded", False)
+    model._hf_peft_config_loaded = True
+    try:
+        yield
+    finally:
+        model._hf_peft_config_loaded = before
+
+
+def lora_settings(args: TrainingArguments) -> dict:
+    """What tells a run with LoRA or a quantised base from one without, for the stage's record."""
+    names = ["bits", "double_quant", "quant_type"] if args.bits != 16 else []
+    names += ["lora_enable", "lora_r", "lora_alpha", "lora_dropout", "lora_bias"] if args.lora_enable else []
+    return {name: getattr(args, name) for name in names}
