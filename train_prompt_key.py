@@ -35,6 +35,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--scale", type=float, default=1.0, help="factor on every weight offset")
     parser.add_argument("--image_weight", type=float, default=0.5, help="share of the picture in key similarity")
     parser.add_argument("--targets", nargs="+", default=["o_proj"], help="projections that get offsets")
+    parser.add_argument(
+        "--unknown_share", type=float, default=0.01, help="share of a task's own questions that may count as unknown"
+    )
     parser.add_argument("--held_out", type=float, default=0.1, help="share of pictures kept to measure routing")
     parser.add_argument("--iterations", type=int, default=50, help="rounds of key fitting at most")
     parser.add_argument("--seed", type=int, default=int(os.environ.get("SEED", 42)))

@@ -17,6 +17,7 @@ from llava.model.checkpoint import fingerprint, resolve_checkpoint
 from llava.model.language_model.retriever import RetrieverSettings, SlotBlock
 from llava.model.language_model.router import Pool, Query, TaskStatistics, build_router
 from llava.model.language_model.slot_file import SlotFile, TaskSlots, read_slot_file
+from llava.model.language_model.unknown import held_out_distances
 from llava.model.language_model.weight_offset import target_features
 from llava.utils import UserError
 
@@ -35,6 +36,7 @@ class KeyOptions:
     scale: float = 1.0
     image_weight: float = 0.5
     router: str = "gaussian"
+    unknown_share: float = 0.01
     targets: tuple[str, ...] = ("o_proj",)
     held_out: float = 0.1
     iterations: int = 50
@@ -89,6 +91,10 @@ def fit_task(
         text_keys=fitted.text,
         image_keys=fitted.image,
         statistics=TaskStatistics.of(Query(mine.text, mine.image).joint()),
+        feature_statistics=_feature_statistics(mine) if options.router == "ridge" else None,
+        distances=held_out_distances(
+            Query(queries.text, queries.image).joint(), [row.image or f"row {row.id}" for row in rows]
+        ),
         held_out=held_out if len(held) else None,
         info={
             "rows": len(rows),
@@ -102,7 +108,9 @@ def fit_task(
 
 def mean_weights(fitted: FittedKeys, queries: Queries, settings: RetrieverSettings) -> list[float]:
     """The weight each slot of a task gets on average over the task's own questions; they sum to 1."""
-    pool = Pool([""] * len(fitted.selected), fitted.text, fitted.image, {}, settings.image_weight, settings.tau)
+    pool = Pool(
+        [""] * len(fitted.selected), fitted.text, fitted.image, image_weight=settings.image_weight, tau=settings.tau
+    )
     scores = build_router("keys", pool).scores(Query(queries.text, queries.image))
     best, chosen = scores.topk(settings.top_k, dim=-1)
     return torch.zeros_like(scores).scatter(1, chosen, best.softmax(-1)).mean(0).tolist()
@@ -118,6 +126,10 @@ def split_by_picture(rows: list[Row], share: float, seed: int) -> tuple[torch.Te
     out = set(pictures[: int(round(share * len(pictures)))])
     held = torch.tensor([draw(row) in out for row in rows], dtype=torch.bool)
     return (~held).nonzero().flatten(), held.nonzero().flatten()
+
+
+def _feature_statistics(queries: Queries) -> TaskStatistics:
+    return TaskStatistics.of(Query(queries.text, queries.image).random_features())
 
 
 def _settings(base: Path, queries: Queries, options: KeyOptions) -> RetrieverSettings:
@@ -138,6 +150,7 @@ def _settings(base: Path, queries: Queries, options: KeyOptions) -> RetrieverSet
             scale=options.scale,
             image_weight=options.image_weight,
             router=options.router,
+            unknown_share=options.unknown_share,
             encoder=queries.encoder,
         )
     except (ValueError, KeyError) as error:
@@ -209,6 +222,7 @@ def routing_accuracy(slots: SlotFile, router: str | None = None) -> dict[str, tu
         text_keys=torch.cat([task.text_keys for task in tasks], 1) if settings.uses_text else None,
         image_keys=torch.cat([task.image_keys for task in tasks], 1) if settings.uses_images else None,
         statistics={task.name: task.statistics for task in tasks if task.statistics is not None},
+        feature_statistics={t.name: t.feature_statistics for t in tasks if t.feature_statistics is not None},
         image_weight=settings.image_weight,
         tau=settings.tau,
     )

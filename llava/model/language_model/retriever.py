@@ -14,103 +14,51 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from llava.model.language_model.router import ROUTERS, Pool, Query, Router, TaskStatistics, build_router, row_products
-from llava.model.language_model.weight_offset import TARGETS, WeightOffset
-from llava.model.picture_query import KINDS
+from llava.model.language_model.retriever_settings import RetrieverSettings
+from llava.model.language_model.router import Pool, Query, Router, TaskStatistics, build_router
+from llava.model.language_model.unknown import UnknownGate
+from llava.model.language_model.weight_offset import WeightOffset
 
 SHARED_FORM_LIMIT = 32
 """Up to this many different slots in a batch, plain products over all of them beat a gather per sample."""
-
-QUERY_MODES = ("text", "image", "text+image")
-
-
-@dataclass
-class RetrieverSettings:
-    """Everything about a pool but its numbers. Stored in key files and in a checkpoint's config.
-
-    ``features`` gives ``(in, out)`` per target projection. ``encoder`` is the text encoder's identity. ``image_query``
-    says what the image query is made of (see ``picture_query``).
-    """
-
-    num_layers: int
-    features: dict[str, tuple[int, int]]
-    text_dim: int | None = None
-    image_dim: int | None = None
-    query_mode: str = "text+image"
-    image_query: str = "tower"
-    groups: int = 4
-    rank: int = 8
-    top_k: int = 4
-    tau: float = 0.1
-    scale: float = 1.0
-    image_weight: float = 0.5
-    router: str = "gaussian"
-    weighting: str = "softmax"
-    encoder: dict = field(default_factory=dict)
-
-    def __post_init__(self):
-        self.features = {target: tuple(shape) for target, shape in self.features.items()}
-        if unknown := set(self.features) - set(TARGETS):
-            raise ValueError(f"unknown target projection {sorted(unknown)[0]!r}; known: {', '.join(TARGETS)}")
-        if self.query_mode not in QUERY_MODES:
-            raise ValueError(f"query_mode must be one of {QUERY_MODES}, not {self.query_mode!r}")
-        if self.image_query not in KINDS:
-            raise ValueError(f"image_query must be one of {KINDS}, not {self.image_query!r}")
-        if self.router not in ROUTERS:
-            raise ValueError(f"unknown router {self.router!r}; known: {', '.join(ROUTERS)}")
-        if self.weighting not in ("softmax", "distance"):
-            raise ValueError(f"weighting must be 'softmax' or 'distance', not {self.weighting!r}")
-        for name, dim in (("text", self.text_dim), ("image", self.image_dim)):
-            if dim is not None and dim % self.groups:
-                raise ValueError(f"{name} queries have {dim} dimensions, which {self.groups} groups do not divide")
-
-    @property
-    def targets(self) -> tuple[str, ...]:
-        return tuple(self.features)
-
-    @property
-    def uses_text(self) -> bool:
-        return "text" in self.query_mode and self.text_dim is not None
-
-    @property
-    def uses_images(self) -> bool:
-        return "image" in self.query_mode and self.image_dim is not None
-
-    def to_dict(self) -> dict:
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: dict) -> RetrieverSettings:
-        known = {item.name for item in fields(cls)}
-        return cls(**{name: value for name, value in values.items() if name in known})
 
 
 @dataclass
 class Route:
     """The decision for a batch: ``slot_indices`` and ``slot_weights`` ``[batch, k]``; ``task_posterior``
-    ``[batch, tasks]`` over ``tasks`` (sums of the softmax of all allowed slots' scores)."""
+    ``[batch, tasks]`` over ``tasks``; ``novelty`` ``[batch]`` where the tasks are calibrated: above 1 a question fits
+    none of them, its weights are 0 and the base model answers."""
 
     slot_indices: Tensor
     slot_weights: Tensor
     task_posterior: Tensor
     tasks: list[str]
+    novelty: Tensor | None = None
+
+    @property
+    def unknown(self) -> Tensor | None:
+        """Boolean ``[batch]``: questions that fit no known task; ``None`` where nothing was calibrated."""
+        return None if self.novelty is None else self.novelty > 1
 
     def describe(self, row: int) -> dict:
         """One sample's route as plain values, for an answer's ``metadata``."""
         posterior = self.task_posterior[row].tolist()
         best = max(range(len(posterior)), key=posterior.__getitem__)
-        return {
+        told = {
             "task": self.tasks[best],
             "task_posterior": {task: round(p, 6) for task, p in zip(self.tasks, posterior, strict=True)},
             "slots": self.slot_indices[row].tolist(),
             "weights": [round(w, 6) for w in self.slot_weights[row].tolist()],
         }
+        if self.novelty is not None:
+            told |= {"novelty": round(float(self.novelty[row]), 4), "unknown": bool(self.unknown[row])}
+        return told
 
 
 class SlotBlock(nn.Module):
@@ -141,6 +89,8 @@ class SlotBlock(nn.Module):
             "image_keys", _empty_keys(settings.uses_images, settings.image_dim, settings.groups, count)
         )
         self.statistics: TaskStatistics | None = None
+        self.feature_statistics: TaskStatistics | None = None
+        self.distances: Tensor | None = None  # held-out, sorted; see ``unknown``
 
     def init_offsets(self, generator: torch.Generator) -> None:
         """``A = 0`` (an untrained slot changes nothing), ``B`` uniform in ``+-1/sqrt(in)``."""
@@ -194,6 +144,7 @@ class Retriever(nn.Module):
         self.router_name = settings.router
         self._routers: dict[str, Router] = {}
         self._layout: PoolLayout | None = None
+        self._gate: list[UnknownGate | None] = []  # empty until it is asked for
         for task, count in (counts or {}).items():
             self.add_task(task, count)
 
@@ -225,7 +176,7 @@ class Retriever(nn.Module):
 
     def changed(self) -> None:
         """Forget what was derived from the pool (after keys, statistics, tasks or their state change)."""
-        self._routers, self._layout = {}, None
+        self._routers, self._layout, self._gate = {}, None, []
 
     def layout(self) -> PoolLayout:
         """Where each task's slots stand and which may be selected; worked out once per change of the pool."""
@@ -295,6 +246,9 @@ class Retriever(nn.Module):
             text_keys=torch.cat([b.text_keys for b in blocks], 1) if blocks and self.settings.uses_text else None,
             image_keys=torch.cat([b.image_keys for b in blocks], 1) if blocks and self.settings.uses_images else None,
             statistics={t: b.statistics for t, b in zip(tasks, blocks, strict=True) if b.statistics is not None},
+            feature_statistics={
+                t: b.feature_statistics for t, b in zip(tasks, blocks, strict=True) if b.feature_statistics is not None
+            },
             image_weight=self.settings.image_weight,
             tau=self.settings.tau,
         )
@@ -324,10 +278,28 @@ class Retriever(nn.Module):
             image=image_query if self.settings.uses_images else None,
             tasks=None if tasks is None else list(tasks),
         )
-        scores = router.scores(query)  # [batch, allowed]
-        best, chosen = scores.topk(self.settings.top_k, dim=-1)  # [batch, k]
+        choice = router.choose(query, self.settings.top_k)
+        best = choice.scores
         weights = best.softmax(-1) if self.settings.weighting == "softmax" else best / best.sum(-1, keepdim=True)
-        return Route(allowed.to(chosen.device)[chosen], weights.float(), *_task_posterior(scores, router.pool))
+        novelty = None
+        if (gate := self.unknown_gate()) is not None and router.judges_tasks:
+            novelty = gate.novelty(query.joint(), choice.posterior, router.tasks)
+            weights = weights.masked_fill(novelty[:, None] > 1, 0)  # the offset is exactly zero: the base answers
+        slots = allowed.to(choice.slots.device)[choice.slots]
+        return Route(slots, weights.float(), choice.posterior, router.tasks, novelty)
+
+    def unknown_gate(self) -> UnknownGate | None:
+        """What tells unknown questions; ``None`` in training, or where a selectable task was not calibrated."""
+        if not self._gate:
+            blocks = {task: self.block(task) for task in self.layout().allowed_tasks}
+            missing = any(block.distances is None or block.statistics is None for block in blocks.values())
+            if missing or self.training_task or not self.settings.unknown_share:
+                self._gate.append(None)
+            else:
+                statistics = {task: block.statistics for task, block in blocks.items()}
+                distances = {task: block.distances for task, block in blocks.items()}
+                self._gate.append(UnknownGate(statistics, distances, self.settings.unknown_share))
+        return self._gate[0]
 
     # -- offsets ---------------------------------------------------------------------------------------------------
 
@@ -387,10 +359,3 @@ class Retriever(nn.Module):
 
 def _empty_keys(wanted: bool, dim: int | None, groups: int, count: int) -> Tensor | None:
     return torch.zeros(groups, count, dim // groups) if wanted and dim else None
-
-
-def _task_posterior(scores: Tensor, pool: Pool) -> tuple[Tensor, list[str]]:
-    """Probability of each task: the softmax of all scores, summed over the task's slots."""
-    tasks = pool.tasks
-    member = torch.tensor([[slot == task for slot in pool.slot_tasks] for task in tasks], device=scores.device)
-    return row_products(scores.softmax(-1), member.to(scores.dtype)), tasks

@@ -2,12 +2,14 @@
 
 One interface: ``router.scores(query) -> [batch, pool]`` in logits, so that ``softmax`` over a sample's selected slots
 gives their weights. Every score of a sample depends on that sample alone. A new router is one class with a ``name``.
+``router.choose(query, k)`` gives the best slots and the task posterior, without looking at every slot where it can.
 
 - ``keys``: the prompt keys. ``s = mean over groups of cos(query, key)``, modalities combined, divided by ``tau``.
 - ``gaussian`` (default): closed form. One mean per task and one covariance shared by all tasks, accumulated from
   per-task statistics in name order (so the order of training does not matter, and a task can be taken out exactly).
   A slot's logit is its task's log-posterior plus its key logit relative to its task's best key.
-- ``ridge``: a linear classifier in closed form on the same statistics (regularised least squares to one-hot tasks).
+- ``ridge``: regularised least squares onto one-hot tasks, in closed form from the same kind of sums: on random
+  features of the queries where stage 1 stored their sums (``--router ridge``), else on the queries themselves.
 - ``oracle``: the task is given. ``uniform``: every slot alike. ``random``: a seeded random choice (ablation).
 - ``batch_vote``: one decision for the whole batch, as published systems do. It lets the batch leak the task and makes
   an answer depend on its neighbours; for fidelity studies only.
@@ -23,43 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-
-@dataclass(frozen=True)
-class Query:
-    """What is known of each question: ``text`` ``[batch, text_dim]``, ``image`` ``[batch, image_dim]``, or neither."""
-
-    text: Tensor | None = None
-    image: Tensor | None = None
-    tasks: list[str] | None = None  # the true task of each sample, for the oracle only
-
-    def __len__(self) -> int:
-        given = self.text if self.text is not None else self.image
-        return len(given) if given is not None else len(self.tasks or [])
-
-    def joint(self) -> Tensor:
-        """Unit-length modalities side by side, ``[batch, dim]`` in float64: what the closed-form routers see."""
-        parts = [F.normalize(part.double(), dim=-1) for part in (self.text, self.image) if part is not None]
-        return torch.cat(parts, dim=-1)
-
-
-@dataclass
-class TaskStatistics:
-    """Sums over one task's queries: ``count``, ``total`` ``[dim]`` and ``scatter`` ``[dim, dim]`` about its mean."""
-
-    count: int
-    total: Tensor
-    scatter: Tensor
-
-    @property
-    def mean(self) -> Tensor:
-        return self.total / max(self.count, 1)
-
-    @classmethod
-    def of(cls, joint: Tensor) -> TaskStatistics:
-        """Statistics of ``[n, dim]`` joint queries."""
-        joint = joint.double()
-        centred = joint - joint.mean(0)
-        return cls(len(joint), joint.sum(0).float(), (centred.T @ centred).float())
+from llava.model.language_model.query_space import Query, TaskStatistics, row_products
 
 
 @dataclass
@@ -70,6 +36,7 @@ class Pool:
     text_keys: Tensor | None = None  # [groups, pool, text_dim / groups]
     image_keys: Tensor | None = None  # [groups, pool, image_dim / groups]
     statistics: dict[str, TaskStatistics] = field(default_factory=dict)
+    feature_statistics: dict[str, TaskStatistics] = field(default_factory=dict)  # of random features, for ``ridge``
     image_weight: float = 0.5
     tau: float = 0.1
 
@@ -80,15 +47,33 @@ class Pool:
     def tasks(self) -> list[str]:
         return list(dict.fromkeys(self.slot_tasks))
 
+    def task_places(self) -> Tensor:
+        """Place of each slot's task in ``tasks``, ``[pool]``."""
+        place = {task: index for index, task in enumerate(self.tasks)}
+        return torch.tensor([place[task] for task in self.slot_tasks], device=_key_device(self))
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The ``k`` best slots of each sample: ``scores`` and ``slots`` ``[batch, k]``, best first, and the probability
+    ``posterior`` ``[batch, tasks]`` of the pool's tasks."""
+
+    scores: Tensor
+    slots: Tensor
+    posterior: Tensor
+
 
 class Router:
     """Base of all routers: holds the pool; subclasses give ``scores``."""
 
     name = ""
-    needs_statistics = False
+    judges_tasks = False
+    """Whether its task posterior says something about the question."""
 
     def __init__(self, pool: Pool, seed: int = 0):
         self.pool, self.seed = pool, seed
+        self.tasks = pool.tasks
+        self.slot_place = pool.task_places()  # [pool]
         self.prepare()
 
     def prepare(self) -> None:
@@ -98,27 +83,37 @@ class Router:
         """Logits ``[batch, pool]``."""
         raise NotImplementedError(f"{type(self).__name__} must define scores")
 
+    def choose(self, query: Query, k: int) -> Choice:
+        """The ``k`` best slots; a task's probability is the softmax of all scores, summed over its slots."""
+        scores = self.scores(query)  # [batch, pool]
+        best, slots = scores.topk(k, dim=-1)
+        posterior = scores.new_zeros(len(scores), len(self.tasks))
+        return Choice(best, slots, posterior.index_add(1, self.slot_place, scores.softmax(-1)))
+
 
 class KeysRouter(Router):
     name = "keys"
+    judges_tasks = True
 
     def prepare(self) -> None:
-        self.text_keys = _flat_keys(self.pool.text_keys)
-        self.image_keys = _flat_keys(self.pool.image_keys)
+        """All keys side by side, ``[pool, dim]`` float64, so that a product with ``unit(query)`` is the similarity."""
+        weights = {"text": 1 - self.pool.image_weight, "image": self.pool.image_weight}
+        tables = {"text": self.pool.text_keys, "image": self.pool.image_keys}
+        self.tables = {name: keys for name, keys in tables.items() if keys is not None}
+        total = sum(weights[name] for name in self.tables)
+        flat = [_flat_keys(keys) * (weights[name] / total) for name, keys in self.tables.items()]
+        self.keys = torch.cat(flat, dim=1) if flat else None
+
+    def unit(self, query: Query) -> Tensor:
+        """The query's modalities, each group of unit length: ``[batch, dim]`` float64."""
+        if self.keys is None:
+            raise ValueError("the pool has no keys to compare a query with")
+        values = {"text": query.text, "image": query.image}
+        return torch.cat([_unit_groups(name, values[name], keys) for name, keys in self.tables.items()], dim=1)
 
     def similarity(self, query: Query) -> Tensor:
         """Mean cosine over groups, modalities combined: ``[batch, pool]`` in ``[-1, 1]``."""
-        parts = []
-        for name, value, keys, weight in (
-            ("text", query.text, self.text_keys, 1 - self.pool.image_weight),
-            ("image", query.image, self.image_keys, self.pool.image_weight),
-        ):
-            if keys is not None:
-                parts.append((weight, _group_cosine(name, value, self.pool, keys)))
-        if not parts:
-            raise ValueError("the pool has no keys to compare a query with")
-        total = sum(weight for weight, _ in parts)
-        return sum(weight / total * part for weight, part in parts)
+        return row_products(self.unit(query), self.keys)
 
     def scores(self, query: Query) -> Tensor:
         return self.similarity(query) / self.pool.tau
@@ -126,25 +121,35 @@ class KeysRouter(Router):
 
 class GaussianRouter(KeysRouter):
     name = "gaussian"
-    needs_statistics = True
     shrinkage = 0.1
 
     def prepare(self) -> None:
         super().prepare()
-        tasks = sorted(self.pool.tasks)
-        missing = [task for task in tasks if task not in self.pool.statistics]
+        tasks = sorted(self.tasks)
+        known = self.statistics()
+        missing = [task for task in tasks if task not in known]
         if missing:
             raise ValueError(f"the {self.name} router needs query statistics of every task; missing: {missing}")
-        device = _key_device(self.pool)
-        stats = [self.pool.statistics[task] for task in tasks]
+        stats = [known[task] for task in tasks]
         means = torch.stack([s.mean.double() for s in stats])  # [tasks, dim]
         count = sum(s.count for s in stats)
         covariance = sum(s.scatter.double() for s in stats) / max(count, 1)  # summed in name order
         self.fit(means, covariance, [s.count for s in stats])
         place = {task: index for index, task in enumerate(tasks)}
-        self.tasks = tasks
-        self.slot_place = torch.tensor([place[task] for task in self.pool.slot_tasks], device=device)
+        device = self.slot_place.device
         self.weight, self.bias = self.weight.to(device), self.bias.to(device)
+        self.order = torch.tensor([place[task] for task in self.tasks], device=device)  # the pool's tasks by name
+        self.slot_name = self.order[self.slot_place]  # [pool]
+        by_name = self.slot_name.argsort(stable=True)
+        self.members = by_name.split(torch.bincount(self.slot_name, minlength=len(tasks)).tolist())
+
+    def statistics(self) -> dict[str, TaskStatistics]:
+        """The sums that the classifier is made of."""
+        return self.pool.statistics
+
+    def features(self, query: Query) -> Tensor:
+        """What the classifier sees of a query, ``[batch, dim]`` float64."""
+        return query.joint()
 
     def fit(self, means: Tensor, covariance: Tensor, counts: list[int]) -> None:
         """Linear discriminant: ``log p(task | q) = q . weight[task] + bias[task]`` up to a constant of ``q``."""
@@ -157,7 +162,7 @@ class GaussianRouter(KeysRouter):
 
     def log_posterior(self, query: Query) -> Tensor:
         """Log-probability of each task, ``[batch, tasks]`` float64, tasks in name order."""
-        joint = query.joint()
+        joint = self.features(query)
         if joint.shape[-1] != self.weight.shape[-1]:
             raise ValueError(f"query has {joint.shape[-1]} dimensions, the task statistics {self.weight.shape[-1]}")
         return F.log_softmax(row_products(joint, self.weight) + self.bias, dim=-1)
@@ -165,8 +170,28 @@ class GaussianRouter(KeysRouter):
     def scores(self, query: Query) -> Tensor:
         by_key = super().scores(query)  # [batch, pool]
         best = by_key.new_full((len(by_key), len(self.tasks)), -torch.inf)
-        best = best.scatter_reduce(1, self.slot_place.expand_as(by_key), by_key, "amax", include_self=True)
-        return self.log_posterior(query)[:, self.slot_place] + by_key - best[:, self.slot_place]
+        best = best.scatter_reduce(1, self.slot_name.expand_as(by_key), by_key, "amax", include_self=True)
+        return self.log_posterior(query)[:, self.slot_name] + by_key - best[:, self.slot_name]
+
+    def choose(self, query: Query, k: int) -> Choice:
+        """As ``scores(query).topk(k)``, but only the keys of the ``k`` most probable tasks are looked at.
+
+        Exact: the best slot of a task has its task's log-posterior for a score, so each of the ``k`` best tasks has a
+        slot that is no worse than any slot of another task.
+        """
+        unit = self.unit(query)
+        by_task = self.log_posterior(query)  # [batch, tasks]
+        likely = by_task.topk(min(k, len(self.tasks)), dim=-1).indices.sort(-1).values.tolist()
+        best, slots = [], []
+        for row, log_posterior, tasks in zip(unit, by_task, likely, strict=True):
+            found = []
+            for task in tasks:
+                logits = (self.keys[self.members[task]] @ row) / self.pool.tau
+                found.append(log_posterior[task] + logits - logits.max())
+            top = torch.cat(found).topk(k)
+            best.append(top.values)
+            slots.append(torch.cat([self.members[task] for task in tasks])[top.indices])
+        return Choice(torch.stack(best), torch.stack(slots), by_task.exp()[:, self.order])
 
 
 class RidgeRouter(GaussianRouter):
@@ -175,7 +200,7 @@ class RidgeRouter(GaussianRouter):
     sharpness = 20.0
 
     def fit(self, means: Tensor, covariance: Tensor, counts: list[int]) -> None:
-        """Least squares onto one-hot tasks from the same sums, with a bias column; ``sharpness`` makes logits of it."""
+        """Least squares onto one-hot tasks from sums, with a bias column; ``sharpness`` makes logits of it."""
         total = float(sum(counts))
         share = torch.tensor(counts, dtype=torch.float64, device=means.device) / total  # [tasks]
         centre = share @ means  # [dim]
@@ -188,9 +213,16 @@ class RidgeRouter(GaussianRouter):
         self.weight = self.sharpness * linear
         self.bias = self.sharpness * (share - linear @ centre)
 
+    def statistics(self) -> dict[str, TaskStatistics]:
+        return self.pool.feature_statistics or self.pool.statistics
+
+    def features(self, query: Query) -> Tensor:
+        return query.random_features() if self.pool.feature_statistics else query.joint()
+
 
 class OracleRouter(KeysRouter):
     name = "oracle"
+    judges_tasks = False
 
     def scores(self, query: Query) -> Tensor:
         if query.tasks is None:
@@ -228,6 +260,7 @@ class RandomRouter(Router):
 
 class BatchVoteRouter(KeysRouter):
     name = "batch_vote"
+    judges_tasks = False
 
     def prepare(self) -> None:
         super().prepare()
@@ -275,25 +308,16 @@ def _flat_keys(keys: Tensor | None) -> Tensor | None:
     return unit.permute(1, 0, 2).flatten(1) / keys.shape[0]
 
 
-def _group_cosine(name: str, value: Tensor | None, pool: Pool, flat_keys: Tensor) -> Tensor:
-    """Mean cosine over groups as one product: both sides are normalised group by group."""
+def _unit_groups(name: str, value: Tensor | None, keys: Tensor) -> Tensor:
+    """A modality with every group of unit length: ``[batch, groups * part]``, for keys ``[groups, pool, part]``."""
+    groups, _, part = keys.shape
     if value is None:
         raise ValueError(f"the pool has {name} keys, but the query has no {name} part")
-    if value.shape[-1] != flat_keys.shape[-1]:
-        raise ValueError(f"{name} query has {value.shape[-1]} dimensions, the keys have {flat_keys.shape[-1]}")
+    if value.shape[-1] != groups * part:
+        raise ValueError(f"{name} query has {value.shape[-1]} dimensions, the keys have {groups * part}")
     if not torch.isfinite(value).all():
         raise ValueError(f"the {name} query holds NaN or infinite numbers")
-    groups = (pool.text_keys if name == "text" else pool.image_keys).shape[0]
-    unit = F.normalize(value.double().unflatten(-1, (groups, -1)), dim=-1).flatten(-2)
-    return row_products(unit, flat_keys)
-
-
-def row_products(rows: Tensor, matrix: Tensor) -> Tensor:
-    """``rows @ matrix.T``, one row at a time: ``[batch, dim], [n, dim] -> [batch, n]``.
-
-    Matrix products pick their kernel by the number of rows, so a row's last bits would depend on its batch.
-    """
-    return torch.stack([matrix @ row.clone() for row in rows])
+    return F.normalize(value.double().unflatten(-1, (groups, part)), dim=-1).flatten(-2)
 
 
 def _key_device(pool: Pool) -> torch.device:

@@ -7,8 +7,8 @@ checkpoints (``slots.pth``). It is a ``torch.save`` of tensors and plain contain
     settings: RetrieverSettings as a dict (dimensions, groups, rank, query mode, encoder identity, ...)
     base: {"path", "fingerprint"} of the base model
     keys: [1, groups, pool, text_dim / groups]          image_keys: the same for image queries (either may be None)
-    tasks: [{name, start, stop, trained, statistics: {count, total, scatter} | None, held_out: ... | None, info: {},
-             checksum: of the task's tensors}]
+    tasks: [{name, start, stop, trained, statistics: {count, total, scatter} | None, feature_statistics: the same,
+             distances: [n] | None, held_out: {text, image} | None, info: {}, checksum: of the task's tensors}]
     offsets: {task: {"A": {target: [slots, layers, rank, out]}, "B": {target: [slots, layers, rank, in]}}}
 
 ``start`` and ``stop`` are the task's slots in the task sequence; keys are stored in the order of ``tasks``. The
@@ -46,6 +46,8 @@ class TaskSlots:
     text_keys: Tensor | None = None  # [groups, slots, text_dim / groups]
     image_keys: Tensor | None = None  # [groups, slots, image_dim / groups]
     statistics: TaskStatistics | None = None
+    feature_statistics: TaskStatistics | None = None  # of random features, where the router is ``ridge``
+    distances: Tensor | None = None  # held-out distances to the task, sorted; see ``unknown``
     held_out: dict[str, Tensor] | None = None  # queries kept from fitting, to measure routing when merging
     trained: bool = False
     A: dict[str, Tensor] = field(default_factory=dict)
@@ -60,8 +62,10 @@ class TaskSlots:
     def tensors(self) -> dict[str, Tensor]:
         """All of the task's tensors that a route or an answer depends on, by name."""
         parts: dict[str, Tensor | None] = {"text_keys": self.text_keys, "image_keys": self.image_keys}
-        if self.statistics is not None:
-            parts |= {"statistics.total": self.statistics.total, "statistics.scatter": self.statistics.scatter}
+        for name in ("statistics", "feature_statistics"):
+            if (found := getattr(self, name)) is not None:
+                parts |= {f"{name}.total": found.total, f"{name}.scatter": found.scatter}
+        parts["distances"] = self.distances
         for kind, tensors in (("A", self.A), ("B", self.B)):
             parts |= {f"{kind}.{target}": tensor for target, tensor in tensors.items()}
         return {name: tensor for name, tensor in parts.items() if tensor is not None}
@@ -140,7 +144,6 @@ def _parse(data: dict, path: str | Path) -> SlotFile:
         count = entry["stop"] - entry["start"]
         span = slice(place, place + count)
         offsets = data["offsets"].get(entry["name"], {"A": {}, "B": {}})
-        statistics = entry["statistics"]
         tasks.append(
             TaskSlots(
                 name=entry["name"],
@@ -148,7 +151,9 @@ def _parse(data: dict, path: str | Path) -> SlotFile:
                 stop=entry["stop"],
                 text_keys=_slice_keys(data["keys"], span),
                 image_keys=_slice_keys(data["image_keys"], span),
-                statistics=None if statistics is None else TaskStatistics(**statistics),
+                statistics=_statistics(entry["statistics"]),
+                feature_statistics=_statistics(entry.get("feature_statistics")),
+                distances=entry.get("distances"),
                 held_out=entry["held_out"],
                 trained=entry["trained"],
                 A=offsets["A"],
@@ -191,7 +196,8 @@ def retriever_from(slots: SlotFile) -> Retriever:
             if buffer is not None:
                 buffer.copy_(value)
         load_task_offsets(retriever, task)
-        block.statistics, block.trained = task.statistics, task.trained
+        block.statistics, block.feature_statistics = task.statistics, task.feature_statistics
+        block.distances, block.trained = task.distances, task.trained
     retriever.changed()
     return retriever
 
@@ -227,13 +233,17 @@ def _load(path: str | Path) -> dict:
 
 
 def _task_to_dict(task: TaskSlots) -> dict:
-    s = task.statistics
+    def plain(s: TaskStatistics | None) -> dict | None:
+        return None if s is None else {"count": s.count, "total": s.total, "scatter": s.scatter}
+
     return {
         "name": task.name,
         "start": task.start,
         "stop": task.stop,
         "trained": task.trained,
-        "statistics": None if s is None else {"count": s.count, "total": s.total, "scatter": s.scatter},
+        "statistics": plain(task.statistics),
+        "feature_statistics": plain(task.feature_statistics),
+        "distances": task.distances,
         "held_out": task.held_out,
         "info": task.info,
         "checksum": task.checksum(),
@@ -251,6 +261,10 @@ def _canonical(value):
     if isinstance(value, (list, tuple)):
         return type(value)(map(_canonical, value))
     return value
+
+
+def _statistics(stored: dict | None) -> TaskStatistics | None:
+    return None if stored is None else TaskStatistics(**stored)
 
 
 def _stack_keys(keys: list[Tensor | None]) -> Tensor | None:

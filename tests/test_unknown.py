@@ -1,0 +1,154 @@
+"""Questions that fit no known task: the distance, its calibration, and the way back to the base model."""
+
+import pytest
+import torch
+from tiny_llava import HIDDEN, VISION, write_base, write_stage
+
+from llava.model.builder import load_pretrained_model
+from llava.model.language_model.retriever import Retriever, RetrieverSettings
+from llava.model.language_model.router import Query, TaskStatistics
+from llava.model.language_model.slot_file import read_slot_file, write_slot_file
+from llava.model.language_model.unknown import TaskDistance, UnknownGate, held_out_distances, limit_of
+
+DIM = 6
+
+
+def cloud(task, rows, seed=0):
+    """Queries about a centre of the task's own: ``[rows, DIM]``."""
+    centre = torch.randn(DIM, generator=torch.Generator().manual_seed(sum(map(ord, task)))) * 4
+    return centre + torch.randn(rows, DIM, generator=torch.Generator().manual_seed(seed)) * 0.5
+
+
+def joint(task, rows, seed=0):
+    return Query(text=cloud(task, rows, seed)).joint()
+
+
+def calibrated(tasks, **settings):
+    made = Retriever(RetrieverSettings(1, {"o_proj": (4, 4)}, DIM, groups=2, rank=2, top_k=2, **settings))
+    for task in tasks:
+        block = made.add_task(task, 3)
+        block.text_keys.copy_(torch.randn(2, 3, DIM // 2, generator=torch.Generator().manual_seed(len(task))))
+        block.statistics = TaskStatistics.of(joint(task, 200))
+        block.distances = held_out_distances(joint(task, 200), [number // 4 for number in range(200)])
+        block.trained = True
+    made.changed()
+    return made
+
+
+def test_the_distance_is_mahalanobis_under_the_regularised_covariance():
+    data = joint("abd", 50).double()
+    distance, row = TaskDistance(TaskStatistics.of(data)), joint("chest", 1)[0]
+    covariance = (data - data.mean(0)).T @ (data - data.mean(0)) / 50
+    covariance = 0.9 * covariance + 0.1 * covariance.diagonal().mean() * torch.eye(DIM).double()
+    offset = row - data.mean(0)
+    expected = (offset @ torch.linalg.inv(covariance) @ offset).sqrt()
+    torch.testing.assert_close(distance(row), expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("share, over", [(0.01, 1), (0.05, 5), (0.001, 0), (0.5, 50)])
+def test_at_most_the_share_of_held_out_rows_lies_beyond_the_limit(share, over):
+    distances = torch.rand(100, generator=torch.Generator().manual_seed(1))
+    assert int((distances > limit_of(distances, share)).sum()) == over
+
+
+def test_rows_are_measured_against_other_pictures_only():
+    data, pictures = joint("abd", 40), [number // 2 for number in range(40)]
+    far = data.clone()
+    far[6:8] = joint("head", 2)  # one picture of its own kind: it must not vouch for itself
+    found = held_out_distances(far, pictures)
+    assert found.shape == (40,) and torch.equal(found, found.sort().values)
+    assert found[-2] > 2 * found[-3]
+    assert held_out_distances(data, ["same"] * 40) is None
+
+
+def test_own_questions_are_known_and_others_are_not():
+    made = calibrated(("abd", "chest"))
+    own, other = made.route(cloud("abd", 300, seed=7), None), made.route(cloud("spine", 50, seed=7), None)
+    assert own.unknown.float().mean() <= 0.03 and other.unknown.all()
+    assert not other.slot_weights.any() and torch.isfinite(other.slot_weights).all()
+    torch.testing.assert_close(own.slot_weights[~own.unknown].sum(-1), torch.ones(int((~own.unknown).sum())))
+    told = other.describe(0)
+    assert told["unknown"] is True and told["novelty"] > 1 and told["weights"] == [0, 0]
+
+
+def test_the_verdict_is_per_sample_and_survives_other_tasks_bit_for_bit():
+    mixed = torch.cat([cloud(task, 4, seed=3) for task in ("abd", "spine", "chest")])
+    made, turned = calibrated(("abd", "chest", "head", "knee")), calibrated(("head", "knee", "chest", "abd"))
+    together = made.route(mixed, None)
+    alone = torch.cat([made.route(row[None], None).novelty for row in mixed])
+    assert torch.equal(together.novelty, alone)
+    assert torch.equal(turned.route(mixed, None).novelty, together.novelty)
+    made.remove_task("head")
+    assert torch.equal(made.route(mixed, None).novelty, calibrated(("abd", "chest", "knee")).route(mixed, None).novelty)
+
+
+def test_it_is_off_without_calibration_in_training_and_when_the_task_is_given():
+    query = cloud("spine", 3)
+    made = calibrated(("abd", "chest"))
+    assert made.route(query, None, tasks=["abd"] * 3).unknown is None
+    made.router_name = "uniform"
+    assert made.route(query, None).unknown is None
+    made.train_only("abd")
+    assert made.route(query, None).unknown is None
+    assert calibrated(("abd", "chest"), unknown_share=0.0).route(query, None).unknown is None
+    made = calibrated(("abd", "chest"))
+    made.block("chest").distances = None
+    made.changed()
+    route = made.route(query, None)
+    assert route.unknown is None and "unknown" not in route.describe(0)
+
+
+def test_only_the_most_probable_tasks_are_measured():
+    statistics = {task: TaskStatistics.of(joint(task, 50)) for task in "abcdefgh"}
+    gate = UnknownGate(statistics, {task: torch.ones(5) for task in statistics}, 0.01)
+    gate.novelty(joint("a", 1), torch.linspace(0, 1, 8)[None], list(statistics))
+    assert sorted(gate._distances) == ["f", "g", "h"]
+
+
+def test_a_wrong_share_is_refused():
+    with pytest.raises(ValueError, match="unknown_share must be at least 0 and below 1, not 1.5"):
+        RetrieverSettings(1, {}, unknown_share=1.5)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """The base, and a stage over it whose tasks are calibrated."""
+    folder = tmp_path_factory.mktemp("unknown")
+    base = write_base(folder / "llava-base")
+    stage = write_stage(folder / "llava-stage", base)
+    slots = read_slot_file(stage / "slots.pth")
+    for number, task in enumerate(slots.tasks):
+        generator = torch.Generator().manual_seed(number)
+        text = torch.randn(HIDDEN, generator=generator) * 3 + torch.randn(60, HIDDEN, generator=generator)
+        image = torch.randn(60, VISION, generator=generator)
+        task.statistics = TaskStatistics.of(Query(text, image).joint())
+        task.distances = held_out_distances(Query(text, image).joint(), range(60))
+        task.info["centre"] = text.mean(0).tolist()
+    write_slot_file(stage / "slots.pth", slots)
+    load = [(str(stage), str(base)), (str(base), None)]
+    return [load_pretrained_model(*place, device="cpu")[1] for place in load], slots
+
+
+def test_an_unknown_question_gets_the_base_models_logits_and_its_neighbours_do_not(models):
+    (routed, plain), slots = models
+    known = torch.tensor(slots.task("abd").info["centre"])
+    text_query = torch.stack([known, -known])
+    ids = torch.tensor([[1, 20, -200, 30, 31], [1, 25, -200, 40, 41]])
+    pixels = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        query = torch.randn(2, VISION, generator=torch.Generator().manual_seed(0))
+        route = routed.retriever.route(text_query, query)
+        assert route.unknown.tolist() == [False, True]
+        with_slots = routed(ids, images=pixels, text_query=text_query, image_query=query).logits
+        base = plain(ids, images=pixels).logits
+    assert torch.equal(with_slots[1], base[1])
+    assert not torch.allclose(with_slots[0], base[0])
+
+
+def test_calibration_survives_the_file_and_counts_in_the_checksum(models, tmp_path):
+    slots = models[1]
+    write_slot_file(tmp_path / "a.pth", slots)
+    back = read_slot_file(tmp_path / "a.pth")
+    assert torch.equal(back.task("abd").distances, slots.task("abd").distances)
+    back.task("abd").distances = back.task("abd").distances + 1
+    assert back.task("abd").checksum() != slots.task("abd").checksum()
