@@ -230,10 +230,11 @@ def test_projector_over_a_plain_language_model(base, reference, plain, tmp_path)
         load(folder, plain)
 
 
-def write_lora(base, model, folder, seed=0):
+def write_lora(base, model, folder, seed=0, **more):
     """A LoRA folder as LLaVA writes it, with a projector that was trained too; returns the expected logits' model."""
     _, fresh, *_ = load(base)
-    settings = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "o_proj"], task_type="CAUSAL_LM")
+    targets = {"target_modules": ["q_proj", "o_proj"], "exclude_modules": ".*vision_tower.*", **more}
+    settings = LoraConfig(r=4, lora_alpha=8, task_type="CAUSAL_LM", **targets)
     wrapped = get_peft_model(fresh, settings)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -273,6 +274,18 @@ def test_lora_over_a_plain_language_model(base, reference, plain, tmp_path):
     (folder / "config.json").unlink()
     with pytest.raises(UserError, match="copy config.json"):
         load(folder, plain)
+
+
+def test_layers_named_by_their_last_word_are_the_decoders_unless_the_tower_was_trained_too(base, reference, tmp_path):
+    """LLaVA attached its tower after the LoRA; here it is there before, and has a q_proj of its own."""
+    wrapped = write_lora(base, reference[1], tmp_path / "decoder")
+    values = json.loads((tmp_path / "decoder" / "adapter_config.json").read_text())
+    change = {**values, "exclude_modules": None}
+    (tmp_path / "decoder" / "adapter_config.json").write_text(json.dumps(change))
+    assert torch.allclose(logits(load(tmp_path / "decoder", base)), logits((reference[0], wrapped)), atol=1e-4)
+    wrapped = write_lora(base, reference[1], tmp_path / "both", exclude_modules=None)
+    assert [name for name, _ in wrapped.named_parameters() if "vision_tower" in name and "lora" in name]
+    assert torch.allclose(logits(load(tmp_path / "both", base)), logits((reference[0], wrapped)), atol=1e-4)
 
 
 def test_lora_for_another_base_is_refused(base, reference, tmp_path):

@@ -11,6 +11,7 @@ the LLaVA class itself, with or without LoRA layers inside.
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import torch
@@ -107,8 +108,9 @@ def apply_adapter(model, folder: Path, merge: bool, trainable: bool = False):
 
     state = _adapter_tensors(folder)
     config = PeftConfig.from_pretrained(str(folder))
-    if isinstance(config.target_modules, (set, list)) and not config.exclude_modules:
-        config.exclude_modules = NOT_DECODER  # LLaVA names layers by their last word, and the tower has a q_proj too
+    if not any(re.match(NOT_DECODER, key) for key in state) and not config.exclude_modules:
+        # LLaVA names layers by their last word, and the tower, which is attached here already, has a q_proj too.
+        config.exclude_modules = NOT_DECODER
     try:
         wrapped = PeftModel.from_pretrained(model, str(folder), config=config, is_trainable=trainable)
     except (RuntimeError, ValueError) as error:
