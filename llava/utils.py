@@ -36,6 +36,8 @@ _SYSTEM_ERRORS = {
     errno.EISDIR: "a folder stands where a file is needed; choose another place, or move it away",
 }
 
+_HIDDEN_FULL_DISK = ("PytorchStreamWriter failed", "iostream error", "No space left on device")
+
 
 class UserError(ValueError):
     """Bad input. The message is one line: what is wrong, where, and how to mend it."""
@@ -87,6 +89,19 @@ def atomic_write(path: str | os.PathLike, mode: str = "w") -> Iterator[IO[Any]]:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
         raise
+
+
+@contextlib.contextmanager
+def full_disk_named(place: str | os.PathLike) -> Iterator[None]:
+    """Turn the errors by which torch, safetensors and tokenizers hide a full disk into the system's own ``OSError``."""
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as error:
+        if not any(mark in str(error) for mark in _HIDDEN_FULL_DISK):
+            raise
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(place)) from error
 
 
 def _umask() -> int:

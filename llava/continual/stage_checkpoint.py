@@ -12,7 +12,7 @@ from pathlib import Path
 
 from llava.model.builder import SLOTS_FILE
 from llava.model.language_model.slot_file import SlotFile, read_slot_file, write_slot_file
-from llava.utils import UserError, atomic_write
+from llava.utils import UserError, atomic_write, full_disk_named
 
 TRAINING_FILE = "training.json"
 
@@ -58,20 +58,25 @@ def write_stage(
     """
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    config.save_pretrained(partial)
-    if model is not None:
-        state = {key: value for key, value in model.state_dict().items() if not key.startswith("retriever.")}
-        model.save_pretrained(partial, state_dict=state)
-    tokenizer.save_pretrained(partial)
-    for name, value in ((TRAINING_FILE, run), ("log_history.json", log_history)):
-        with atomic_write(partial / name) as stream:
-            json.dump(value, stream, indent=1)
-    if write_more is not None:
-        write_more(partial)
-    write_slot_file(partial / SLOTS_FILE, slots)
-    shutil.rmtree(folder, ignore_errors=True)
-    partial.rename(folder)
+    try:
+        with full_disk_named(partial):
+            partial.mkdir(parents=True)
+            config.save_pretrained(partial)
+            if model is not None:
+                state = {key: value for key, value in model.state_dict().items() if not key.startswith("retriever.")}
+                model.save_pretrained(partial, state_dict=state)
+            tokenizer.save_pretrained(partial)
+            for name, value in ((TRAINING_FILE, run), ("log_history.json", log_history)):
+                with atomic_write(partial / name) as stream:
+                    json.dump(value, stream, indent=1)
+            if write_more is not None:
+                write_more(partial)
+            write_slot_file(partial / SLOTS_FILE, slots)
+        shutil.rmtree(folder, ignore_errors=True)
+        partial.rename(folder)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
 
 
 def read_stage_slots(folder: Path) -> SlotFile:

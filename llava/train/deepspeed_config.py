@@ -31,7 +31,9 @@ def check_deepspeed_config(path: str | os.PathLike) -> dict:
         values = json.loads(found.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise UserError(f"{found}, line {error.lineno}: broken JSON ({error.msg})") from error
-    zero = values.get("zero_optimization", {})
+    zero = values.get("zero_optimization", {}) if isinstance(values, dict) else None
+    if not isinstance(zero, dict):
+        raise UserError(f"{found}: must be a JSON object, and its zero_optimization too (see scripts/zero3.json)")
     for key in INTEGER_KEYS:
         value = zero.get(key)
         if not isinstance(value, float):

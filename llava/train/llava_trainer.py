@@ -15,7 +15,7 @@ from transformers import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from llava.train.deepspeed_config import checkpoint_world_size
-from llava.utils import UserError, atomic_write
+from llava.utils import UserError, atomic_write, full_disk_named
 
 COMPLETE = "complete"
 SLOTS_STATE = "trained_slots.pt"
@@ -47,8 +47,9 @@ class LLaVATrainer(Trainer):
         return super().create_scheduler(num_training_steps, optimizer)
 
     def _save_checkpoint(self, model, trial) -> None:
-        super()._save_checkpoint(model, trial)
         folder = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        with full_disk_named(folder):
+            super()._save_checkpoint(model, trial)
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             (folder / COMPLETE).touch()

@@ -105,9 +105,10 @@ def train(attn_implementation: str | None = None) -> None:
     if checkpoint:
         rank0_print(f"going on from {checkpoint}")
     result = trainer.train(resume_from_checkpoint=checkpoint)
-    if not torch.isfinite(torch.tensor(result.training_loss)):
-        raise UserError(f"the training loss is {result.training_loss}; lower --learning_rate")
     state = trainable_state(model)
+    finite = all(torch.isfinite(tensor).all() for tensor in state.values())
+    if not finite or not torch.isfinite(torch.tensor(result.training_loss)):
+        raise UserError(f"the training loss is {result.training_loss}; lower --learning_rate, and remove {work}")
     trained = collect(slots, trained_task, state)
     if args.should_save:
         config = model.config
@@ -153,7 +154,7 @@ def describe_run(
         "data": {Path(file).name: file_sha256(file)[:16] for file in files},
         "keys": file_sha256(keys)[:16],
         "base": merged.base.get("fingerprint"),
-        "earlier_tasks": [task.name for task in previous.tasks] if previous else [],
+        "earlier_tasks": {task.name: task.checksum() for task in previous.tasks} if previous else {},
         **{name: getattr(args, name) for name in RECORDED},
         **lora_settings(args),
     }
@@ -214,6 +215,7 @@ def build_trainer(model, tokenizer, dataset, args: TrainingArguments) -> LLaVATr
     if args.gradient_checkpointing:
         args.gradient_checkpointing_kwargs = {"use_reentrant": False}  # slots are gathered: not leaves of the graph
     args.save_total_limit = max(args.save_total_limit or 2, 2)  # the newest may still be half-written
+    args.logging_nan_inf_filter = False  # or a loss that is not a number would be logged, and pass, as one that is
     model.config.use_cache = False
     with slots_count_as_adapters(model):
         return LLaVATrainer(

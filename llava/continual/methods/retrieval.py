@@ -6,7 +6,10 @@ earlier tasks pass from checkpoint to checkpoint untouched.
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from llava.continual.methods import only
+from llava.continual.stage1 import merge_slot_files
 from llava.continual.tasks import TaskSequence
 from llava.model.language_model.slot_file import SlotFile
 
@@ -18,7 +21,10 @@ class Retrieval:
         return [sequence.task(task).train]
 
     def begin(self, merged: SlotFile, previous: SlotFile | None, task: str) -> tuple[SlotFile, str]:
-        return only(merged, merged.task(task)), task
+        mine = only(merged, merged.task(task))
+        if previous is not None:  # refuses slots that could not stand in one pool
+            merge_slot_files([(Path("the stage before this one"), previous), (Path("the merged keys"), mine)])
+        return mine, task
 
     def end(self, previous: SlotFile | None, trained: SlotFile) -> SlotFile:
         earlier = [] if previous is None else previous.tasks

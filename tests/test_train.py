@@ -1,0 +1,506 @@
+"""Stage 2: arguments, DeepSpeed's file, what a run writes, and that a killed run ends as an undisturbed one."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_world import RANK, SLOTS, arguments, same, write_sequence
+
+from llava.data.rows import write_jsonl
+from llava.model.language_model.slot_file import read_slot_file, write_slot_file
+from llava.train import llava_trainer
+from llava.train import train as train_module
+from llava.train.arguments import parse_arguments, translate
+from llava.train.deepspeed_config import INTEGER_KEYS, check_deepspeed_config
+from llava.train.llava_trainer import COMPLETE, LLaVATrainer, last_complete_checkpoint
+from llava.utils import UserError, run_cli
+
+ROOT = Path(__file__).resolve().parents[1]
+EACH_STEP = ("--save_strategy", "steps", "--save_steps", "1", "--max_steps", "5")
+
+
+def refusal(world, capsys, words):
+    """The one line of ``train_mem`` for a refused command line."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stopped, arguments(words):
+        run_cli(train_module.main)
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+    assert stopped.value.code == 2 and len(lines) == 1
+    return lines[0]
+
+
+def in_a_process_of_its_own(task):
+    """Run ``task`` in a forked child, which may be killed; returns its exit status (negative: the signal)."""
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            task()
+            code = 0
+        finally:
+            os._exit(code)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def kill_this_process():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+# -- arguments ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "given, taken",
+    [
+        (["--evaluation_strategy", "no"], ["--eval_strategy", "no"]),
+        (["--warmup_ratio", "0.03"], ["--warmup_steps", "0.03"]),
+        (["--warmup_ratio=0.03"], ["--warmup_steps", "0.03"]),
+        (["--cl_data_clss", "abd"], ["--task", "abd"]),
+        (["--no_cuda"], ["--use_cpu"]),
+        (["--tf32", "True", "--seed", "-1"], ["--tf32", "True", "--seed", "-1"]),
+        (["--vision_tower", "openai/clip", "--seed", "1"], ["--seed", "1"]),
+        (["--save_safetensors", "--overwrite_output_dir", "--seed", "1"], ["--seed", "1"]),
+        (["--model-max-length", "99"], ["--model_max_length", "99"]),
+    ],
+)
+def test_flags_of_other_versions_are_translated(given, taken):
+    assert translate(given) == taken
+
+
+def test_ignored_flags_are_said(capsys):
+    translate(["--vision_tower", "x", "--save_safetensors"])
+    out = capsys.readouterr().out
+    assert "--vision_tower is accepted and ignored: the base checkpoint's config decides" in out
+    assert "--save_safetensors is accepted and ignored: it has no effect here" in out
+
+
+def test_a_published_command_line_parses(tmp_path):
+    line = f"""--model_name_or_path liuhaotian/llava-v1.5-7b --version v1 --data_path data/train_abd.jsonl
+        --image_folder data/images --vision_tower openai/clip-vit-large-patch14-336 --mm_projector_type mlp2x_gelu
+        --mm_vision_select_layer -2 --mm_use_im_start_end False --mm_use_im_patch_token False --image_aspect_ratio pad
+        --group_by_modality_length True --output_dir {tmp_path}/llava-x --num_train_epochs 1
+        --per_device_train_batch_size 16 --per_device_eval_batch_size 4 --gradient_accumulation_steps 1
+        --evaluation_strategy no --save_strategy steps --save_steps 50000 --save_total_limit 1 --learning_rate 2e-5
+        --weight_decay 0. --warmup_ratio 0.03 --lr_scheduler_type cosine --logging_steps 1 --model_max_length 2048
+        --gradient_checkpointing True --dataloader_num_workers 4 --lazy_preprocess True --report_to none
+        --task abd --local_rank=0 --use_cpu True"""
+    model_args, data_args, training_args = parse_arguments(line.split())
+    assert model_args.version == "v1" and data_args.image_aspect_ratio == "pad" and data_args.task == "abd"
+    assert training_args.learning_rate == 2e-5 and training_args.warmup_steps == 0.03
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        ("--task abd --output_dir llava-x --colour red", "unknown argument --colour"),
+        ("--output_dir llava-x", "no task given; add --task"),
+        ("--task abd", "no --output_dir given"),
+    ],
+)
+def test_incomplete_command_lines(words, message):
+    with pytest.raises(UserError, match=message):
+        parse_arguments(words.split())
+
+
+# -- DeepSpeed's file --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("key", INTEGER_KEYS)
+def test_a_fraction_is_refused_with_the_integer_to_write(tmp_path, key):
+    path = tmp_path / "zero3.json"
+    path.write_text(json.dumps({"zero_optimization": {"stage": 3, key: 0.9 * 256 * 256}}))
+    with pytest.raises(UserError, match=f"zero3.json: zero_optimization.{key} is 58982.4, .* write 58982"):
+        check_deepspeed_config(path)
+
+
+def test_a_whole_float_is_only_noted(tmp_path, capsys):
+    path = tmp_path / "zero3.json"
+    path.write_text('{"zero_optimization": {"reduce_bucket_size": 5e8, "stage3_prefetch_bucket_size": "auto"}}')
+    check_deepspeed_config(path)
+    assert "reduce_bucket_size is 500000000.0; an integer is wanted, write 500000000" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["zero2", "zero3", "zero3_offload"])
+def test_the_shipped_files_pass_silently(name, capsys):
+    check_deepspeed_config(ROOT / "scripts" / f"{name}.json")
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [("{ oops", "line 1: broken JSON"), ("[]", "JSON object"), ('{"zero_optimization": 3}', "JSON object")],
+)
+def test_a_broken_file_is_named(tmp_path, content, message):
+    (tmp_path / "zero3.json").write_text(content)
+    with pytest.raises(UserError, match=f"zero3.json.*{message}"):
+        check_deepspeed_config(tmp_path / "zero3.json")
+    with pytest.raises(UserError, match="DeepSpeed settings not found: .*absent.json"):
+        check_deepspeed_config(tmp_path / "absent.json")
+
+
+def test_it_is_looked_at_before_anything_is_loaded(world, capsys, tmp_path):
+    path = tmp_path / "zero3.json"
+    path.write_text('{"zero_optimization": {"stage": 3, "stage3_prefetch_bucket_size": 14745.6}}')
+    words = ["--deepspeed", path, "--model_name_or_path", "./absent", "--task", "abd", "--output_dir", "llava-x"]
+    assert "stage3_prefetch_bucket_size is 14745.6" in refusal(world, capsys, words)
+
+
+# -- what a run does ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def stage(world, tmp_path_factory):
+    """One task, five steps, undisturbed."""
+    folder = tmp_path_factory.mktemp("undisturbed") / "llava-tiny_abd"
+    world.train("abd", folder, None, *EACH_STEP)
+    return folder
+
+
+def test_a_stage_is_light_and_whole(stage, world):
+    assert {"slots.pth", "config.json", "training.json", "log_history.json", "tokenizer.json"} <= set(os.listdir(stage))
+    assert not list(stage.glob("*.safetensors")) and (stage / "slots.pth").stat().st_size < 600_000
+    config = json.loads((stage / "config.json").read_text())
+    assert config["base_model_name_or_path"] == str(world.base) and config["model_type"] == "llava_llama"
+    assert json.loads((stage / "training.json").read_text())["task"] == "abd"
+    assert not (stage.parent / "checkpoints" / stage.name).exists()
+    assert [path.name for path in stage.parent.iterdir() if path.name.startswith(".")] == []
+
+
+def test_only_the_tasks_slots_are_optimised(world, tmp_path, monkeypatch):
+    sizes = []
+    create = LLaVATrainer.create_optimizer
+
+    def spy(self, *args, **kwargs):
+        optimizer = create(self, *args, **kwargs)
+        sizes.append(sum(p.numel() for group in optimizer.param_groups for p in group["params"]))
+        return optimizer
+
+    monkeypatch.setattr(LLaVATrainer, "create_optimizer", spy)
+    previous = None
+    for number, task in enumerate(("abd", "chest", "head")):
+        world.train(task, tmp_path / f"llava-{number}", previous)
+        previous = tmp_path / f"llava-{number}"
+    assert sizes == [SLOTS * 2 * RANK * (32 + 32)] * 3  # the third task costs what the first did
+
+
+def test_the_same_seed_gives_the_same_bytes_and_another_others(stage, world, tmp_path):
+    world.train("abd", tmp_path / "llava-again", None, *EACH_STEP)
+    assert (tmp_path / "llava-again" / "slots.pth").read_bytes() == (stage / "slots.pth").read_bytes()
+    other = world.train("abd", tmp_path / "llava-other", None, *EACH_STEP, "--seed", "7")
+    assert not same(other.tasks[0].A, read_slot_file(stage / "slots.pth").tasks[0].A)
+
+
+def test_the_loss_falls(world, tmp_path):
+    more = ("--max_steps", "60", "--logging_steps", "1", "--learning_rate", "3e-2")
+    world.train("abd", tmp_path / "llava-long", None, *more)
+    losses = [entry["loss"] for entry in json.loads((tmp_path / "llava-long" / "log_history.json").read_text())[:-1]]
+    assert len(losses) == 60 and sum(losses[-6:]) < 0.7 * sum(losses[:6])
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        ("--gradient_checkpointing", "True"),
+        ("--feature_cache_mb", "0"),
+        ("--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "2"),
+    ],
+)
+def test_ways_to_save_memory_train_the_same(stage, world, tmp_path, more):
+    found = world.train("abd", tmp_path / "llava-other", None, *EACH_STEP, *more).tasks[0]
+    expected = read_slot_file(stage / "slots.pth").tasks[0]
+    for kind in ("A", "B"):
+        one, other = getattr(found, kind)["o_proj"], getattr(expected, kind)["o_proj"]
+        assert (one - other).norm() / other.norm() < 0.02
+
+
+def test_rows_without_pictures_train_too(world, tmp_path):
+    rows = [
+        {"id": n, "conversations": [{"from": "human", "value": f"is {n} odd?"}, {"from": "gpt", "value": "yes"}]}
+        for n in range(4)
+    ]
+    write_jsonl(tmp_path / "text.jsonl", rows)
+    more = ("--data_path", tmp_path / "text.jsonl", "--per_device_train_batch_size", "1")
+    task = world.train("abd", tmp_path / "llava-text", None, *more).tasks[0]
+    assert task.A["o_proj"].abs().max() > 0
+
+
+@pytest.mark.parametrize("method", ["sequential", "joint"])
+def test_the_baselines_run_through_the_same_loop(world, tmp_path, method):
+    more = ("--method", method)
+    first = world.train("abd", tmp_path / f"llava-{method}_1", None, *more)
+    second = world.train("chest", tmp_path / f"llava-{method}_2", tmp_path / f"llava-{method}_1", *more)
+    for slots in (first, second):
+        (shared,) = slots.tasks
+        assert shared.name == "shared" and shared.trained and shared.count == 1
+    assert not same(first.tasks[0].A, second.tasks[0].A)
+    seen = json.loads((tmp_path / f"llava-{method}_2" / "training.json").read_text())["data"]
+    assert list(seen) == (["train_chest.jsonl"] if method == "sequential" else ["train_abd.jsonl", "train_chest.jsonl"])
+
+
+# -- run again ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_finished_stage_is_skipped_without_loading_anything(stage, world, monkeypatch, capsys):
+    before = {path.name: path.stat().st_mtime_ns for path in stage.iterdir()}
+    monkeypatch.setattr(train_module, "load_base", lambda *_, **__: pytest.fail("nothing needs to be loaded"))
+    world.train("abd", stage, None, *EACH_STEP)
+    assert "is finished already; skipped" in capsys.readouterr().out
+    assert {path.name: path.stat().st_mtime_ns for path in stage.iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    "more, message",
+    [
+        (("--learning_rate", "1e-3"), "learning_rate = 0.02, now it is 0.001"),
+        (("--seed", "3"), "seed = 42, now it is 3"),
+        (("--max_steps", "9"), "max_steps = 5, now it is 9"),
+        (("--method", "joint"), "method = retrieval, now it is joint"),
+    ],
+)
+def test_a_finished_stage_with_other_settings_is_refused(stage, world, capsys, more, message):
+    words = world.train_arguments("abd", stage, None, *EACH_STEP, *more)
+    line = refusal(world, capsys, words)
+    assert message in line and f"remove {stage} to train again" in line
+
+
+def test_a_finished_stage_on_other_data_is_refused(stage, world, capsys, tmp_path):
+    data = tmp_path / "train_abd.jsonl"
+    data.write_text((world.folder / "train_abd.jsonl").read_text().replace("lesion", "shadow"))
+    line = refusal(world, capsys, world.train_arguments("abd", stage, None, *EACH_STEP, "--data_path", data))
+    assert "was trained with data = " in line
+
+
+def test_a_stage_over_earlier_slots_that_have_changed_is_refused(world, capsys, tmp_path):
+    first, second = tmp_path / "llava-1", tmp_path / "llava-2"
+    world.train("abd", first)
+    world.train("chest", second, first)
+    shutil.rmtree(first)
+    world.train("abd", first, None, "--seed", "5")  # trained anew, otherwise
+    line = refusal(world, capsys, world.train_arguments("chest", second, first))
+    assert "was trained with earlier_tasks = " in line and f"remove {second} to train again" in line
+
+
+def kill_while_saving_step(number):
+    """SIGKILL in the middle of writing a step's checkpoint: after the trainer's files, before the mark."""
+
+    def save(self, *args, _save=LLaVATrainer._save_checkpoint, **kwargs):
+        if self.state.global_step == number:
+            super(LLaVATrainer, self)._save_checkpoint(*args, **kwargs)
+            kill_this_process()
+        _save(self, *args, **kwargs)
+
+    LLaVATrainer._save_checkpoint = save
+
+
+def kill_before_the_stage_appears(*_):
+    def write(path, slots):
+        Path(path).write_bytes(b"half")
+        kill_this_process()
+
+    sys.modules["llava.continual.stage_checkpoint"].write_slot_file = write
+
+
+@pytest.mark.parametrize("moment", ["in the first checkpoint", "in the third checkpoint", "in writing the stage"])
+def test_a_killed_run_ends_as_an_undisturbed_one(stage, world, tmp_path, moment, capsys):
+    target = tmp_path / stage.name
+
+    def killed():
+        if "stage" in moment:
+            kill_before_the_stage_appears()
+        else:
+            kill_while_saving_step(1 if "first" in moment else 3)
+        world.train("abd", target, None, *EACH_STEP)
+
+    assert in_a_process_of_its_own(killed) == -signal.SIGKILL
+    assert not target.exists()
+    work = tmp_path / "checkpoints" / stage.name
+    kept = sorted(path.name for path in work.glob("checkpoint-*") if (path / COMPLETE).exists())
+    expected = {"first": [], "third": ["checkpoint-2"], "stage": ["checkpoint-4", "checkpoint-5"]}  # two are kept
+    assert kept == next(names for word, names in expected.items() if word in moment)
+    capsys.readouterr()
+    world.train("abd", target, None, *EACH_STEP)
+    assert ("going on from" in capsys.readouterr().out) == bool(kept)
+    assert (target / "slots.pth").read_bytes() == (stage / "slots.pth").read_bytes()
+    assert [path.name for path in target.parent.iterdir() if path.name.startswith(".")] == [] and not work.exists()
+
+
+def test_an_interrupted_run_is_not_continued_with_other_settings(world, tmp_path, capsys):
+    target = tmp_path / "llava-x"
+
+    def killed():
+        kill_while_saving_step(2)
+        world.train("abd", target, None, *EACH_STEP)
+
+    assert in_a_process_of_its_own(killed) == -signal.SIGKILL
+    line = refusal(world, capsys, world.train_arguments("abd", target, None, *EACH_STEP, "--learning_rate", "1e-3"))
+    assert "learning_rate = 0.02, now it is 0.001" in line and "checkpoints/llava-x to start the task anew" in line
+
+
+def test_a_checkpoint_of_two_processes_is_not_resumed_with_one(tmp_path):
+    checkpoint = tmp_path / "checkpoint-7"
+    (checkpoint / "global_step7").mkdir(parents=True)
+    for rank in range(2):
+        (checkpoint / "global_step7" / f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt").touch()
+    (checkpoint / COMPLETE).touch()
+    (tmp_path / "checkpoint-10").mkdir()  # half-written
+    with pytest.raises(UserError, match="checkpoint-7 was written by 2 processes, this run has 1; use 2, or remove"):
+        last_complete_checkpoint(tmp_path, 1)
+    assert last_complete_checkpoint(tmp_path, 2) == str(checkpoint)
+    assert not (tmp_path / "checkpoint-10").exists()
+
+
+# -- bad input and a bad disk ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "more, message",
+    [
+        (("--task", "foot"), "unknown task 'foot'; sequence 'tiny' has abd, chest, head, knee"),
+        (("--sequence", "absent"), "task sequence not found"),
+        (("--method", "magic"), "unknown method 'magic'; known: joint, retrieval, sequential"),
+        (("--model_name_or_path", "./absent"), "checkpoint folder not found: ./absent"),
+        (("--retriever_state_dict", "absent.pth"), "slot file not found: absent.pth"),
+        (("--previous_stage", "llava-absent"), "stage checkpoint not found: llava-absent"),
+        (("--data_path", "absent.jsonl"), "absent.jsonl"),
+        (("--image_folder", "absent"), "image folder not found: absent"),
+        (("--output_dir", "somewhere"), "must contain 'llava'"),
+    ],
+)
+def test_bad_input_is_one_line_and_leaves_no_stage(world, tmp_path, capsys, more, message):
+    target = tmp_path / "llava-x"
+    line = refusal(world, capsys, world.train_arguments("abd", target, None, *more))
+    assert message in line
+    assert not target.exists()
+
+
+def test_a_loss_that_is_no_number_is_refused(world, tmp_path, capsys, monkeypatch):
+    compute = LLaVATrainer.compute_loss
+    monkeypatch.setattr(LLaVATrainer, "compute_loss", lambda *args, **more: compute(*args, **more) * torch.nan)
+    line = refusal(world, capsys, world.train_arguments("abd", tmp_path / "llava-x"))
+    assert "the training loss is nan; lower --learning_rate" in line
+    assert not (tmp_path / "llava-x").exists()
+
+
+def test_a_stage_that_holds_the_task_already_is_refused(stage, world, capsys, tmp_path):
+    line = refusal(world, capsys, world.train_arguments("abd", tmp_path / "llava-x", stage))
+    assert "the stage before this one and the merged keys both hold task 'abd'" in line
+
+
+@pytest.mark.parametrize("change, message", [("tau", "differ in tau: 0.7 and 0.1"), ("base", "different base models")])
+def test_a_previous_stage_that_does_not_fit_is_refused(stage, world, capsys, tmp_path, change, message):
+    slots = read_slot_file(stage / "slots.pth")
+    if change == "tau":
+        slots.settings.tau = 0.7
+    else:
+        slots.base = {"path": "other", "fingerprint": "f" * 16}
+    (tmp_path / "llava-before").mkdir()
+    write_slot_file(tmp_path / "llava-before" / "slots.pth", slots)
+    line = refusal(world, capsys, world.train_arguments("chest", tmp_path / "llava-x", tmp_path / "llava-before"))
+    assert "the stage before this one and the merged keys" in line and message in line
+
+
+def test_bad_rows_are_named(world, capsys, tmp_path):
+    (tmp_path / "bad.jsonl").write_text('{"question_id": 1, "text": "is')
+    words = world.train_arguments("abd", tmp_path / "llava-x", None, "--data_path", tmp_path / "bad.jsonl")
+    assert "bad.jsonl" in refusal(world, capsys, words)
+    sequence = write_sequence(tmp_path)
+    (tmp_path / "images" / "abd2.png").unlink()
+    words = world.train_arguments("abd", tmp_path / "llava-x", None, "--sequence", sequence)
+    assert "abd2.png" in refusal(world, capsys, words)
+    assert not (tmp_path / "llava-x").exists()
+
+
+@pytest.mark.parametrize("place", ["in a checkpoint", "in the stage"])
+def test_a_full_disk_is_one_line_and_the_next_run_completes(stage, world, tmp_path, capsys, monkeypatch, place):
+    target = tmp_path / stage.name
+    save = torch.save
+
+    def full(data, file, *args, **kwargs):  # by path: torch hides the system's error; by stream: it comes through
+        if place == "in a checkpoint" and str(file).endswith("checkpoint-2/optimizer.pt"):
+            raise RuntimeError("[enforce fail at inline_container.cc] . PytorchStreamWriter failed writing file data/0")
+        if place == "in the stage" and isinstance(data, dict) and "settings" in data:
+            raise OSError(28, "No space left on device")
+        return save(data, file, *args, **kwargs)
+
+    words = world.train_arguments("abd", target, None, *EACH_STEP)
+    monkeypatch.setattr(torch, "save", full)
+    assert "the disk is full; free some space and run the same command again" in refusal(world, capsys, words)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoints"]
+    monkeypatch.undo()
+    world.train("abd", target, None, *EACH_STEP)
+    assert (target / "slots.pth").read_bytes() == (stage / "slots.pth").read_bytes()
+
+
+def test_a_place_one_may_not_write_to(world, tmp_path, capsys, monkeypatch):
+    def refuse(*_, **__):
+        raise PermissionError(13, "Permission denied", str(tmp_path / "checkpoints"))
+
+    monkeypatch.setattr(llava_trainer.LLaVATrainer, "train", lambda *_, **__: pytest.fail("found out too late"))
+    monkeypatch.setattr("llava.utils.tempfile.mkstemp", refuse)
+    line = refusal(world, capsys, world.train_arguments("abd", tmp_path / "llava-x"))
+    assert "checkpoints: permission denied; choose a place you may write to" in line
+    monkeypatch.undo()
+    (tmp_path / "file").write_text("")
+    line = refusal(world, capsys, world.train_arguments("abd", tmp_path / "file" / "llava-x"))
+    assert "a file stands where a folder is needed" in line
+
+
+# -- DeepSpeed ZeRO-3 --------------------------------------------------------------------------------------------------
+
+DRIVER = """
+import os, sys
+sys.path[:0] = [{tests!r}, {root!r}]
+from pathlib import Path
+from llava.utils import quiet_libraries
+quiet_libraries()
+import test_train
+from tiny_world import World
+
+world = World(*map(Path, {world!r}))
+words = (*test_train.EACH_STEP, "--deepspeed", {config!r})
+
+def run(folder, kill=None):
+    def task():
+        if kill:
+            test_train.kill_while_saving_step(kill)
+        world.train("abd", Path({folder!r}) / folder / "llava-tiny_abd", None, *words)
+    return test_train.in_a_process_of_its_own(task)
+
+print("STATUS", run("undisturbed"), run("killed", 3), run("killed"))
+"""
+
+
+@pytest.fixture(scope="module")
+def zero3(world, tmp_path_factory):
+    """An undisturbed run and a killed and resumed one under ZeRO-3 on the CPU, in a process that starts DeepSpeed."""
+    pytest.importorskip("deepspeed")
+    folder = tmp_path_factory.mktemp("zero3")
+    places = [str(getattr(world, name)) for name in ("folder", "base", "sequence", "keys")]
+    values = {"tests": str(ROOT / "tests"), "root": str(ROOT), "world": places, "folder": str(folder)}
+    (folder / "driver.py").write_text(DRIVER.format(config=str(ROOT / "scripts" / "zero3.json"), **values))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        environment.pop(name, None)
+    command = [sys.executable, str(folder / "driver.py")]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400)
+    assert f"STATUS 0 {-signal.SIGKILL} 0" in done.stdout, done.stdout[-3000:] + done.stderr[-3000:]
+    assert "going on from" in done.stdout and "checkpoint-2" in done.stdout
+    return folder
+
+
+def test_a_killed_zero3_run_ends_as_an_undisturbed_one(zero3):
+    undisturbed, resumed = (zero3 / name / "llava-tiny_abd" / "slots.pth" for name in ("undisturbed", "killed"))
+    assert undisturbed.read_bytes() == resumed.read_bytes()
+
+
+def test_zero3_trains_what_plain_training_does(zero3, stage):
+    sharded, plain = (read_slot_file(folder / "slots.pth") for folder in (zero3 / "undisturbed" / stage.name, stage))
+    for kind in ("A", "B"):
+        one, other = getattr(sharded.tasks[0], kind)["o_proj"], getattr(plain.tasks[0], kind)["o_proj"]
+        assert (one - other).norm() / other.norm() < 0.02
