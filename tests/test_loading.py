@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig
 from llava.mm_utils import tokenizer_image_token
 from llava.model.builder import attention, load_pretrained_model
 from llava.model.layouts import checkpoint_kind, language_family, llava_config
+from llava.model.saving import save_whole_model
 from llava.model.tokenizer import load_tokenizer
 from llava.utils import UserError
 
@@ -350,3 +351,35 @@ def test_attention_implementations_agree(base, reference):
     assert eager[1].config._attn_implementation == "eager"
     assert reference[1].config._attn_implementation == "sdpa"
     assert torch.allclose(logits(eager), logits(reference), atol=1e-4)
+
+
+PUBLISHED = {
+    "llama": {  # llava-v1.5-7b
+        "model_type": "llava", "freeze_mm_mlp_adapter": False, "freeze_mm_vision_resampler": False, "max_length": 4096,
+        "mm_resampler_type": None, "mm_use_im_patch_token": False, "mm_use_im_start_end": False, "pad_token_id": 0,
+        "pretraining_tp": 1, "rope_scaling": None, "tune_mm_mlp_adapter": False, "tune_mm_vision_resampler": False,
+        "unfreeze_mm_vision_tower": False, "use_mm_proj": True, "torch_dtype": "float16",
+        "transformers_version": "4.31.0",
+    },
+    "mistral": {  # llava-med-v1.5-mistral-7b
+        "model_type": "llava_mistral", "feature_outs": "encoder+decoder", "img_size": 640, "segtok_posembed": "sincos",
+        "vision_backbone": "convnextlarge", "proj_vis_to_txt_tokens": False, "tune_vision_tokenizer": "none",
+        "vision_tokenizer_lr": None, "sliding_window": None, "rope_theta": 1000000.0, "attention_dropout": 0.0,
+        "tokenizer_model_max_length": 2048, "tokenizer_padding_side": "right", "torch_dtype": "bfloat16",
+        "transformers_version": "4.36.2",
+    },
+}  # fmt: skip
+
+
+def test_published_configs_load_keep_their_fields_and_save(base, tmp_path):
+    family = family_of(base)
+    folder = copy(base, tmp_path / "published")
+    change_config(folder, rope_parameters=None, dtype=None)
+    values = {**json.loads((folder / "config.json").read_text()), **PUBLISHED[family]}
+    (folder / "config.json").write_text(json.dumps(values))
+    tokenizer, model, image_processor, _ = load(folder)
+    for name in ("mm_use_im_start_end", "unfreeze_mm_vision_tower", "img_size", "tokenizer_padding_side"):
+        if name in values:
+            assert getattr(model.config, name) == values[name]
+    save_whole_model(tmp_path / "again", tokenizer, model, image_processor)
+    assert same_tensors(load(tmp_path / "again")[1], model)
