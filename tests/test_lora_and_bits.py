@@ -1,4 +1,4 @@
-"""A LoRA beside the slots, and 4-bit and 8-bit bases: train a step, save, load, answer."""
+"""A LoRA beside the slots, a validation loss, and 4-bit and 8-bit bases: train a step, save, load, answer."""
 
 from __future__ import annotations
 
@@ -112,6 +112,21 @@ def test_llavas_flags_without_effect_here_are_named(capsys):
     assert "--mm_projector_lr" in out and "--lora_weight_path" in out
 
 
+# -- validation loss ---------------------------------------------------------------------------------------------------
+
+
+def test_a_validation_loss_is_logged_and_changes_nothing(world, tmp_path):
+    rows = ("--eval_data_path", world.folder / "train_abd.jsonl")
+    watched = world.train("abd", tmp_path / "llava-watched", None, *rows, "--eval_strategy", "steps", "--eval_steps", 1)
+    plain = world.train("abd", tmp_path / "llava-plain")
+    assert same_slots(watched.task("abd"), plain.task("abd"))
+    log = json.loads((tmp_path / "llava-watched" / "log_history.json").read_text())
+    losses = [entry["eval_loss"] for entry in log if "eval_loss" in entry]
+    assert len(losses) == 3 and losses[-1] < losses[0]
+    with pytest.raises(UserError, match="add --eval_data_path"):
+        world.train("abd", tmp_path / "llava-other", None, "--eval_strategy", "steps", "--eval_steps", 1)
+
+
 # -- 4 and 8 bits ------------------------------------------------------------------------------------------------------
 
 
@@ -125,6 +140,18 @@ def wide(tmp_path_factory):
     world = World(folder, base, sequence, merge(folder, sequence))
     world.train("abd", folder / "llava-full")
     return world
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU that CUDA or ROCm knows")
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_quantised_base_answers_on_a_gpu(wide, bits):
+    stage, quantised = str(wide.folder / "llava-full"), {"load_4bit": bits == 4, "load_8bit": bits == 8}
+    tokenizer, model, *_ = load_pretrained_model(stage, str(wide.base), device="cuda", **quantised)
+    ids = tokenizer_image_token(f"USER: <image>\n{QUESTION} ASSISTANT:", tokenizer, return_tensors="pt")[None]
+    picture = torch.zeros(1, 3, 16, 16)
+    more = {"questions": [QUESTION], "max_new_tokens": 2, "do_sample": False, "pad_token_id": 0}
+    output = model.generate(ids.cuda(), images=picture.cuda(), **more)
+    assert output.shape[1] <= 2 and model.last_route is not None
 
 
 @pytest.mark.parametrize("bits", [4, 8])

@@ -27,6 +27,7 @@ class DataArguments:
     """The data. ``data_path`` overrides the task sequence's training file."""
 
     data_path: str | None = None
+    eval_data_path: str | None = field(default=None, metadata={"help": "rows for a validation loss while training"})
     lazy_preprocess: bool = False
     is_multimodal: bool = False
     image_folder: str | None = None
@@ -127,4 +128,6 @@ def parse_arguments(argv: list[str]) -> tuple[ModelArguments, DataArguments, Tra
         raise UserError("no task given; add --task <name>, as the task sequence names it")
     if training_args.output_dir is None or training_args.output_dir == "trainer_output":
         raise UserError("no --output_dir given, e.g. output/llava-vqa-rad_abd")
+    if training_args.eval_strategy != "no" and data_args.eval_data_path is None:
+        raise UserError(f"--eval_strategy {training_args.eval_strategy.value} needs rows; add --eval_data_path")
     return model_args, data_args, training_args

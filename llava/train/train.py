@@ -73,6 +73,7 @@ def train(attn_implementation: str | None = None) -> None:
     merged = read_slot_file(args.retriever_state_dict)
     files = [data_args.data_path] if data_args.data_path else method.training_files(sequence, data_args.task)
     rows = [row for file in files for row in read_rows(file, require_answer=True)]
+    held_out_rows = read_rows(data_args.eval_data_path, require_answer=True) if data_args.eval_data_path else None
     run = describe_run(data_args, args, merged, previous, files, args.retriever_state_dict)
     if finished_stage(stage, run):
         rank0_print(f"{stage} is finished already; skipped")
@@ -97,7 +98,11 @@ def train(attn_implementation: str | None = None) -> None:
         f"{model.retriever.pool_size} slots train, the base is frozen"
     )
     dataset = build_dataset(rows, sequence, data_args, args, model_args, model, tokenizer, image_processor, slots, base)
-    trainer = build_trainer(model, tokenizer, dataset, args)
+    held_out = None
+    if held_out_rows is not None:
+        shared = (sequence, data_args, args, model_args, model, tokenizer, image_processor, slots, base)
+        held_out = build_dataset(held_out_rows, *shared)
+    trainer = build_trainer(model, tokenizer, dataset, args, held_out)
     if args.should_save:
         with atomic_write(work / "run.json") as stream:
             json.dump(run, stream, indent=1)
@@ -210,8 +215,11 @@ def picture_features(rows: list[Row], base: Path, image_folder: str, args: Train
     return found
 
 
-def build_trainer(model, tokenizer, dataset, args: TrainingArguments) -> LLaVATrainer:
-    """The trainer, with what a frozen base asks for."""
+def build_trainer(model, tokenizer, dataset, args: TrainingArguments, held_out=None) -> LLaVATrainer:
+    """The trainer, with what a frozen base asks for; ``held_out`` is a dataset for a validation loss."""
+    if held_out is not None:
+        args.prediction_loss_only = True  # logits of a whole file would fill the memory
+        args.eval_strategy = "epoch" if args.eval_strategy == "no" else args.eval_strategy
     if args.gradient_checkpointing:
         args.gradient_checkpointing_kwargs = {"use_reentrant": False}  # slots are gathered: not leaves of the graph
     args.save_total_limit = max(args.save_total_limit or 2, 2)  # the newest may still be half-written
@@ -222,6 +230,7 @@ def build_trainer(model, tokenizer, dataset, args: TrainingArguments) -> LLaVATr
             model=model,
             args=args,
             train_dataset=dataset,
+            eval_dataset=held_out,
             data_collator=DataCollatorForSupervisedDataset(tokenizer),
             processing_class=tokenizer,
         )
