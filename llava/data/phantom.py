@@ -158,7 +158,7 @@ def make_scenes(domain: str, count: int, rng: np.random.Generator) -> list[Scene
         "look": _shuffled([None] * (count // NORMAL_SHARE), LOOKS, count, rng),
         "modality": _shuffled([], (0, 1), count, rng),
         "enlarged": _shuffled([], (False, True), count, rng),
-        "count": _shuffled([], (1, 1, 2, 3), count, rng),
+        "count": _shuffled([], (1, 3), count, rng),
         "large": _shuffled([], (SMALL, LARGE), count, rng),
         "right": _shuffled([], (False, True), count, rng),
         "lower": _shuffled([], (False, True), count, rng),

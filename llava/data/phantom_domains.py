@@ -16,7 +16,7 @@ from llava.data.phantom_draw import Canvas, Spot, draw_spot, speckle
 
 DOMAINS = ("abd", "chest", "head")
 SMALL, LARGE = 0, 1
-RADIUS = ((0.038, 0.044), (0.066, 0.076))
+RADIUS = ((0.043, 0.050), (0.078, 0.088))
 """Radius of a small and of a large abnormality, as fractions of the picture's side."""
 
 _APART = 0.015
@@ -32,7 +32,7 @@ class Scene:
         modality: 0 or 1, which of the domain's two kinds of picture.
         enlarged: whether the organ of the domain (aorta, heart, ventricles) is enlarged.
         look: look of the abnormalities, None when there is none.
-        count: number of abnormalities.
+        count: number of abnormalities: none, one or three.
         large: ``LARGE`` or ``SMALL``.
         right: whether they lie in the right half of the picture.
         lower: whether they lie in the lower half of their region.
@@ -60,7 +60,7 @@ class Domain:
         places: name by ``(lower, right)``.
         sides: word for an abnormality in the left and in the right half of the *picture*.
         grades: word for small and for large.
-        counts: word for one, two and three.
+        counts: word for one and for three.
         densities: word for bright and for dark looks.
         organ: the phrase in "Is the ... enlarged?" with its verb.
         urgent: rule for "Does it need urgent treatment?".
@@ -72,7 +72,7 @@ class Domain:
     places: dict[tuple[bool, bool], str]
     sides: tuple[str, str]
     grades: tuple[str, str]
-    counts: tuple[str, str, str]
+    counts: tuple[str, str]
     densities: tuple[str, str]
     organ: str
     urgent: Callable[[Scene], bool]
@@ -82,19 +82,19 @@ class Domain:
 VOCABULARY: dict[str, Domain] = {
     "abd": Domain(
         modalities=("ct", "mri"),
-        looks={"bright": "stone", "dark": "cyst", "spiky": "mass", "ring": "abscess"},
+        looks={"bright": "stone", "dark": "cyst", "target": "mass", "ring": "abscess"},
         places={(False, False): "liver", (False, True): "spleen", (True, False): "kidney", (True, True): "kidney"},
         sides=("right", "left"),
         grades=("mild", "marked"),
-        counts=("one", "two", "three"),
+        counts=("one", "several"),
         densities=("hyperdense", "hypodense"),
         organ="Is the aorta",
         urgent=lambda scene: scene.large == LARGE,
-        regions=((0.23, 0.37), (0.34, 0.44), (0.58, 0.68)),
+        regions=((0.22, 0.37), (0.34, 0.44), (0.58, 0.69)),
     ),
     "chest": Domain(
         modalities=("upright film", "portable film"),
-        looks={"bright": "nodule", "dark": "pneumothorax", "spiky": "pneumonia", "ring": "cavity"},
+        looks={"bright": "nodule", "dark": "pneumothorax", "target": "pneumonia", "ring": "cavity"},
         places={
             (False, False): "upper lobe",
             (False, True): "upper lobe",
@@ -103,15 +103,15 @@ VOCABULARY: dict[str, Domain] = {
         },
         sides=("right", "left"),
         grades=("minor", "extensive"),
-        counts=("solitary", "paired", "multiple"),
+        counts=("solitary", "multiple"),
         densities=("opaque", "lucent"),
         organ="Is the heart",
-        urgent=lambda scene: scene.look in ("dark", "ring"),
+        urgent=lambda scene: scene.look in ("dark", "target"),
         regions=((0.21, 0.35), (0.29, 0.40), (0.56, 0.69)),
     ),
     "head": Domain(
         modalities=("t1", "t2"),
-        looks={"bright": "haemorrhage", "dark": "infarct", "spiky": "tumour", "ring": "metastasis"},
+        looks={"bright": "haemorrhage", "dark": "infarct", "target": "tumour", "ring": "metastasis"},
         places={
             (False, False): "frontal lobe",
             (False, True): "frontal lobe",
@@ -120,11 +120,11 @@ VOCABULARY: dict[str, Domain] = {
         },
         sides=("left", "right"),
         grades=("grade 1", "grade 2"),
-        counts=("1", "2", "3"),
+        counts=("1", "3"),
         densities=("hyperintense", "hypointense"),
         organ="Are the ventricles",
-        urgent=lambda scene: scene.look in ("bright", "spiky"),
-        regions=((0.24, 0.36), (0.26, 0.37), (0.63, 0.74)),
+        urgent=lambda scene: scene.look in ("bright", "ring"),
+        regions=((0.23, 0.36), (0.26, 0.37), (0.63, 0.74)),
     ),
 }
 
@@ -145,7 +145,7 @@ def draw_scene(scene: Scene, size: int) -> np.ndarray:
     shift = (float(rng.uniform(-0.025, 0.025)), float(rng.uniform(-0.025, 0.025)))
     canvas.move(shift, float(rng.uniform(0.94, 1.05)), float(rng.uniform(-5, 5)), _BACKGROUND[scene.domain])
     canvas.blur(1)
-    noise = speckle(rng, size, int(rng.integers(6, 15)))
+    noise = speckle(rng, size, int(rng.integers(5, 12)))
     return canvas.finish(noise, gain=float(rng.uniform(0.9, 1.05)), offset=int(rng.integers(-6, 7)))
 
 
@@ -188,7 +188,7 @@ def _abdomen(canvas: Canvas, scene: Scene, rng: np.random.Generator) -> None:
     canvas.ellipse(0.52, 0.33, 0.07, 0.05, fat // 2, angle=float(rng.uniform(-20, 20)))
     canvas.ellipse(0.5, 0.73, 0.075, 0.07, bone)
     canvas.ellipse(0.5, 0.79, 0.028, 0.024, muscle // 2)
-    wide = 0.072 if scene.enlarged else 0.032
+    wide = 0.080 if scene.enlarged else 0.032
     canvas.ellipse(0.5, 0.565, wide, wide, vessel)
 
 

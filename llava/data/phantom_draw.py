@@ -15,7 +15,7 @@ import numpy as np
 SUPERSAMPLE = 4
 """Pictures are drawn this many times larger and averaged down, which smooths the edges."""
 
-LOOKS = ("bright", "dark", "spiky", "ring")
+LOOKS = ("bright", "dark", "ring", "target")
 """How an abnormality can look. What such a look is called depends on the domain."""
 
 
@@ -72,12 +72,17 @@ class Canvas:
         """Blur by a Gaussian of ``2 * radius + 1`` pixels of the large picture."""
         self.grey = cv2.GaussianBlur(self.grey, (2 * radius + 1, 2 * radius + 1), 0)
 
-    def move(self, shift: tuple[float, float], scale: float, degrees: float, border: int) -> None:
-        """Shift, scale and turn the picture about its centre; ``border`` fills what comes into view."""
+    def move(self, shift: tuple[float, float], scale: float, degrees: float, border: int) -> np.ndarray:
+        """Shift, scale and turn the picture about its centre; ``border`` fills what comes into view.
+
+        Returns:
+            the affine map ``[2, 3]`` from old to new positions, in fractions of the side.
+        """
         middle = self.side / 2
         matrix = cv2.getRotationMatrix2D((middle, middle), degrees, scale)
         matrix[:, 2] += np.array(shift) * self.side
         self.grey = cv2.warpAffine(self.grey, matrix, (self.side, self.side), borderValue=int(border))
+        return matrix * np.array([1, 1, 1 / self.side])
 
     def finish(self, noise: np.ndarray, gain: float = 1.0, offset: int = 0) -> np.ndarray:
         """The picture at its final size: averaged down, contrast changed, noise added.
@@ -94,27 +99,14 @@ class Canvas:
 
 
 def draw_spot(canvas: Canvas, spot: Spot, rng: np.random.Generator) -> None:
-    """Draw one abnormality with a slightly random outline."""
-    x, y, radius = spot.x, spot.y, spot.radius
-    turn = float(rng.uniform(0, 180))
-    ratio = float(rng.uniform(0.88, 1.0))
-    if spot.look == "bright":
-        canvas.ellipse(x, y, radius, radius * ratio, rng.integers(228, 256), turn)
-    elif spot.look == "dark":
-        canvas.ellipse(x, y, radius, radius * ratio, rng.integers(0, 14), turn)
-    elif spot.look == "ring":
-        canvas.ellipse(x, y, radius, radius * ratio, rng.integers(228, 256), turn)
-        canvas.ellipse(x, y, radius * 0.6, radius * 0.6 * ratio, rng.integers(0, 14), turn)
-    else:
-        canvas.polygon(_star(x, y, radius, rng), int(rng.integers(200, 256)))
-
-
-def _star(x: float, y: float, radius: float, rng: np.random.Generator) -> list[tuple[float, float]]:
-    """The corners of a star with four to six rays."""
-    rays = int(rng.integers(4, 7))
-    angles = np.arange(2 * rays) * np.pi / rays + rng.uniform(0, np.pi)
-    reach = np.where(np.arange(2 * rays) % 2 == 0, radius * 1.5, radius * 0.45)
-    return [(x + float(r * np.cos(a)), y + float(r * np.sin(a))) for r, a in zip(reach, angles, strict=True)]
+    """Draw one abnormality: a bright or dark disc, a bright ring about a dark hole, a dark ring about a bright core."""
+    turn, ratio = float(rng.uniform(0, 180)), float(rng.uniform(0.88, 1.0))
+    bright, dark = int(rng.integers(228, 256)), int(rng.integers(0, 14))
+    outer, inner = (bright, dark) if spot.look in ("bright", "ring") else (dark, bright)
+    canvas.ellipse(spot.x, spot.y, spot.radius, spot.radius * ratio, outer, turn)
+    if spot.look in ("ring", "target"):
+        core = spot.radius * 0.58
+        canvas.ellipse(spot.x, spot.y, core, core * ratio, inner, turn)
 
 
 def speckle(rng: np.random.Generator, size: int, strength: int) -> np.ndarray:

@@ -54,10 +54,6 @@ def _yes(value: bool) -> str:
     return "yes" if value else "no"
 
 
-def _is_bright(scene: Scene) -> bool:
-    return scene.look in ("bright", "spiky")
-
-
 QUESTIONS: tuple[Question, ...] = (
     Question("modality", "What kind of picture is this?", False, _always, lambda s, d: d.modalities[s.modality]),
     Question("normal", "Is the picture normal?", True, _always, lambda s, d: _yes(s.look is None)),
@@ -66,7 +62,7 @@ QUESTIONS: tuple[Question, ...] = (
     Question("side", "On which side is the abnormality?", False, _abnormal, lambda s, d: d.sides[s.right]),
     Question("left", "Is the abnormality on the left?", True, _abnormal, lambda s, d: _yes(d.sides[s.right] == "left")),
     Question("place", "Where is the abnormality located?", False, _single, lambda s, d: d.places[(s.lower, s.right)]),
-    Question("count", "How many abnormalities are there?", False, _abnormal, lambda s, d: d.counts[s.count - 1]),
+    Question("count", "How many abnormalities are there?", False, _abnormal, lambda s, d: d.counts[s.count > 1]),
     Question("several", "Is there more than one abnormality?", True, _abnormal, lambda s, d: _yes(s.count > 1)),
     Question("grade", "How severe is the abnormality?", False, _abnormal, lambda s, d: d.grades[s.large]),
     Question("urgent", "Does it need urgent treatment?", True, _abnormal, lambda s, d: _yes(d.urgent(s))),
@@ -74,7 +70,7 @@ QUESTIONS: tuple[Question, ...] = (
         "density",
         "How does the abnormality appear?",
         False,
-        lambda s: s.look in ("bright", "spiky", "dark"),
-        lambda s, d: d.densities[0 if _is_bright(s) else 1],
+        lambda s: s.look in ("bright", "dark"),
+        lambda s, d: d.densities[s.look == "dark"],
     ),
 )

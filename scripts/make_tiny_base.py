@@ -1,0 +1,138 @@
+"""Train a tiny base model from scratch and write it in the LLaVA layout: a CPU, a few minutes, no download.
+
+It learns from generic phantoms that it draws itself (``llava.data.phantom_generic``), never from a task's pictures.
+
+Example::
+
+    python scripts/make_tiny_base.py --output_dir output/tiny-base
+
+A killed run goes on where its last checkpoint was taken and ends in the same weights; a finished one is left alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+import time
+from dataclasses import asdict, fields
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from llava.data.phantom_talk import make_dialects
+from llava.train.tiny_base import (
+    PIXEL_MEAN,
+    PIXEL_STD,
+    TinyBaseConfig,
+    all_features,
+    build_model,
+    language_loss,
+    model_config,
+    run_steps,
+    save_base,
+    tokenizer_texts,
+    tower_loss,
+    train_tokenizer,
+)
+from llava.train.tiny_tower import TowerTrainer, draw_pictures, tower_accuracy
+from llava.utils import UserError, atomic_write, run_cli
+
+_SETTINGS = "settings.json"
+
+
+def parse_args() -> argparse.Namespace:
+    """Command line of this script."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output_dir", default="output/tiny-base", help="folder to write (default: %(default)s)")
+    parser.add_argument(
+        "--save_every", type=int, default=50, help="steps between two checkpoints (default: %(default)s)"
+    )
+    for field in fields(TinyBaseConfig):
+        parser.add_argument(
+            f"--{field.name}", type=type(field.default), default=field.default, help="default: %(default)s"
+        )
+    return parser.parse_args()
+
+
+def main() -> int:
+    """Build the base unless it is there already."""
+    args = parse_args()
+    config = TinyBaseConfig(**{field.name: getattr(args, field.name) for field in fields(TinyBaseConfig)})
+    target = Path(args.output_dir)
+    if is_finished(target, config):
+        print(f"{target}: already made, nothing to do")
+        return 0
+    start = time.monotonic()
+    make_base(target, config, args.save_every)
+    print(f"{target}: made in {time.monotonic() - start:.0f} s")
+    return 0
+
+
+def is_finished(target: Path, config: TinyBaseConfig) -> bool:
+    """Whether ``target`` is this very base. Raises ``UserError`` when something else lies there."""
+    found = target / "config.json"
+    if not found.is_file():
+        if target.exists() and any(target.iterdir()):
+            raise UserError(f"{target} exists and is no checkpoint; choose another --output_dir")
+        return False
+    if json.loads(found.read_text(encoding="utf-8")).get("tiny_base") == asdict(config):
+        return True
+    raise UserError(f"{target} holds a model made with other settings; remove it or choose another --output_dir")
+
+
+def make_base(target: Path, config: TinyBaseConfig, save_every: int) -> None:
+    """Draw, train the tower, train the language model, write; work in progress lies beside ``target``."""
+    work = target.with_name(f".{target.name}.building")
+    _prepare(work, config)
+    pictures = draw_pictures(config.pictures, config.image_size, config.grid, config.seed)
+    tokenizer = train_tokenizer(config, tokenizer_texts(pictures, make_dialects(config.seed), config.seed))
+    print(f"{len(pictures)} generic pictures drawn, {len(tokenizer)} tokens", flush=True)
+
+    torch.manual_seed(config.seed)
+    trainer = TowerTrainer(_vision_config(config, tokenizer))
+    run_steps(
+        "tower", trainer, tower_loss(trainer, pictures, config), config.tower_steps, config.tower_lr, work, save_every
+    )
+    held_out = draw_pictures(500, config.image_size, config.grid, config.seed + 1)
+    print(f"tower: {tower_accuracy(trainer, held_out, PIXEL_MEAN, PIXEL_STD):.1%} of unseen pictures' labels right")
+
+    model = build_model(config, tokenizer, trainer)
+    features = all_features(trainer, pictures.pixels)
+    loss = language_loss(model, tokenizer, pictures, features, config)
+    run_steps("language", model, loss, config.steps, config.lr, work, save_every)
+    _write(target, work, model, tokenizer, config)
+
+
+def _vision_config(config: TinyBaseConfig, tokenizer):
+    from transformers import CLIPVisionConfig
+
+    return CLIPVisionConfig(**model_config(config, tokenizer).vision_config)
+
+
+def _prepare(work: Path, config: TinyBaseConfig) -> None:
+    """Keep the work of a killed run of the same settings, drop any other."""
+    settings = work / _SETTINGS
+    if work.exists() and not (settings.is_file() and json.loads(settings.read_text("utf-8")) == asdict(config)):
+        shutil.rmtree(work)
+    work.mkdir(parents=True, exist_ok=True)
+    with atomic_write(settings) as stream:
+        json.dump(asdict(config), stream)
+
+
+def _write(target: Path, work: Path, model, tokenizer, config: TinyBaseConfig) -> None:
+    finished = work / "finished"
+    shutil.rmtree(finished, ignore_errors=True)
+    save_base(finished, model, tokenizer, config)
+    if target.exists():
+        target.rmdir()  # empty, as is_finished has seen
+    finished.rename(target)
+    shutil.rmtree(work)
+
+
+if __name__ == "__main__":
+    run_cli(main)
