@@ -1,0 +1,228 @@
+"""How well questions find their task: confusion, accuracy per domain, calibration, worst mistakes, unknown inputs.
+
+    python -m llava.eval.route_report --slots output/prompt-key/merged_prompt_key.pth --question-file \\
+        data/test_vqa_rad.jsonl --image-folder data/vqa-rad/images --output_dir output/route
+
+``--slots`` is a key file, a merged file or a stage checkpoint's folder. Each router in ``--routers`` is measured on the
+same queries; the first one gets the mistakes and the picture. Rows of domains that are no task (and those of
+``--unknown-file``) measure how well unknown inputs are noticed. Text goes to the terminal, ``route_report.json`` and
+``route_report.png`` to ``--output_dir``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from llava.utils import UserError, atomic_write, quiet_libraries, run_cli
+
+
+def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--slots", required=True, help="key file, merged file or stage checkpoint folder")
+    parser.add_argument("--question-file", required=True)
+    parser.add_argument("--image-folder", default="")
+    parser.add_argument("--unknown-file", help="rows that belong to none of the tasks")
+    parser.add_argument("--unknown-images", help="their picture folder (default: --image-folder)")
+    parser.add_argument("--model-base", "--model_base", dest="model_base", help="default: the one the slots name")
+    parser.add_argument("--routers", nargs="+", help="default: the slots' own, then keys, gaussian, ridge")
+    parser.add_argument("--mistakes", type=int, default=10, help="how many to show")
+    parser.add_argument("--output_dir", default="output/route")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--cache_dir", default="output/cache/queries", help="where computed queries are kept")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    arguments = parse_arguments(argv)
+    quiet_libraries()
+    from llava.eval.route_picture import draw
+    from llava.eval.route_scores import score_routes, worst_mistakes
+
+    retriever, base, slots = load_retriever(arguments.slots, arguments.model_base)
+    rows, queries = read_queries(arguments, slots, base)
+    if not {row.domain for row in rows} & set(retriever.tasks):
+        raise UserError(f"{arguments.question_file}: no row's domain is a task of the slots ({retriever.tasks})")
+    routers = arguments.routers or list(dict.fromkeys([slots.settings.router, "keys", "gaussian", "ridge"]))
+    routes = {name: route_rows(retriever, name, rows, queries) for name in routers}
+    scores = {name: score_routes(found) for name, found in routes.items()}
+    first = routers[0]
+    mistakes = [_mistake(rows[row], routes[first], row) for row in worst_mistakes(routes[first], arguments.mistakes)]
+    settings = slots.settings
+    report = {
+        "slots": str(arguments.slots),
+        "question_file": arguments.question_file,
+        "unknown_file": arguments.unknown_file,
+        "queries": {"mode": settings.query_mode, "image": settings.image_query, "text": settings.encoder.get("name")},
+        "routers": scores,
+        "mistakes": mistakes,
+    }
+    print(report_text(report, first))
+    folder = Path(arguments.output_dir)
+    with atomic_write(folder / "route_report.json") as stream:
+        json.dump(report, stream, indent=1)
+    title = f"{first} router, queries {settings.query_mode}: {100 * scores[first]['accuracy']['value']:.1f} % right"
+    points, keys = joint_points(retriever, queries)
+    written = f"written to {folder / 'route_report.json'}"
+    if draw(routes[first], scores[first], points, keys, title, folder / "route_report.png"):
+        print(f"{written} and {folder / 'route_report.png'}")
+    else:
+        print(f"{written}; no picture: matplotlib is not installed (pip install matplotlib)")
+
+
+def load_retriever(place: str, model_base: str | None) -> tuple[Any, Path, Any]:
+    """The pool, its base model's folder and the slot file. Where no task is trained (key files), all take part."""
+    from llava.continual.slot_life import read_slots
+    from llava.model.checkpoint import fingerprint, resolve_checkpoint
+    from llava.model.language_model.slot_file import retriever_from
+
+    slots = read_slots(place)
+    name = model_base or slots.base.get("path")
+    if not name:
+        raise UserError(f"{place} names no base model; give --model-base")
+    base = resolve_checkpoint(name)
+    if slots.base.get("fingerprint") not in (None, fingerprint(base)):
+        raise UserError(f"{place} belongs to another base than {base}; give the right --model-base")
+    if not any(task.trained for task in slots.tasks):
+        for task in slots.tasks:
+            task.trained = True
+    return retriever_from(slots), base, slots
+
+
+def read_queries(arguments: argparse.Namespace, slots: Any, base: Path) -> tuple[list, Any]:
+    """Rows of the question file and of the unknown file, with their queries."""
+    import torch
+
+    from llava.continual.queries import Queries, compute_queries
+    from llava.data.rows import read_rows
+
+    files = [(arguments.question_file, arguments.image_folder)]
+    if arguments.unknown_file:
+        files.append((arguments.unknown_file, arguments.unknown_images or arguments.image_folder))
+    rows, parts, settings = [], [], slots.settings
+    for file, folder in files:
+        mine = read_rows(file)
+        for row in mine:
+            if row.domain is None:
+                raise UserError(f"{file}: question_id {row.id!r} has no domain, so its route cannot be judged")
+        rows += mine
+        parts.append(
+            compute_queries(
+                mine,
+                base,
+                folder,
+                settings.query_mode,
+                settings.encoder.get("name", "base"),
+                device=arguments.device,
+                cache_dir=arguments.cache_dir or None,
+                image_query=settings.image_query,
+            )
+        )
+    if settings.uses_text and parts[0].encoder != settings.encoder:
+        raise UserError(f"the slots were fitted with text encoder {settings.encoder}, here it is {parts[0].encoder}")
+    joined = [
+        None if getattr(parts[0], kind) is None else torch.cat([getattr(part, kind) for part in parts])
+        for kind in ("text", "image")
+    ]
+    return rows, Queries(*joined, parts[0].encoder)
+
+
+def route_rows(retriever: Any, router: str, rows: Sequence, queries: Any) -> Any:
+    """What ``router`` makes of the rows."""
+    from llava.eval.route_scores import RoutedRows
+    from llava.model.language_model.router import ROUTERS
+
+    if router not in ROUTERS or router == "oracle":
+        known = ", ".join(name for name in ROUTERS if name != "oracle")
+        raise UserError(f"--routers: {router!r} cannot be measured; choose from {known}")
+    retriever.router_name = router
+    route = retriever.route(queries.text, queries.image)
+    layout = retriever.layout()
+    slot_tasks = [task for task, slots in layout.ranges.items() for _ in slots]
+    return RoutedRows(
+        route.tasks,
+        [row.domain for row in rows],
+        route.task_posterior.numpy(),
+        None if route.novelty is None else route.novelty.numpy(),
+        route.slot_indices.numpy(),
+        slot_tasks,
+    )
+
+
+def joint_points(retriever: Any, queries: Any) -> tuple[Any, Any]:
+    """Queries ``[rows, dim]`` and keys ``[pool, dim]`` in the space of the closed-form routers."""
+    import torch
+
+    from llava.model.language_model.router import Query
+
+    def flat(kind: str):
+        keys = [getattr(retriever.block(task), f"{kind}_keys") for task in retriever.tasks]
+        return None if keys[0] is None else torch.cat(keys, 1).permute(1, 0, 2).flatten(1)
+
+    keys = Query(flat("text"), flat("image")).joint()
+    return Query(queries.text, queries.image).joint().numpy(), keys.numpy()
+
+
+def _mistake(row: Any, routes: Any, place: int) -> dict:
+    routed = routes.routed[place]
+    return {
+        "question_id": row.id,
+        "image": row.image,
+        "question": row.question,
+        "domain": row.domain,
+        "routed_to": routed,
+        "probability": round(float(routes.posterior[place].max()), 4),
+    }
+
+
+def report_text(report: dict, first: str) -> str:
+    """The report for a terminal."""
+    queries = report["queries"]
+    about = f"queries {queries['mode']} (text {queries['text']}, image {queries['image']})"
+    lines = [f"{report['question_file']}: routes by {report['slots']}, {about}", ""]
+    domains = list(next(iter(report["routers"].values()))["per_domain"])
+    lines.append(f"{'router':<10} {'all':>22}" + "".join(f"{domain:>22}" for domain in domains) + f"{'ECE':>8}")
+    for name, scores in report["routers"].items():
+        cells = [scores["accuracy"], *[scores["per_domain"][domain] for domain in domains]]
+        lines.append(f"{name:<10}" + "".join(f" {_percent(cell):>21}" for cell in cells) + f"{scores['ece']:>8.4f}")
+    scores = report["routers"][first]
+    tasks = list(next(iter(scores["confusion"].values())))
+    lines += ["", f"{first}: true domain by row, routed to:", " " * 12 + "".join(f"{task:>10}" for task in tasks)]
+    for domain, counts in scores["confusion"].items():
+        lines.append(f"{domain:<12}" + "".join(f"{counts[task]:>10}" for task in tasks))
+    lines += ["", "slots that at least 5 % of a task's questions select, entropy of the selection:"]
+    for task, use in scores["slots"].items():
+        lines.append(f"  {task:<12} {use['used']} of {use['slots']}, {use['entropy']:.3f}")
+    lines += ["", *_novelty_lines(scores["novelty"])]
+    if report["mistakes"]:
+        lines += ["", f"most confident mistakes of {first}:"]
+        for found in report["mistakes"]:
+            lines.append(
+                f"  {found['domain']} -> {found['routed_to']} ({100 * found['probability']:.1f} %)  "
+                f"{found['image']}  {found['question']}"
+            )
+    return "\n".join(lines)
+
+
+def _novelty_lines(novelty: dict | None) -> list[str]:
+    if novelty is None:
+        return ["unknown inputs: not calibrated"]
+    lines = [f"counted as unknown: {_percent(novelty['rejected_known'])} of the tasks' rows"]
+    if novelty["detected_unknown"]["n"]:
+        lines[0] += f", {_percent(novelty['detected_unknown'])} of other rows; AUROC {novelty['auroc']:.4f}"
+    return lines
+
+
+def _percent(cell: dict) -> str:
+    """``99.6 [98.4, 99.9]`` in percent."""
+    if not cell["n"]:
+        return "-"
+    low, high = cell["interval"]
+    return f"{100 * cell['value']:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
+
+
+if __name__ == "__main__":
+    run_cli(main)
