@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import argparse
+
 import pytest
 import torch
-from tiny_llava import FAMILIES, LAYERS, write_base, write_stage
+from tiny_llava import FAMILIES, LAYERS, make_tokenizer, write_base, write_stage
 
 from llava.mm_utils import tokenizer_image_token
 from llava.model.builder import load_pretrained_model
 from llava.model.language_model.retriever import Retriever
+from llava.utils import UserError
 
 QUESTIONS = ("is there a lesion", "what side", "where is the lesion in the left lung")
 
@@ -102,6 +105,32 @@ def test_the_route_holds_for_every_decoding_step(stage):
 def test_the_given_task_decides(stage):
     _, route = answer(stage, QUESTIONS, tasks=["chest"] * len(QUESTIONS))
     assert [route.describe(number)["task"] for number in range(len(QUESTIONS))] == ["chest"] * len(QUESTIONS)
+
+
+def test_picture_tokens_start_as_the_mean_and_a_trained_projector_is_read(stage, tmp_path):
+    """LLaVA's first stage on a decoder without pictures: tower, projector and tokens from the arguments."""
+    tokenizer, model, plain = stage
+    tower = plain.get_vision_tower()
+    tower.vision_tower.save_pretrained(tmp_path)
+    tower.image_processor.save_pretrained(tmp_path)
+    projector = {key: value for key, value in plain.state_dict().items() if "mm_projector" in key}
+    torch.save(projector, tmp_path / "mm_projector.bin")
+    values = {"vision_tower": str(tmp_path), "mm_vision_select_layer": -2, "mm_vision_select_feature": "patch"}
+    values |= {"mm_projector_type": "mlp2x_gelu", "mm_patch_merge_type": "flat", "mm_use_im_patch_token": False}
+    values |= {"pretrain_mm_mlp_adapter": str(tmp_path / "mm_projector.bin"), "mm_use_im_start_end": True}
+    arguments = argparse.Namespace(**values)
+    blind = {**plain.config.to_dict(), "vision_config": None, "mm_vision_tower": None}
+    fresh, own = type(plain)(type(plain.config).from_dict(blind)), make_tokenizer()
+    fresh.get_model().initialize_vision_modules(arguments)
+    assert torch.equal(fresh.get_model().mm_projector[0].weight, plain.get_model().mm_projector[0].weight)
+    before = fresh.get_input_embeddings().weight.mean(0)
+    fresh.initialize_vision_tokenizer(arguments, own)
+    rows = fresh.get_input_embeddings().weight[own.convert_tokens_to_ids(["<im_start>", "<im_end>"])]
+    assert torch.allclose(rows, before.expand(2, -1), atol=1e-6) and fresh.lm_head.weight.shape[0] == len(own)
+    arguments.mm_projector_type = "linear"
+    fresh = type(plain)(type(plain.config).from_dict(blind))
+    with pytest.raises(UserError, match="mm_projector_type"):
+        fresh.get_model().initialize_vision_modules(arguments)
 
 
 def test_gradients_reach_slots_through_checkpointed_layers(stage):

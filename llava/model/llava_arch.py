@@ -15,13 +15,21 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
-from llava.model.image_features import merge_tiles
+from llava.constants import (
+    DEFAULT_IM_END_TOKEN,
+    DEFAULT_IM_START_TOKEN,
+    DEFAULT_IMAGE_PATCH_TOKEN,
+    IGNORE_INDEX,
+    IMAGE_TOKEN_INDEX,
+)
+from llava.model.image_features import merge_tiles, unpad_image
 from llava.model.language_model.retriever import Retriever, Route
 from llava.model.language_model.weight_offset import install_offset_hooks
 from llava.model.multimodal_encoder.builder import build_vision_tower
-from llava.model.multimodal_projector.builder import build_vision_projector
+from llava.model.multimodal_projector.builder import build_vision_projector, load_projector
 from llava.model.picture_query import image_queries
+
+__all__ = ["LlavaMetaForCausalLM", "LlavaMetaModel", "unpad_image"]
 
 Images = Tensor | Sequence[Tensor | None]
 
@@ -55,6 +63,8 @@ class LlavaMetaModel:
         config.mm_hidden_size = self.vision_tower.hidden_size
         if getattr(self, "mm_projector", None) is None:
             self.mm_projector = build_vision_projector(config)
+        if getattr(model_args, "pretrain_mm_mlp_adapter", None):
+            load_projector(self.mm_projector, model_args.pretrain_mm_mlp_adapter)
 
 
 class LlavaMetaForCausalLM:
@@ -84,6 +94,18 @@ class LlavaMetaForCausalLM:
             hook.remove()
         self._offset_hooks = install_offset_hooks(self.get_model().layers, retriever.settings.targets)
         self.last_route = self._offset_cache = None
+
+    def initialize_vision_tokenizer(self, model_args, tokenizer) -> None:
+        """Add the picture tokens that early LLaVA prompts hold; their embeddings start as the mean of the others."""
+        tokens = [DEFAULT_IMAGE_PATCH_TOKEN] if model_args.mm_use_im_patch_token else []
+        tokens += [DEFAULT_IM_START_TOKEN, DEFAULT_IM_END_TOKEN] if model_args.mm_use_im_start_end else []
+        added = tokenizer.add_tokens(tokens, special_tokens=True)
+        if not added:
+            return
+        self.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+        with torch.no_grad():
+            for table in (self.get_input_embeddings().weight, self.get_output_embeddings().weight):
+                table[-added:] = table[:-added].mean(0)
 
     # -- images --------------------------------------------------------------------------------------------------
 

@@ -44,7 +44,6 @@ class TrainingArguments(transformers.TrainingArguments):
     optim: str = "adamw_torch"
     remove_unused_columns: bool = False
     model_max_length: int = 2048
-    group_by_modality_length: bool = False
     cache_dir: str | None = None
     method: str = field(default="retrieval", metadata={"help": "continual method (llava/continual/methods)"})
     retriever_state_dict: str = field(
@@ -80,6 +79,7 @@ DROPPED = (
     "freeze_mm_mlp_adapter",
     "freeze_backbone",
     "lora_weight_path",
+    "group_by_modality_length",
 )
 SHIPPED_WITH_BASE = (
     "vision_tower",

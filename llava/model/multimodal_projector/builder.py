@@ -7,8 +7,12 @@ them) and ``identity``.
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 from torch import nn
+
+from llava.model.checkpoint import load_bin
+from llava.utils import UserError
 
 
 class IdentityMap(nn.Module):
@@ -38,3 +42,13 @@ def build_vision_projector(config, delay_load: bool = False, **kwargs) -> nn.Mod
             layers += [nn.GELU(), nn.Linear(config.hidden_size, config.hidden_size)]
         return nn.Sequential(*layers)
     raise ValueError(f"unknown mm_projector_type {kind!r}; known: linear, mlp<N>x_gelu, identity")
+
+
+def load_projector(projector: nn.Module, path: str | Path) -> None:
+    """Read ``mm_projector.bin`` into ``projector``; ``UserError`` if it is another projector's."""
+    state = {key.split("mm_projector.")[-1]: value for key, value in load_bin(Path(path)).items() if "projector" in key}
+    try:
+        projector.load_state_dict(state)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{path} does not fit the projector ({reason}); check --mm_projector_type") from error
