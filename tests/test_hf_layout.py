@@ -13,6 +13,7 @@ from hf_llava import PINPOINTS, TOKENS, hf_ids, pad, write_hf_model
 from PIL import Image
 from safetensors.torch import load_file
 from tiny_llava import write_base
+from tiny_world import TASKS, World, fit, merge, write_sequence
 from transformers import (
     AutoTokenizer,
     LlavaForConditionalGeneration,
@@ -228,3 +229,17 @@ def test_what_the_other_layout_has_no_word_for_is_refused(tmp_path):
     (tmp_path / "ours" / "config.json").write_text(json.dumps({**config, "mm_projector_type": "linear"}))
     with pytest.raises(UserError, match="mlp2x_gelu only"):
         convert(tmp_path / "ours", tmp_path / "theirs", "to_hf")
+
+
+def test_the_whole_pipeline_runs_on_their_layout(written, tmp_path):
+    """Keys, slots and answers over a checkpoint that transformers wrote, nothing converted."""
+    base, sequence = written["folder"], write_sequence(tmp_path, TASKS[:2])
+    for task in TASKS[:2]:
+        fit(tmp_path, base, sequence, task)
+    world = World(tmp_path, base, sequence, merge(tmp_path, sequence))
+    assert world.train("abd", tmp_path / "llava-hf_abd").task("abd").trained
+    tokenizer, model, *_ = load_pretrained_model(str(tmp_path / "llava-hf_abd"), None, device="cpu")
+    ids = torch.tensor([tokenizer_image_token(PROMPTS[0], tokenizer)])
+    options = {"max_new_tokens": 2, "do_sample": False, "pad_token_id": 0}
+    output = model.generate(ids, images=random_pictures(1), questions=["is there a lesion"], **options)
+    assert output.shape[1] <= 2 and model.last_route.describe(0)["task"] == "abd"
