@@ -166,3 +166,27 @@ def test_the_extracted_projector_loads_over_its_language_model(place, tmp_path, 
     assert image_processor is not None
     assert again.get_vision_tower().config.num_attention_heads == model.get_vision_tower().config.num_attention_heads
     assert run_script("extract_mm_projector.py", "--model-path", place, "--output", tmp_path / "x.bin") == 2
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral"])
+def test_a_batch_of_sixteen_answers_as_one_by_one(tmp_path, family):
+    """Greedy, routed, questions of many lengths, one row in five without a picture."""
+    from llava.eval import model_vqa_loader
+
+    base = write_base(tmp_path / "tiny-base", family=family)
+    stage = write_stage(tmp_path / "llava-tiny_abd_chest", base)
+    write_images(tmp_path, [f"{number}.png" for number in range(5)])
+    words = "is there a lesion in the image of the left lung what side where abdomen head".split()
+    rows = []
+    for number in range(20):
+        text = " ".join(words[number % 7 : number % 7 + 1 + number % 9])
+        image = {} if number % 5 == 4 else {"image": f"{number % 5}.png"}
+        rows.append({"question_id": number, "text": f"{text}\n<image>" if image else text, **image})
+    (tmp_path / "questions.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    found = {}
+    for size in (1, 16):
+        words = ["--model-path", stage, "--model-base", base, "--question-file", tmp_path / "questions.jsonl"]
+        words += ["--image-folder", tmp_path, "--answers-file", tmp_path / f"{size}.jsonl", "--max_new_tokens", 6]
+        model_vqa_loader.main([*map(str, [*words, "--batch-size", size, "--device", "cpu"])])
+        found[size] = [(a["text"], a["metadata"]["route"]["slots"]) for a in read_answers(tmp_path / f"{size}.jsonl")]
+    assert found[1] == found[16] and len({text for text, _ in found[1]}) > 5
