@@ -27,6 +27,7 @@ from llava.mm_utils import process_images, tokenizer_image_token
 from llava.model.builder import load_pretrained_model
 from llava.model.checkpoint import tensor_files
 from llava.model.convert import convert, grown
+from llava.model.hf_layout import config_from_hf
 from llava.model.layouts import load_vision_tower
 from llava.utils import UserError
 
@@ -221,6 +222,37 @@ def test_the_command_line_names_what_is_wrong(tmp_path):
     assert done.returncode == 2
     assert b"layout already" in done.stderr and b"Traceback" not in done.stderr
     assert not (tmp_path / "x").exists()
+
+
+def test_published_fields_become_llavas():
+    """llava-hf/llava-1.5-7b-hf says little; the rest are transformers' defaults."""
+    values = config_from_hf(
+        {
+            "architectures": ["LlavaForConditionalGeneration"],
+            "model_type": "llava",
+            "image_token_index": 32000,
+            "text_config": {"model_type": "llama", "max_position_embeddings": 4096, "rms_norm_eps": 1e-5,
+                            "torch_dtype": "float16", "vocab_size": 32064},
+            "vision_config": {"model_type": "clip_vision_model", "hidden_size": 1024, "image_size": 336,
+                              "intermediate_size": 4096, "num_attention_heads": 16, "num_hidden_layers": 24,
+                              "patch_size": 14, "projection_dim": 768, "vocab_size": 32000},
+            "vision_feature_layer": -2,
+            "vision_feature_select_strategy": "default",
+        }
+    )  # fmt: skip
+    expected = {"hidden_size": 4096, "num_hidden_layers": 32, "vocab_size": 32064, "rms_norm_eps": 1e-5}
+    expected |= {"mm_hidden_size": 1024, "mm_vision_select_layer": -2, "mm_vision_select_feature": "patch"}
+    expected |= {"mm_vision_tower": "openai/clip-vit-large-patch14-336", "image_aspect_ratio": "pad"}
+    expected |= {"model_type": "llava_llama", "mm_projector_type": "mlp2x_gelu"}
+    assert {key: values[key] for key in expected} == expected
+    for change, message in (
+        ({"text_config": {"model_type": "qwen2"}}, "qwen2"),
+        ({"vision_config": {"model_type": "siglip_vision_model"}}, "siglip"),
+        ({"vision_feature_layer": [-2, -5]}, "one layer"),
+        ({"multimodal_projector_bias": False}, "not two linear layers"),
+    ):
+        with pytest.raises(UserError, match=message):
+            config_from_hf({"architectures": ["LlavaForConditionalGeneration"], **change})
 
 
 def test_what_the_other_layout_has_no_word_for_is_refused(tmp_path):

@@ -22,6 +22,11 @@ HF_ARCHITECTURES = ("LlavaForConditionalGeneration", "LlavaNextForConditionalGen
 TEXT_FAMILIES = ("llama", "mistral")
 DEFAULT_PINPOINTS = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
 
+# By (hidden size, patch size, picture size): the name LLaVA's own code looks for. Here the shipped weights are used.
+KNOWN_TOWERS = {
+    (1024, 14, 336): "openai/clip-vit-large-patch14-336",
+    (1024, 14, 224): "openai/clip-vit-large-patch14",
+}
 # In order; the first pattern that fits names the tensor. Written with "^" and groups, as transformers' key_mapping
 # takes them too. The second spelling of a part is the one that models have in memory.
 TO_LLAVA = {
@@ -70,15 +75,15 @@ def config_from_hf(values: dict) -> dict:
     family, tower = text.get("model_type", "llama"), vision.get("model_type", "clip_vision_model")
     layer, anyres = values.get("vision_feature_layer", -2), "LlavaNext" in str(values.get("architectures"))
     anyres = anyres or values.get("model_type") == "llava_next"
-    problems = {
-        f"the language model is {family!r} (llama and mistral are known)": family not in TEXT_FAMILIES,
-        f"the vision tower is {tower!r} (clip_vision_model is known)": tower != "clip_vision_model",
-        f"vision_feature_layer is {layer!r} (one layer is known)": not isinstance(layer, int),
-        "the projector is no two linear layers with GELU and bias": values.get("projector_hidden_act", "gelu") != "gelu"
-        or values.get("multimodal_projector_bias") is False,
-    }
-    for problem, found in problems.items():
-        if found:
+    plain_projector = values.get("projector_hidden_act", "gelu") == "gelu"
+    plain_projector = plain_projector and values.get("multimodal_projector_bias") is not False
+    for fits, problem in (
+        (family in TEXT_FAMILIES, f"the language model is {family!r} (llama and mistral are known)"),
+        (tower == "clip_vision_model", f"the vision tower is {tower!r} (clip_vision_model is known)"),
+        (isinstance(layer, int), f"vision_feature_layer is {layer!r} (one layer is known)"),
+        (plain_projector, "the projector is not two linear layers with GELU and bias"),
+    ):
+        if not fits:
             raise UserError(f"cannot read this Hugging Face LLaVA checkpoint: {problem}")
     text, vision = _parsed(values, anyres)
     select = values.get("vision_feature_select_strategy", "default")
@@ -87,7 +92,7 @@ def config_from_hf(values: dict) -> dict:
         "model_type": f"llava_{family}",
         "architectures": ["LlavaLlamaForCausalLM" if family == "llama" else "LlavaMistralForCausalLM"],
         "vision_config": vision,
-        "mm_vision_tower": "",
+        "mm_vision_tower": KNOWN_TOWERS.get((vision["hidden_size"], vision["patch_size"], vision["image_size"]), ""),
         "mm_hidden_size": vision["hidden_size"],
         "mm_projector_type": "mlp2x_gelu",
         "mm_vision_select_layer": layer,
