@@ -5,8 +5,10 @@
     {"name": "vqa-rad", "dataset": "vqa-rad",
      "tasks": [{"name": "abd", "train": "data/train_abd.jsonl"}, ...],
      "test": "data/test_vqa_rad.jsonl", "image_folder": "${VQA_RAD_DIR:-data/vqa-rad}/images",
-     "slots_per_task": 8, "answer_suffix": "", "metrics": ["exact_match", ...]}
+     "slots_per_task": 8, "answer_suffix": "", "answer_style": "lower",
+     "metrics": ["exact_match", ...]}
 
+``answer_style`` says how answers are taught: ``as_is``, or ``lower`` where the data mixes cases without meaning.
 Task ``i`` owns slots ``[i * slots_per_task, (i + 1) * slots_per_task)``. On the command line::
 
     python -m llava.continual.tasks get SEQUENCE FIELD          test, image_folder, tasks, train:<task>, ...
@@ -24,6 +26,7 @@ from pathlib import Path
 
 from llava.utils import UserError, require_file, run_cli
 
+ANSWER_STYLES = ("as_is", "lower")
 SEQUENCE_FOLDER = Path(__file__).resolve().parents[2] / "scripts" / "tasks"
 _NAME = re.compile(r"[a-z0-9][a-z0-9_-]*")
 _DEFAULTED_VARIABLE = re.compile(r"\$\{(\w+):-([^}]*)\}")
@@ -48,6 +51,7 @@ class TaskSequence:
     image_folder: str
     slots_per_task: int = 8
     answer_suffix: str = ""
+    answer_style: str = "as_is"
     metrics: tuple[str, ...] = field(default=())
 
     @property
@@ -107,6 +111,9 @@ def _validated(values: dict, path: Path) -> TaskSequence:
     slots = values.get("slots_per_task", 8)
     if type(slots) is not int or slots < 1:
         raise UserError(f"{path}: slots_per_task is {slots!r}; write an integer of 1 or more")
+    style = values.get("answer_style", "as_is")
+    if style not in ANSWER_STYLES:
+        raise UserError(f"{path}: answer_style is {style!r}; known: {', '.join(ANSWER_STYLES)}")
     return TaskSequence(
         name=values["name"],
         dataset=values.get("dataset", values["name"]),
@@ -115,6 +122,7 @@ def _validated(values: dict, path: Path) -> TaskSequence:
         image_folder=_expand(values["image_folder"]),
         slots_per_task=slots,
         answer_suffix=values.get("answer_suffix", ""),
+        answer_style=style,
         metrics=tuple(values.get("metrics", ())),
     )
 

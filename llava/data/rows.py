@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -107,6 +107,12 @@ def parse_row(value: Any, where: str = "row") -> Row:
         answer_type=_answer_type(value.get("answer_type"), f"{where}: field 'answer_type'"),
         raw=value,
     )
+
+
+def in_lower_case(row: Row) -> Row:
+    """The row with its answers in lower case; questions and the raw fields stay."""
+    turns = tuple((who, text.lower() if who == "gpt" else text) for who, text in row.conversations)
+    return replace(row, conversations=turns)
 
 
 def read_answers(path: str | Path, partial_last_line: bool = False) -> list[dict[str, Any]]:

@@ -26,7 +26,7 @@ from llava.continual.stage_checkpoint import check_same_run, finished_stage, rea
 from llava.continual.tasks import TaskSequence, load_sequence
 from llava.conversation import conv_mode_for
 from llava.data.dataset import DataCollatorForSupervisedDataset, LazySupervisedDataset, check_image_files
-from llava.data.rows import Row, read_rows
+from llava.data.rows import Row, in_lower_case, read_rows
 from llava.mm_utils import get_model_name_from_path
 from llava.model.builder import attach_slots, attention, load_base
 from llava.model.checkpoint import resolve_checkpoint
@@ -72,9 +72,9 @@ def train(attn_implementation: str | None = None) -> None:
     previous = read_stage_slots(Path(args.previous_stage)) if args.previous_stage else None
     merged = read_slot_file(args.retriever_state_dict)
     files = [data_args.data_path] if data_args.data_path else method.training_files(sequence, data_args.task)
-    rows = [row for file in files for row in read_rows(file, require_answer=True)]
-    held_out_rows = read_rows(data_args.eval_data_path, require_answer=True) if data_args.eval_data_path else None
-    run = describe_run(data_args, args, merged, previous, files, args.retriever_state_dict)
+    rows = read_training_rows(files, sequence)
+    held_out_rows = read_training_rows([data_args.eval_data_path], sequence) if data_args.eval_data_path else None
+    run = describe_run(data_args, sequence, args, merged, previous, files)
     if finished_stage(stage, run):
         rank0_print(f"{stage} is finished already; skipped")
         return
@@ -138,6 +138,12 @@ def _look_at_deepspeed(argv: list[str]) -> bool:
     return True
 
 
+def read_training_rows(files: list[str], sequence: TaskSequence) -> list[Row]:
+    """The files' rows, with answers in the sequence's style."""
+    rows = [row for file in files for row in read_rows(file, require_answer=True)]
+    return [in_lower_case(row) for row in rows] if sequence.answer_style == "lower" else rows
+
+
 def base_dtype(args: TrainingArguments) -> torch.dtype:
     """Of the frozen base: half precision when training in it, float32 otherwise."""
     return torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
@@ -145,11 +151,11 @@ def base_dtype(args: TrainingArguments) -> torch.dtype:
 
 def describe_run(
     data_args: DataArguments,
+    sequence: TaskSequence,
     args: TrainingArguments,
     merged: SlotFile,
     previous: SlotFile | None,
     files: list[str],
-    keys: str,
 ) -> dict:
     """What makes two runs of a task the same; kept with the checkpoint and compared when the command is run again."""
     return {
@@ -157,8 +163,9 @@ def describe_run(
         "method": args.method,
         "seed": args.seed,
         "data": {Path(file).name: file_sha256(file)[:16] for file in files},
-        "keys": file_sha256(keys)[:16],
+        "keys": file_sha256(args.retriever_state_dict)[:16],
         "base": merged.base.get("fingerprint"),
+        "answer_style": sequence.answer_style,
         "earlier_tasks": {task.name: task.checksum() for task in previous.tasks} if previous else {},
         **{name: getattr(args, name) for name in RECORDED},
         **lora_settings(args),
