@@ -5,10 +5,11 @@ import torch
 from tiny_llava import HIDDEN, VISION, write_base, write_stage
 
 from llava.model.builder import load_pretrained_model
+from llava.model.language_model import unknown
 from llava.model.language_model.retriever import Retriever, RetrieverSettings
 from llava.model.language_model.router import Query, TaskStatistics
 from llava.model.language_model.slot_file import read_slot_file, write_slot_file
-from llava.model.language_model.unknown import TaskDistance, UnknownGate, held_out_distances, limit_of
+from llava.model.language_model.unknown import TaskExtent, UnknownGate
 
 DIM = 6
 
@@ -29,7 +30,7 @@ def calibrated(tasks, **settings):
         block = made.add_task(task, 3)
         block.text_keys.copy_(torch.randn(2, 3, DIM // 2, generator=torch.Generator().manual_seed(len(task))))
         block.statistics = TaskStatistics.of(joint(task, 200))
-        block.distances = held_out_distances(joint(task, 200), [number // 4 for number in range(200)])
+        block.extent = TaskExtent.of(joint(task, 200), [number // 4 for number in range(200)])
         block.trained = True
     made.changed()
     return made
@@ -37,28 +38,40 @@ def calibrated(tasks, **settings):
 
 def test_the_distance_is_mahalanobis_under_the_regularised_covariance():
     data = joint("abd", 50).double()
-    distance, row = TaskDistance(TaskStatistics.of(data)), joint("chest", 1)[0]
+    extent, row = TaskExtent.of(data, range(50)), joint("chest", 1)[0]
     covariance = (data - data.mean(0)).T @ (data - data.mean(0)) / 50
     covariance = 0.9 * covariance + 0.1 * covariance.diagonal().mean() * torch.eye(DIM).double()
     offset = row - data.mean(0)
     expected = (offset @ torch.linalg.inv(covariance) @ offset).sqrt()
-    torch.testing.assert_close(distance(row), expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(extent.distance(row).double(), expected, atol=1e-3, rtol=1e-4)
 
 
 @pytest.mark.parametrize("share, over", [(0.01, 1), (0.05, 5), (0.001, 0), (0.5, 50)])
 def test_at_most_the_share_of_held_out_rows_lies_beyond_the_limit(share, over):
-    distances = torch.rand(100, generator=torch.Generator().manual_seed(1))
-    assert int((distances > limit_of(distances, share)).sum()) == over
+    extent = TaskExtent.of(joint("abd", 100), range(100))
+    assert int((extent.distances > extent.limit(share)).sum()) == over
+
+
+def test_beyond_the_leading_directions_one_variance_serves_all(monkeypatch):
+    monkeypatch.setattr(unknown, "DIRECTIONS", 2)
+    data = joint("abd", 60)
+    variances = torch.linalg.eigvalsh((data - data.mean(0)).T @ (data - data.mean(0)) / 60)
+    extent = TaskExtent.of(data, range(60))
+    assert extent.directions.shape == (2, DIM)
+    torch.testing.assert_close(extent.rest.double(), 0.9 * variances[:4].mean() + 0.1 * variances.mean())
+    x = torch.randn(DIM, generator=torch.Generator().manual_seed(0))
+    x = x - extent.directions.T @ (extent.directions @ x)  # orthogonal to the leading directions
+    torch.testing.assert_close(extent.distance(extent.mean + x), x.norm() / extent.rest.sqrt(), rtol=1e-3, atol=0)
 
 
 def test_rows_are_measured_against_other_pictures_only():
     data, pictures = joint("abd", 40), [number // 2 for number in range(40)]
     far = data.clone()
     far[6:8] = joint("head", 2)  # one picture of its own kind: it must not vouch for itself
-    found = held_out_distances(far, pictures)
+    found = TaskExtent.of(far, pictures).distances
     assert found.shape == (40,) and torch.equal(found, found.sort().values)
     assert found[-2] > 2 * found[-3]
-    assert held_out_distances(data, ["same"] * 40) is None
+    assert TaskExtent.of(data, ["same"] * 40) is None
 
 
 def test_own_questions_are_known_and_others_are_not():
@@ -92,17 +105,16 @@ def test_it_is_off_without_calibration_in_training_and_when_the_task_is_given():
     assert made.route(query, None).unknown is None
     assert calibrated(("abd", "chest"), unknown_share=0.0).route(query, None).unknown is None
     made = calibrated(("abd", "chest"))
-    made.block("chest").distances = None
+    made.block("chest").extent = None
     made.changed()
     route = made.route(query, None)
     assert route.unknown is None and "unknown" not in route.describe(0)
 
 
 def test_only_the_most_probable_tasks_are_measured():
-    statistics = {task: TaskStatistics.of(joint(task, 50)) for task in "abcdefgh"}
-    gate = UnknownGate(statistics, {task: torch.ones(5) for task in statistics}, 0.01)
-    gate.novelty(joint("a", 1), torch.linspace(0, 1, 8)[None], list(statistics))
-    assert sorted(gate._distances) == ["f", "g", "h"]
+    gate = UnknownGate({task: TaskExtent.of(joint(task, 50), range(50)) for task in "abcdefgh"}, 0.01)
+    row, posterior = joint("a", 1), torch.linspace(1, 0, 8)[None]
+    assert gate.novelty(row, posterior, list("abcdefgh")) < 1 < gate.novelty(row, posterior, list("hgfedcba"))
 
 
 def test_a_wrong_share_is_refused():
@@ -122,7 +134,7 @@ def models(tmp_path_factory):
         text = torch.randn(HIDDEN, generator=generator) * 3 + torch.randn(60, HIDDEN, generator=generator)
         image = torch.randn(60, VISION, generator=generator)
         task.statistics = TaskStatistics.of(Query(text, image).joint())
-        task.distances = held_out_distances(Query(text, image).joint(), range(60))
+        task.extent = TaskExtent.of(Query(text, image).joint(), range(60))
         task.info["centre"] = text.mean(0).tolist()
     write_slot_file(stage / "slots.pth", slots)
     load = [(str(stage), str(base)), (str(base), None)]
@@ -149,6 +161,6 @@ def test_calibration_survives_the_file_and_counts_in_the_checksum(models, tmp_pa
     slots = models[1]
     write_slot_file(tmp_path / "a.pth", slots)
     back = read_slot_file(tmp_path / "a.pth")
-    assert torch.equal(back.task("abd").distances, slots.task("abd").distances)
-    back.task("abd").distances = back.task("abd").distances + 1
+    assert torch.equal(back.task("abd").extent.distances, slots.task("abd").extent.distances)
+    back.task("abd").extent.distances += 1
     assert back.task("abd").checksum() != slots.task("abd").checksum()

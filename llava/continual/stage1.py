@@ -17,7 +17,7 @@ from llava.model.checkpoint import fingerprint, resolve_checkpoint
 from llava.model.language_model.retriever import RetrieverSettings, SlotBlock
 from llava.model.language_model.router import Pool, Query, TaskStatistics, build_router
 from llava.model.language_model.slot_file import SlotFile, TaskSlots, read_slot_file
-from llava.model.language_model.unknown import held_out_distances
+from llava.model.language_model.unknown import TaskExtent
 from llava.model.language_model.weight_offset import target_features
 from llava.utils import UserError
 
@@ -92,7 +92,7 @@ def fit_task(
         image_keys=fitted.image,
         statistics=TaskStatistics.of(Query(mine.text, mine.image).joint()),
         feature_statistics=_feature_statistics(mine) if options.router == "ridge" else None,
-        distances=held_out_distances(
+        extent=TaskExtent.of(
             Query(queries.text, queries.image).joint(), [row.image or f"row {row.id}" for row in rows]
         ),
         held_out=held_out if len(held) else None,

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from llava.model.language_model.retriever_settings import RetrieverSettings
 from llava.model.language_model.router import Pool, Query, Router, TaskStatistics, build_router
-from llava.model.language_model.unknown import UnknownGate
+from llava.model.language_model.unknown import TaskExtent, UnknownGate
 from llava.model.language_model.weight_offset import WeightOffset
 
 SHARED_FORM_LIMIT = 32
@@ -90,7 +90,7 @@ class SlotBlock(nn.Module):
         )
         self.statistics: TaskStatistics | None = None
         self.feature_statistics: TaskStatistics | None = None
-        self.distances: Tensor | None = None  # held-out, sorted; see ``unknown``
+        self.extent: TaskExtent | None = None
 
     def init_offsets(self, generator: torch.Generator) -> None:
         """``A = 0`` (an untrained slot changes nothing), ``B`` uniform in ``+-1/sqrt(in)``."""
@@ -292,13 +292,9 @@ class Retriever(nn.Module):
         """What tells unknown questions; ``None`` in training, or where a selectable task was not calibrated."""
         if not self._gate:
             blocks = {task: self.block(task) for task in self.layout().allowed_tasks}
-            missing = any(block.distances is None or block.statistics is None for block in blocks.values())
-            if missing or self.training_task or not self.settings.unknown_share:
-                self._gate.append(None)
-            else:
-                statistics = {task: block.statistics for task, block in blocks.items()}
-                distances = {task: block.distances for task, block in blocks.items()}
-                self._gate.append(UnknownGate(statistics, distances, self.settings.unknown_share))
+            extents = {task: block.extent for task, block in blocks.items() if block.extent is not None}
+            off = len(extents) < len(blocks) or self.training_task or not self.settings.unknown_share
+            self._gate.append(None if off else UnknownGate(extents, self.settings.unknown_share))
         return self._gate[0]
 
     # -- offsets ---------------------------------------------------------------------------------------------------

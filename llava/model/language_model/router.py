@@ -88,7 +88,8 @@ class Router:
         scores = self.scores(query)  # [batch, pool]
         best, slots = scores.topk(k, dim=-1)
         posterior = scores.new_zeros(len(scores), len(self.tasks))
-        return Choice(best, slots, posterior.index_add(1, self.slot_place, scores.softmax(-1)))
+        place = self.slot_place.expand_as(scores)
+        return Choice(best, slots, posterior.scatter_add(1, place, scores.softmax(-1)))
 
 
 class KeysRouter(Router):
@@ -133,11 +134,14 @@ class GaussianRouter(KeysRouter):
         stats = [known[task] for task in tasks]
         means = torch.stack([s.mean.double() for s in stats])  # [tasks, dim]
         count = sum(s.count for s in stats)
-        covariance = sum(s.scatter.double() for s in stats) / max(count, 1)  # summed in name order
+        covariance = torch.zeros_like(stats[0].scatter, dtype=torch.float64)
+        for one in stats:  # summed in name order
+            covariance += one.scatter
+        covariance /= max(count, 1)
         self.fit(means, covariance, [s.count for s in stats])
         place = {task: index for index, task in enumerate(tasks)}
         device = self.slot_place.device
-        self.weight, self.bias = self.weight.to(device), self.bias.to(device)
+        self.weight, self.bias = self.weight.contiguous().to(device), self.bias.to(device)
         self.order = torch.tensor([place[task] for task in self.tasks], device=device)  # the pool's tasks by name
         self.slot_name = self.order[self.slot_place]  # [pool]
         by_name = self.slot_name.argsort(stable=True)

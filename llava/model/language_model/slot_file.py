@@ -8,7 +8,8 @@ checkpoints (``slots.pth``). It is a ``torch.save`` of tensors and plain contain
     base: {"path", "fingerprint"} of the base model
     keys: [1, groups, pool, text_dim / groups]          image_keys: the same for image queries (either may be None)
     tasks: [{name, start, stop, trained, statistics: {count, total, scatter} | None, feature_statistics: the same,
-             distances: [n] | None, held_out: {text, image} | None, info: {}, checksum: of the task's tensors}]
+             extent: tensors of ``unknown.TaskExtent`` | None, held_out: {text, image} | None, info: {},
+             checksum: of the task's tensors}]
     offsets: {task: {"A": {target: [slots, layers, rank, out]}, "B": {target: [slots, layers, rank, in]}}}
 
 ``start`` and ``stop`` are the task's slots in the task sequence; keys are stored in the order of ``tasks``. The
@@ -28,6 +29,7 @@ from torch import Tensor
 
 from llava.model.language_model.retriever import Retriever, RetrieverSettings
 from llava.model.language_model.router import TaskStatistics
+from llava.model.language_model.unknown import TaskExtent
 from llava.utils import UserError, atomic_write
 
 FORMAT, VERSION = "llava-slots", 1
@@ -47,7 +49,7 @@ class TaskSlots:
     image_keys: Tensor | None = None  # [groups, slots, image_dim / groups]
     statistics: TaskStatistics | None = None
     feature_statistics: TaskStatistics | None = None  # of random features, where the router is ``ridge``
-    distances: Tensor | None = None  # held-out distances to the task, sorted; see ``unknown``
+    extent: TaskExtent | None = None  # tells questions that fit no known task
     held_out: dict[str, Tensor] | None = None  # queries kept from fitting, to measure routing when merging
     trained: bool = False
     A: dict[str, Tensor] = field(default_factory=dict)
@@ -65,7 +67,8 @@ class TaskSlots:
         for name in ("statistics", "feature_statistics"):
             if (found := getattr(self, name)) is not None:
                 parts |= {f"{name}.total": found.total, f"{name}.scatter": found.scatter}
-        parts["distances"] = self.distances
+        if self.extent is not None:
+            parts |= {f"extent.{name}": tensor for name, tensor in self.extent.tensors().items()}
         for kind, tensors in (("A", self.A), ("B", self.B)):
             parts |= {f"{kind}.{target}": tensor for target, tensor in tensors.items()}
         return {name: tensor for name, tensor in parts.items() if tensor is not None}
@@ -153,7 +156,7 @@ def _parse(data: dict, path: str | Path) -> SlotFile:
                 image_keys=_slice_keys(data["image_keys"], span),
                 statistics=_statistics(entry["statistics"]),
                 feature_statistics=_statistics(entry.get("feature_statistics")),
-                distances=entry.get("distances"),
+                extent=None if entry.get("extent") is None else TaskExtent(**entry["extent"]),
                 held_out=entry["held_out"],
                 trained=entry["trained"],
                 A=offsets["A"],
@@ -197,7 +200,7 @@ def retriever_from(slots: SlotFile) -> Retriever:
                 buffer.copy_(value)
         load_task_offsets(retriever, task)
         block.statistics, block.feature_statistics = task.statistics, task.feature_statistics
-        block.distances, block.trained = task.distances, task.trained
+        block.extent, block.trained = task.extent, task.trained
     retriever.changed()
     return retriever
 
@@ -243,7 +246,7 @@ def _task_to_dict(task: TaskSlots) -> dict:
         "trained": task.trained,
         "statistics": plain(task.statistics),
         "feature_statistics": plain(task.feature_statistics),
-        "distances": task.distances,
+        "extent": None if task.extent is None else task.extent.tensors(),
         "held_out": task.held_out,
         "info": task.info,
         "checksum": task.checksum(),

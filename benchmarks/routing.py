@@ -1,0 +1,96 @@
+"""What routing one question costs, with pools of up to ten thousand slots.
+
+    python benchmarks/routing.py
+
+Medians over single questions, on one thread, beyond the text encoder and the vision tower. "allocated" is all memory
+that one route asks for: far below the keys of the pool, so the pool is not copied. The table's factor compares with
+the smallest pool on the same machine, which is what other machines should find again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from llava.model.language_model.retriever import Retriever  # noqa: E402
+from llava.model.language_model.retriever_settings import RetrieverSettings  # noqa: E402
+from llava.model.language_model.router import Query, TaskStatistics  # noqa: E402
+from llava.model.language_model.unknown import TaskExtent  # noqa: E402
+
+SLOTS = 8
+
+
+def random_pool(tasks: int, router: str, text_dim: int, image_dim: int) -> Retriever:
+    """A trained pool of ``tasks`` times eight slots with random keys and statistics."""
+    settings = RetrieverSettings(1, {"o_proj": (8, 8)}, text_dim, image_dim, rank=1, router=router)
+    retriever, generator = Retriever(settings), torch.Generator().manual_seed(0)
+    dim = Query(torch.zeros(1, text_dim), torch.zeros(1, image_dim)).joint().shape[1]
+    scatter, waves = torch.eye(dim), torch.eye(1024)  # shared: a route reads only what is solved from their sums
+    extent = (torch.randn(64, dim) / dim**0.5, torch.ones(64), torch.tensor(1.0), torch.linspace(1, 50, 200))
+    for number in range(tasks):
+        block = retriever.add_task(f"task{number:05d}", SLOTS)
+        block.text_keys.normal_(generator=generator)
+        block.image_keys.normal_(generator=generator)
+        block.statistics = TaskStatistics(100, torch.randn(dim, generator=generator), scatter)
+        block.feature_statistics = TaskStatistics(100, torch.randn(1024, generator=generator) / 32, waves)
+        block.extent, block.trained = TaskExtent(block.statistics.mean, *extent), True
+    retriever.changed()
+    return retriever
+
+
+def speed(arguments: argparse.Namespace) -> None:
+    """Median milliseconds to route one question, and the most memory a route takes beside the pool."""
+    torch.set_num_threads(arguments.threads)
+    print(f"{arguments.threads} thread(s), queries {arguments.text_dim} + {arguments.image_dim}; median ms a question")
+    print(f"{'router':<10}{'slots':>8}{'ms':>9}{'to 24 slots':>13}{'allocated':>12}{'keys of pool':>14}")
+    for router in arguments.routers:
+        base = None
+        for tasks in (3, 125, 1250):
+            made = random_pool(tasks, router, arguments.text_dim, arguments.image_dim)
+            queries = [
+                (torch.randn(1, arguments.text_dim), torch.randn(1, arguments.image_dim))
+                for _ in range(arguments.repeats)
+            ]
+            made.route(*queries[0])  # factors are made once
+            for text, image in queries:
+                made.route(text, image)
+            times = []
+            for text, image in queries:
+                start = time.perf_counter()
+                made.route(text, image)
+                times.append(1000 * (time.perf_counter() - start))
+            median = statistics.median(times)
+            base = base or median
+            keys = tasks * SLOTS * (arguments.text_dim + arguments.image_dim) * 8
+            print(
+                f"{router:<10}{tasks * SLOTS:>8}{median:>9.3f}{median / base:>12.2f}x"
+                f"{allocated(made, queries[0]) / 2**20:>9.2f} MB{keys / 2**20:>11.1f} MB"
+            )
+
+
+def allocated(retriever: Retriever, query) -> int:
+    """Bytes that one route allocates in all."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        retriever.route(*query)
+    return sum(max(event.self_cpu_memory_usage, 0) for event in profile.events())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--routers", nargs="+", default=["gaussian", "ridge", "keys"])
+    parser.add_argument("--text_dim", type=int, default=768, help="default: the reference encoder's")
+    parser.add_argument("--image_dim", type=int, default=1312, help="default: CLIP-L's features and the edges")
+    parser.add_argument("--repeats", type=int, default=100)
+    parser.add_argument("--threads", type=int, default=1)
+    speed(parser.parse_args())
+
+
+if __name__ == "__main__":
+    main()
