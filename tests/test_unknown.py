@@ -1,9 +1,13 @@
 """Questions that fit no known task: the distance, its calibration, and the way back to the base model."""
 
+import json
+
 import pytest
 import torch
-from tiny_llava import HIDDEN, VISION, write_base, write_stage
+from tiny_llava import HIDDEN, VISION, write_base, write_images, write_stage
 
+from llava.data.rows import question_row, write_jsonl
+from llava.eval import model_vqa_loader
 from llava.model.builder import load_pretrained_model
 from llava.model.language_model import unknown
 from llava.model.language_model.retriever import Retriever, RetrieverSettings
@@ -164,3 +168,30 @@ def test_calibration_survives_the_file_and_counts_in_the_checksum(models, tmp_pa
     assert torch.equal(back.task("abd").extent.distances, slots.task("abd").extent.distances)
     back.task("abd").extent.distances += 1
     assert back.task("abd").checksum() != slots.task("abd").checksum()
+
+
+def test_unknown_questions_are_answered_by_the_base_or_refused(tmp_path):
+    base = write_base(tmp_path / "llava-base")
+    stage = write_stage(tmp_path / "llava-stage", base)
+    slots = read_slot_file(stage / "slots.pth")
+    for task in slots.tasks:
+        task.extent = TaskExtent.of(torch.randn(30, HIDDEN + VISION), range(30))
+        task.extent.distances = torch.full((30,), 1e-6)  # so that nothing fits
+    write_slot_file(stage / "slots.pth", slots)
+    write_images(tmp_path / "images", ["a.png", "b.png"])
+    rows = [question_row(n, f"{'ab'[n % 2]}.png", f"is it left {n}?", "yes", "abd", ["abd"]) for n in range(4)]
+    write_jsonl(tmp_path / "q.jsonl", rows)
+
+    def answers(model, name, *more):
+        flags = ["--question-file", tmp_path / "q.jsonl", "--image-folder", tmp_path / "images", "--device", "cpu"]
+        target = tmp_path / f"{name}.jsonl"
+        flags += ["--model-path", model, "--answers-file", target, "--max_new_tokens", 4, *more]
+        model_vqa_loader.main([str(flag) for flag in flags])
+        return [json.loads(line) for line in target.read_text().splitlines()]
+
+    plain = answers(base, "plain")
+    fallen_back = answers(stage, "fallen", "--model-base", base)
+    refused = answers(stage, "refused", "--model-base", base, "--refuse_unknown")
+    assert [answer["text"] for answer in fallen_back] == [answer["text"] for answer in plain]
+    assert {answer["text"] for answer in refused} == {model_vqa_loader.REFUSAL}
+    assert all(answer["metadata"]["route"]["unknown"] is True for answer in fallen_back + refused)

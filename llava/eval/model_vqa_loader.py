@@ -28,6 +28,7 @@ from llava.utils import UserError, file_sha256, run_cli
 
 CACHED_IMAGES = 512
 ORACLE, NO_ROUTE = "oracle", "none"
+REFUSAL = "I cannot answer this: the question or the picture is unlike everything I was trained on."
 
 
 def parse_arguments(argv: Sequence[str] | None = None, **defaults: Any) -> argparse.Namespace:
@@ -53,6 +54,12 @@ def parse_arguments(argv: Sequence[str] | None = None, **defaults: Any) -> argpa
     parser.add_argument("--load-4bit", action="store_true")
     parser.add_argument("--task-id", help="route every question to this task's slots")
     parser.add_argument("--route", help=f"router to use; {ORACLE!r}: the row's own domain, {NO_ROUTE!r}: no slots")
+    parser.add_argument(
+        "--refuse_unknown",
+        "--refuse-unknown",
+        action="store_true",
+        help="answer questions that fit no known task with a fixed refusal instead of the base model's words",
+    )
     parser.add_argument("--seed", type=int, default=0, help="for a temperature above 0")
     parser.add_argument(
         "--stale", choices=("refuse", "replace"), default="refuse", help="what to do with another run's answers file"
@@ -94,6 +101,7 @@ def run_settings(arguments: argparse.Namespace) -> dict[str, Any]:
     """Everything that decides the answers of a chunk set; equal settings mean equal answers."""
     names = "conv_mode answer_suffix num_chunks temperature top_p num_beams max_new_tokens batch_size seed".split()
     names += ["load_8bit", "load_4bit", "task_id", "route"]
+    names += ["refuse_unknown"] if vars(arguments).get("refuse_unknown") else []
     return {
         "version": llava.__version__,
         "model": model_fingerprint(arguments.model_path),
@@ -287,7 +295,11 @@ class Speaker:
         routes = [None if route is None else route.describe(number) for number in range(len(rows))]
         if tasks is not None:
             routes = [None if found is None else {**found, "task_given": True} for found in routes]
-        return [(self.clean(text), found) for text, found in zip(texts, routes, strict=True)]
+        refuse = vars(arguments).get("refuse_unknown")
+        return [
+            (REFUSAL if refuse and found and found.get("unknown") else self.clean(text), found)
+            for text, found in zip(texts, routes, strict=True)
+        ]
 
     def clean(self, text: str) -> str:
         """The answer without the template's end mark and what a model says after it."""
