@@ -33,6 +33,10 @@ class Query:
 
     def joint(self) -> Tensor:
         """Unit-length modalities side by side, ``[batch, dim]`` in float64: what the closed-form routers see."""
+        return self._joint
+
+    @functools.cached_property
+    def _joint(self) -> Tensor:
         parts = [F.normalize(part.double(), dim=-1) for part in (self.text, self.image) if part is not None]
         return torch.cat([fold(part) for part in parts], dim=-1)
 

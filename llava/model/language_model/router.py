@@ -146,6 +146,7 @@ class GaussianRouter(KeysRouter):
         self.slot_name = self.order[self.slot_place]  # [pool]
         by_name = self.slot_name.argsort(stable=True)
         self.members = by_name.split(torch.bincount(self.slot_name, minlength=len(tasks)).tolist())
+        self.rows = [_as_slice(slots) for slots in self.members]  # a slice reads the keys where they are
 
     def statistics(self) -> dict[str, TaskStatistics]:
         """The sums that the classifier is made of."""
@@ -190,7 +191,7 @@ class GaussianRouter(KeysRouter):
         for row, log_posterior, tasks in zip(unit, by_task, likely, strict=True):
             found = []
             for task in tasks:
-                logits = (self.keys[self.members[task]] @ row) / self.pool.tau
+                logits = (self.keys[self.rows[task]] @ row) / self.pool.tau
                 found.append(log_posterior[task] + logits - logits.max())
             top = torch.cat(found).topk(k)
             best.append(top.values)
@@ -322,6 +323,11 @@ def _unit_groups(name: str, value: Tensor | None, keys: Tensor) -> Tensor:
     if not torch.isfinite(value).all():
         raise ValueError(f"the {name} query holds NaN or infinite numbers")
     return F.normalize(value.double().unflatten(-1, (groups, part)), dim=-1).flatten(-2)
+
+
+def _as_slice(slots: Tensor) -> slice | Tensor:
+    first, last = int(slots[0]), int(slots[-1])
+    return slice(first, last + 1) if last - first + 1 == len(slots) else slots
 
 
 def _key_device(pool: Pool) -> torch.device:
