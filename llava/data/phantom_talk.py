@@ -1,6 +1,6 @@
 """What the tiny base talks about while it is trained: generic pictures, plainly and in made-up *dialects*.
 
-A dialect gives the same findings other names ("Ward 3: What is the abnormality?" -> a word that only ward 3 uses), other
+A dialect gives the same findings other names ("Ward 3: What is the abnormality?" asks for its word), other
 sides and another rule of urgency, all drawn at random. So the base learns to say every word of the glossary about
 whatever it sees, and that a convention is something to be learned; the conventions of the phantom tasks are not among
 the dialects, and no task picture is seen.
