@@ -36,7 +36,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--image_weight", type=float, default=0.5, help="share of the picture in key similarity")
     parser.add_argument("--targets", nargs="+", default=["o_proj"], help="projections that get offsets")
     parser.add_argument(
-        "--unknown_share", type=float, default=0.01, help="share of a task's own questions that may count as unknown"
+        "--unknown_share", type=float, default=0.005, help="share of a task's own questions that may count as unknown"
     )
     parser.add_argument("--held_out", type=float, default=0.1, help="share of pictures kept to measure routing")
     parser.add_argument("--iterations", type=int, default=50, help="rounds of key fitting at most")

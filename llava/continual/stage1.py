@@ -36,7 +36,7 @@ class KeyOptions:
     scale: float = 1.0
     image_weight: float = 0.5
     router: str = "gaussian"
-    unknown_share: float = 0.01
+    unknown_share: float = 0.005
     targets: tuple[str, ...] = ("o_proj",)
     held_out: float = 0.1
     iterations: int = 50

@@ -34,7 +34,7 @@ class RetrieverSettings:
     image_weight: float = 0.5
     router: str = "gaussian"
     weighting: str = "softmax"
-    unknown_share: float = 0.01
+    unknown_share: float = 0.005
     encoder: dict = field(default_factory=dict)
 
     def __post_init__(self):
