@@ -1,10 +1,12 @@
 """Train a tiny base model from scratch and write it in the LLaVA layout: a CPU, a few minutes, no download.
 
-It learns from generic phantoms that it draws itself (``llava.data.phantom_generic``), never from a task's pictures.
+It learns from generic phantoms that it draws itself (``llava.data.phantom_generic``), never from a task's pictures;
+with the medical recipe also from SLAKE's training rows and a radiology glossary, for use on VQA-RAD.
 
-Example::
+Examples::
 
     python scripts/make_tiny_base.py --output_dir output/tiny-base
+    python scripts/make_tiny_base.py --recipe medical --slake_dir data/slake --output_dir output/tiny-base-medical
 
 A killed run goes on where its last checkpoint was taken and ends in the same weights; a finished one is left alone.
 """
@@ -16,7 +18,7 @@ import json
 import shutil
 import sys
 import time
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 import torch
@@ -25,6 +27,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from llava.data.phantom_talk import make_dialects
+from llava.train.medical_base import MEDICAL, MedicalCorpus
 from llava.train.tiny_base import (
     PIXEL_MEAN,
     PIXEL_STD,
@@ -42,6 +45,10 @@ from llava.train.tiny_base import (
 from llava.train.tiny_tower import TowerTrainer, draw_pictures, tower_accuracy
 from llava.utils import UserError, atomic_write, run_cli
 
+RECIPES = {"phantom": TinyBaseConfig(), "medical": MEDICAL}
+DECIDED = ("recipe", "real_pictures")
+"""Fields that follow from ``--recipe`` and ``--slake_dir``."""
+
 _SETTINGS = "settings.json"
 
 
@@ -52,23 +59,30 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--save_every", type=int, default=50, help="steps between two checkpoints (default: %(default)s)"
     )
+    parser.add_argument("--recipe", choices=sorted(RECIPES), default="phantom", help="what to learn from")
+    parser.add_argument("--slake_dir", help="SLAKE's folder, for the medical recipe (left out when it is not there)")
     for field in fields(TinyBaseConfig):
-        parser.add_argument(
-            f"--{field.name}", type=type(field.default), default=field.default, help="default: %(default)s"
-        )
+        if field.name not in DECIDED:
+            parser.add_argument(f"--{field.name}", type=type(field.default), help="default: the recipe's")
     return parser.parse_args()
 
 
 def main() -> int:
     """Build the base unless it is there already."""
     args = parse_args()
-    config = TinyBaseConfig(**{field.name: getattr(args, field.name) for field in fields(TinyBaseConfig)})
+    names = [field.name for field in fields(TinyBaseConfig) if field.name not in DECIDED]
+    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    found = args.recipe == "medical" and args.slake_dir and Path(args.slake_dir).is_dir()
+    slake = args.slake_dir if found else None
+    config = replace(RECIPES[args.recipe], real_pictures=slake is not None, **given)
+    if args.recipe == "medical" and slake is None:
+        print(f"note: SLAKE not found at {args.slake_dir}; the medical base learns from phantoms and words alone")
     target = Path(args.output_dir)
     if is_finished(target, config):
         print(f"{target}: already made, nothing to do")
         return 0
     start = time.monotonic()
-    make_base(target, config, args.save_every)
+    make_base(target, config, args.save_every, slake)
     print(f"{target}: made in {time.monotonic() - start:.0f} s")
     return 0
 
@@ -85,12 +99,14 @@ def is_finished(target: Path, config: TinyBaseConfig) -> bool:
     raise UserError(f"{target} holds a model made with other settings; remove it or choose another --output_dir")
 
 
-def make_base(target: Path, config: TinyBaseConfig, save_every: int) -> None:
+def make_base(target: Path, config: TinyBaseConfig, save_every: int, slake_dir: str | None = None) -> None:
     """Draw, train the tower, train the language model, write; work in progress lies beside ``target``."""
     work = target.with_name(f".{target.name}.building")
     _prepare(work, config)
     pictures = draw_pictures(config.pictures, config.image_size, config.grid, config.seed)
-    tokenizer = train_tokenizer(config, tokenizer_texts(pictures, make_dialects(config.seed), config.seed))
+    corpus = MedicalCorpus(config, pictures, slake_dir) if config.recipe == "medical" else None
+    texts = corpus.texts() if corpus else tokenizer_texts(pictures, make_dialects(config.seed), config.seed)
+    tokenizer = train_tokenizer(config, texts)
     print(f"{len(pictures)} generic pictures drawn, {len(tokenizer)} tokens", flush=True)
 
     torch.manual_seed(config.seed)
@@ -102,8 +118,10 @@ def make_base(target: Path, config: TinyBaseConfig, save_every: int) -> None:
     print(f"tower: {tower_accuracy(trainer, held_out, PIXEL_MEAN, PIXEL_STD):.1%} of unseen pictures' labels right")
 
     model = build_model(config, tokenizer, trainer)
-    features = all_features(trainer, pictures.pixels)
-    loss = language_loss(model, tokenizer, pictures, features, config)
+    if corpus:
+        loss = corpus.loss(model, tokenizer)
+    else:
+        loss = language_loss(model, tokenizer, pictures, all_features(trainer, pictures.pixels), config)
     run_steps("language", model, loss, config.steps, config.lr, work, save_every)
     _write(target, work, model, tokenizer, config)
 

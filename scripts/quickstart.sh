@@ -29,11 +29,18 @@ export SEQUENCE=${SEQUENCE:-$DATASET} METHOD OUTPUT_DIR
 
 say "2/6 base model"
 if [ -z "$BASE_MODEL" ]; then
-    BASE_MODEL=$OUTPUT_DIR/tiny-base
-    python scripts/make_tiny_base.py --output_dir "$BASE_MODEL"
     # A tiny model learns from few rows only with a larger step and more passes than a 7B one; plain training, because
     # ZeRO-3 costs a CPU more than it saves.
-    export EPOCHS=${EPOCHS:-12} LEARNING_RATE=${LEARNING_RATE:-5e-3} BATCH_SIZE=${BATCH_SIZE:-16} ZERO=${ZERO:-none}
+    export BATCH_SIZE=${BATCH_SIZE:-16} ZERO=${ZERO:-none}
+    if [ "$DATASET" = vqa-rad ]; then
+        BASE_MODEL=$OUTPUT_DIR/tiny-base-medical
+        python scripts/make_tiny_base.py --recipe medical --slake_dir "$SLAKE_DIR" --output_dir "$BASE_MODEL"
+        export EPOCHS=${EPOCHS:-8} LEARNING_RATE=${LEARNING_RATE:-5e-3} RANK_PER_SLOT=${RANK_PER_SLOT:-32}
+    else
+        BASE_MODEL=$OUTPUT_DIR/tiny-base
+        python scripts/make_tiny_base.py --output_dir "$BASE_MODEL"
+        export EPOCHS=${EPOCHS:-6} LEARNING_RATE=${LEARNING_RATE:-1e-2}
+    fi
 fi
 export BASE_MODEL
 echo "base model: $BASE_MODEL"

@@ -40,7 +40,7 @@ SMALL = TinyBaseConfig(
 
 
 def _command(folder: Path, **changes) -> list[str]:
-    values = {**asdict(SMALL), **changes}
+    values = {name: value for name, value in asdict(SMALL).items() if name != "real_pictures"} | changes
     flags = [f"--{name}={value}" for name, value in values.items()]
     script = str(ROOT / "scripts/make_tiny_base.py")
     return [sys.executable, script, "--output_dir", str(folder), "--save_every=1", *flags]

@@ -34,15 +34,17 @@ PIXEL_MEAN, PIXEL_STD = 0.45, 0.27
 
 @dataclass(frozen=True)
 class TinyBaseConfig:
-    """Sizes and lengths of the tiny base and of its training."""
+    """Sizes and lengths of the tiny base and of its training; the defaults are the phantom recipe's."""
 
+    recipe: str = "phantom"
+    real_pictures: bool = False
     seed: int = 0
     image_size: int = 64
     patch_size: int = 8
     tower_width: int = 128
     tower_layers: int = 3
     tower_heads: int = 4
-    tower_steps: int = 550
+    tower_steps: int = 450
     tower_batch: int = 48
     tower_lr: float = 2.5e-3
     hidden_size: int = 192
@@ -51,7 +53,7 @@ class TinyBaseConfig:
     heads: int = 6
     vocab_size: int = 800
     pictures: int = 8000
-    steps: int = 220
+    steps: int = 180
     batch: int = 16
     questions: int = 12
     lr: float = 2e-3
