@@ -215,6 +215,17 @@ def test_a_meteor_process_that_dies_is_a_reason_not_a_crash(monkeypatch, tmp_pat
         assert "METEOR's Java process failed" in scorer.statistics(["yes"], ["yes"])["meteor"]
 
 
+def test_a_dead_meteor_process_is_closed_with_a_line_still_unread(tmp_path):
+    broken = tmp_path / "java"
+    broken.write_text("#!/bin/sh\nexit 0\n")
+    broken.chmod(0o755)
+    process = text_metrics.MeteorProcess(str(broken))
+    process._process.wait()
+    process._process.stdin.write("SCORE ||| a line in the buffer ||| of a dead process\n")
+    process.close()
+    assert process._process.stdin.closed
+
+
 # -- statistics and the whole score ----------------------------------------------------------------------------------
 
 

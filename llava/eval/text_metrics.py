@@ -13,6 +13,7 @@ Two things to know when reading the figures:
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shutil
@@ -260,7 +261,8 @@ class MeteorProcess:
         """End the process."""
         self._process.kill()
         self._process.wait()
-        self._process.stdin.close()
+        with contextlib.suppress(BrokenPipeError):  # a line it did not live to read
+            self._process.stdin.close()
         self._process.stdout.close()
 
 
