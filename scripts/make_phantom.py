@@ -49,7 +49,7 @@ def main() -> int:
     print(f"{args.output_dir}: {'generated' if made else 'already complete, nothing to do'}")
     folder = Path(args.output_dir)
     parts = {f"train_{task}": read_rows(folder / f"train_{task}.jsonl") for task in DOMAINS}
-    parts["test"] = read_rows(folder / "test.jsonl")
+    parts |= {name: read_rows(folder / f"{name}.jsonl") for name in ("validation", "test")}
     print_summary(parts)
     if args.contact_sheet:
         with atomic_write(args.contact_sheet, "wb") as stream:

@@ -14,9 +14,18 @@ from PIL import Image
 from raw_samples import write_slake
 from test_tiny_base import SMALL
 
-from llava.data.medical_talk import FINDINGS, REGIONS, MedicalText, medical_terms, split_terms
+from llava.data.medical_talk import (
+    FINDINGS,
+    REGIONS,
+    MedicalText,
+    medical_terms,
+    sayable_pieces,
+    spell,
+    split_terms,
+)
 from llava.model.builder import load_pretrained_model
 from llava.train.medical_base import RealPictures
+from llava.train.tiny_base import train_tokenizer
 from llava.utils import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -49,6 +58,27 @@ def test_questions_about_words_have_the_right_answers():
             assert finding in split_terms(FINDINGS[answer])
         else:
             assert answer in question
+
+
+def test_choices_of_two_terms_have_the_answer_in_either_place():
+    text, rng = MedicalText(), np.random.default_rng(0)
+    asked = [text.ask(rng) for _ in range(3000)]
+    places = {question.index(answer) == 0 for question, answer in asked if ": which is a " in question}
+    assert places == {True, False}
+
+
+def test_every_token_that_is_text_gets_said():
+    tokenizer = train_tokenizer(SMALL, [f" {term} </s>" for term in medical_terms()] + ["\n[/INST] über"])
+    pieces = sayable_pieces(tokenizer)
+    assert len(pieces) == len(set(pieces)) > 200
+    assert not {"<s>", "</s>", "<unk>", "<pad>", " "} & set(pieces)
+    rng = np.random.default_rng(0)
+    said: set[int] = set()
+    for _ in range(3000):
+        question, answer = spell(pieces, rng)
+        assert question == f"Say {answer}." and answer == answer.strip() != ""
+        said.update(tokenizer(f" {answer}", add_special_tokens=False).input_ids)
+    assert len(said) > 0.8 * len(pieces)
 
 
 def slake(folder: Path) -> Path:

@@ -12,7 +12,7 @@ import cv2
 import pytest
 
 from llava.data import phantom
-from llava.data.phantom import PhantomConfig, build_part, make_phantom
+from llava.data.phantom import SPLITS, PhantomConfig, build_part, make_phantom
 from llava.data.phantom_domains import DOMAINS, LARGE, SMALL, VOCABULARY, Scene, draw_scene
 from llava.data.phantom_draw import LOOKS
 from llava.data.phantom_questions import QUESTIONS
@@ -28,7 +28,7 @@ def full_parts() -> dict[tuple[str, str], list[Row]]:
     """Rows by domain and split at the default size, without drawing the pictures."""
     parts = {}
     for domain in DOMAINS:
-        for split in ("train", "test"):
+        for split in SPLITS:
             parts[domain, split] = [parse_row(row) for row in build_part(domain, split, PhantomConfig())[1]]
     return parts
 
@@ -130,10 +130,12 @@ def test_sizes_are_as_asked(full_parts):
         assert 0.35 < closed < 0.5
 
 
-def test_no_picture_is_in_train_and_test(full_parts):
+def test_no_picture_is_in_two_parts(full_parts):
     for domain in DOMAINS:
-        train = {row.image for row in full_parts[domain, "train"]}
-        assert not train & {row.image for row in full_parts[domain, "test"]}
+        pictures = [{row.image for row in full_parts[domain, split]} for split in SPLITS]
+        assert len(set().union(*pictures)) == sum(map(len, pictures))
+        scenes = [build_part(domain, split, SMALL_CONFIG)[0].values() for split in SPLITS]
+        assert len({scene.seed for part in scenes for scene in part}) == sum(map(len, scenes))  # nor drawn twice
 
 
 def test_questions_alone_and_the_majority_answer_are_weak(full_parts):

@@ -9,11 +9,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import pytest
 import torch
 from tiny_llava import write_base, write_images
 
 from llava.data.rows import question_row, write_jsonl
 from llava.model.language_model.slot_file import SlotFile, read_slot_file
+from llava.train import train as train_module
+from llava.utils import run_cli
 
 TASKS = ("abd", "chest", "head", "knee")
 SLOTS, TOP_K, RANK, PICTURES, ROWS = 2, 2, 2, 6, 12
@@ -137,3 +140,13 @@ def same(one, other) -> bool:
     if isinstance(one, (list, tuple)) and isinstance(other, (list, tuple)):
         return len(one) == len(other) and all(map(same, one, other))
     return type(one) is type(other) and one == other
+
+
+def refusal(world, capsys, words):
+    """The one line of ``train_mem`` for a refused command line."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stopped, arguments(words):
+        run_cli(train_module.main)
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+    assert stopped.value.code == 2 and len(lines) == 1
+    return lines[0]

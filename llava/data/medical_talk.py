@@ -8,6 +8,7 @@ data set.
 from __future__ import annotations
 
 import numpy as np
+from transformers import PreTrainedTokenizerBase
 
 REGIONS: dict[str, str] = {
     "head": """brain; skull; cerebellum; cerebrum; frontal lobe; parietal lobe; temporal lobe; occipital lobe;
@@ -150,6 +151,24 @@ class MedicalText:
         first, second = (pool[int(i)] for i in rng.integers(len(pool), size=2))
         what = "part" if pool is self.structures else "finding"
         if first[1] != second[1]:
-            return f"{first[0]} or {second[0]}: which is a {what} of the {second[1]}?", second[0]
+            term, region = (first, second)[int(rng.integers(2))]
+            return f"{first[0]} or {second[0]}: which is a {what} of the {region}?", term
         word = ("first", "last")[int(rng.integers(2))]
         return f"{first[0]} or {second[0]}: say the {word}.", (first if word == "first" else second)[0]
+
+
+def sayable_pieces(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """The tokens of a vocabulary that are text of their own (a byte of a longer character is not), sorted."""
+    special = set(tokenizer.all_special_ids)
+    texts = {tokenizer.decode([number]) for number in tokenizer.get_vocab().values() if number not in special}
+    return sorted(text for text in texts if text.isascii() and text.isprintable() and text.strip())
+
+
+def spell(pieces: list[str], rng: np.random.Generator) -> tuple[str, str]:
+    """A made-up word or phrase of one to four random tokens, to be repeated.
+
+    A frozen output layer can only be steered to tokens that it has learned to tell apart. This makes the base say each
+    of them, so that offsets can later reach answers whose words its own training never asked for.
+    """
+    text = "".join(pieces[i] for i in rng.integers(len(pieces), size=int(rng.integers(1, 5)))).strip()
+    return f"Say {text}.", text

@@ -27,8 +27,10 @@ from llava.data.phantom_questions import QUESTIONS, Question
 from llava.data.rows import question_row, write_jsonl
 from llava.utils import UserError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST = "phantom.json"
+SPLITS = ("train", "test", "validation")
+"""Parts of a domain, each on pictures of its own: settings are chosen on validation, results reported on test."""
 NORMAL_SHARE = 6
 """One picture in this many shows nothing abnormal."""
 
@@ -42,8 +44,8 @@ class PhantomConfig:
         size: side of the pictures in pixels.
         train_rows: training rows of a task.
         train_images: training pictures of a task.
-        test_rows: test rows of a task, on pictures of their own.
-        test_images: test pictures of a task.
+        test_rows: test rows of a task, on pictures of their own; as many validation rows.
+        test_images: test pictures of a task; as many validation pictures.
     """
 
     seed: int = 0
@@ -67,7 +69,7 @@ class PhantomConfig:
 
 
 def make_phantom(folder: str | Path, config: PhantomConfig) -> bool:
-    """Write ``images/``, ``train_<task>.jsonl`` for each task and ``test.jsonl`` into ``folder``.
+    """Write ``images/``, ``train_<task>.jsonl`` for each task, ``validation.jsonl`` and ``test.jsonl`` into ``folder``.
 
     Returns:
         False when the folder already holds exactly this dataset, which is then left alone.
@@ -101,15 +103,14 @@ def _holds(target: Path, manifest: dict[str, Any]) -> bool:
 
 
 def _build(folder: Path, config: PhantomConfig) -> None:
-    test_rows: list[dict[str, Any]] = []
+    rows: dict[str, list[dict[str, Any]]] = defaultdict(list)  # by file
     for domain in DOMAINS:
-        scenes, rows = build_part(domain, "train", config)
-        _write_images(folder / "images", scenes, config.size)
-        write_jsonl(folder / f"train_{domain}.jsonl", rows)
-        scenes, rows = build_part(domain, "test", config)
-        _write_images(folder / "images", scenes, config.size)
-        test_rows += rows
-    write_jsonl(folder / "test.jsonl", test_rows)
+        for split in SPLITS:
+            scenes, part = build_part(domain, split, config)
+            _write_images(folder / "images", scenes, config.size)
+            rows[f"train_{domain}" if split == "train" else split] += part
+    for name, lines in rows.items():
+        write_jsonl(folder / f"{name}.jsonl", lines)
 
 
 def _write_images(folder: Path, scenes: dict[str, Scene], size: int) -> None:
@@ -123,12 +124,12 @@ def png_bytes(picture: np.ndarray) -> bytes:
 
 
 def build_part(domain: str, split: str, config: PhantomConfig) -> tuple[dict[str, Scene], list[dict[str, Any]]]:
-    """Scenes and rows of one domain's ``train`` or ``test`` part.
+    """Scenes and rows of one part of a domain, see ``SPLITS``.
 
     Returns:
         the scenes by image name, and the question rows in a shuffled order.
     """
-    rng = np.random.default_rng([config.seed, DOMAINS.index(domain), split == "test"])
+    rng = np.random.default_rng([config.seed, DOMAINS.index(domain), SPLITS.index(split)])
     row_count, image_count = (
         (config.train_rows, config.train_images) if split == "train" else (config.test_rows, config.test_images)
     )

@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from llava.data.medical_talk import MedicalText
+from llava.data.medical_talk import MedicalText, sayable_pieces, spell
 from llava.data.phantom_talk import make_dialects, talk
 from llava.data.raw.example import TEST, Report
 from llava.data.raw.slake import IMAGE_FOLDERS, read_slake
@@ -48,15 +48,15 @@ MEDICAL = TinyBaseConfig(
     heads=4,
     vocab_size=3000,
     pictures=4000,
-    steps=500,
+    steps=900,
     batch=12,
     lr=1.5e-3,
 )
 _MARGIN = 8 / 7
 """Pictures are kept this much larger than the model sees them; every view is a random cut."""
 
-_REAL_QUESTIONS, _REAL_WORDS = 9, 2
-_PHANTOM_QUESTIONS, _PHANTOM_WORDS = 6, 5
+_REAL_QUESTIONS, _REAL_WORDS, _REAL_SPELLED = 9, 2, 3
+_PHANTOM_QUESTIONS, _PHANTOM_WORDS, _PHANTOM_SPELLED = 5, 4, 4
 
 Pairs = list[tuple[str, str]]
 
@@ -116,12 +116,13 @@ class MedicalCorpus:
     def loss(self, model, tokenizer: PreTrainedTokenizerFast) -> Loss:
         """The loss of a step of the joint training of tower, projector and decoder, from the step's number alone."""
         encode = Encoder(tokenizer, self.config.conversation_version)
+        pieces = sayable_pieces(tokenizer)
         tower = model.get_vision_tower().vision_tower
         tower.requires_grad_(True)
 
         def loss_of(step: int) -> Tensor:
             rng = np.random.default_rng([self.config.seed, 4, step])
-            pixels, talks = zip(*(self._sample(place, rng) for place in range(self.config.batch)), strict=True)
+            pixels, talks = zip(*(self._sample(place, pieces, rng) for place in range(self.config.batch)), strict=True)
             seen = normalised(torch.from_numpy(np.stack(pixels)), PIXEL_MEAN, PIXEL_STD)
             features = tower(pixel_values=seen).last_hidden_state[:, 1:]
             packed = pack(list(talks), encode, features.shape[1], tokenizer.pad_token_id)
@@ -129,15 +130,17 @@ class MedicalCorpus:
 
         return loss_of
 
-    def _sample(self, place: int, rng: np.random.Generator) -> tuple[np.ndarray, Pairs]:
+    def _sample(self, place: int, pieces: list[str], rng: np.random.Generator) -> tuple[np.ndarray, Pairs]:
         """A picture with questions; two of three are real ones, where there are any."""
         if self.real is None or place % 3 == 2:
             index = int(rng.integers(len(self.pictures)))
             pairs = talk(self.pictures.scenes[index], self.dialects, _PHANTOM_QUESTIONS, rng)
-            words = _PHANTOM_WORDS
+            words, spelled = _PHANTOM_WORDS, _PHANTOM_SPELLED
             pixels = self.pictures.pixels[index].numpy()
         else:
             index = int(rng.integers(len(self.real.pairs)))
-            pairs, words = self.real.questions(index, _REAL_QUESTIONS, rng), _REAL_WORDS
+            pairs = self.real.questions(index, _REAL_QUESTIONS, rng)
+            words, spelled = _REAL_WORDS, _REAL_SPELLED
             pixels = self.real.view(index, rng)
-        return pixels, pairs + [self.words.ask(rng) for _ in range(words)]
+        pairs = pairs + [self.words.ask(rng) for _ in range(words)]
+        return pixels, pairs + [spell(pieces, rng) for _ in range(spelled)]

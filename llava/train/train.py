@@ -33,7 +33,7 @@ from llava.model.checkpoint import resolve_checkpoint
 from llava.model.language_model.query_encoder import encoder_from_identity
 from llava.model.language_model.slot_file import SlotFile, read_slot_file
 from llava.model.tower_features import tower_features
-from llava.train.arguments import DataArguments, TrainingArguments, parse_arguments, translate
+from llava.train.arguments import DataArguments, ModelArguments, TrainingArguments, parse_arguments, translate
 from llava.train.deepspeed_config import check_deepspeed_config, prepare_cpu_deepspeed
 from llava.train.llava_trainer import LLaVATrainer, last_complete_checkpoint, trainable_state
 from llava.train.lora import add_lora, base_options, lora_settings, save_lora, slots_count_as_adapters
@@ -48,6 +48,8 @@ RECORDED = (
     "lr_scheduler_type",
     "warmup_steps",
     "weight_decay",
+    "adam_beta1",
+    "adam_beta2",
     "max_grad_norm",
     "bf16",
     "fp16",
@@ -74,7 +76,7 @@ def train(attn_implementation: str | None = None) -> None:
     files = [data_args.data_path] if data_args.data_path else method.training_files(sequence, data_args.task)
     rows = read_training_rows(files, sequence)
     held_out_rows = read_training_rows([data_args.eval_data_path], sequence) if data_args.eval_data_path else None
-    run = describe_run(data_args, sequence, args, merged, previous, files)
+    run = describe_run(model_args, data_args, sequence, args, merged, previous, files)
     if finished_stage(stage, run):
         rank0_print(f"{stage} is finished already; skipped")
         return
@@ -150,6 +152,7 @@ def base_dtype(args: TrainingArguments) -> torch.dtype:
 
 
 def describe_run(
+    model_args: ModelArguments,
     data_args: DataArguments,
     sequence: TaskSequence,
     args: TrainingArguments,
@@ -166,6 +169,8 @@ def describe_run(
         "keys": file_sha256(args.retriever_state_dict)[:16],
         "base": merged.base.get("fingerprint"),
         "answer_style": sequence.answer_style,
+        "version": model_args.version,
+        "image_aspect_ratio": data_args.image_aspect_ratio,
         "earlier_tasks": {task.name: task.checksum() for task in previous.tasks} if previous else {},
         **{name: getattr(args, name) for name in RECORDED},
         **lora_settings(args),

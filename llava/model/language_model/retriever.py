@@ -268,8 +268,8 @@ class Retriever(nn.Module):
         allowed = self.layout().allowed
         if len(allowed) < self.settings.top_k:
             raise ValueError(f"top_k is {self.settings.top_k}, but only {len(allowed)} slots may be selected")
-        for task in set(tasks or ()) & set(self.layout().allowed_tasks):
-            if self.block(task).count < self.settings.top_k:
+        for task in set(tasks or ()):
+            if task in self.layout().allowed_tasks and self.block(task).count < self.settings.top_k:
                 raise ValueError(
                     f"top_k is {self.settings.top_k}, but task {task!r} has {self.block(task).count} slots"
                 )
