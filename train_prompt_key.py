@@ -30,7 +30,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--router", default="gaussian", help="keys, gaussian, ridge, uniform, random or batch_vote")
     parser.add_argument("--groups", type=int, default=4, help="groups a key is split into")
     parser.add_argument("--top_k", type=int, default=4, help="slots selected for each question")
-    parser.add_argument("--rank", type=int, default=int(os.environ.get("RANK_PER_SLOT", 8)), help="rank of a slot")
+    parser.add_argument("--rank", type=int, default=8, help="rank of a slot")
     parser.add_argument("--tau", type=float, default=0.1, help="temperature of the slot weights")
     parser.add_argument("--scale", type=float, default=1.0, help="factor on every weight offset")
     parser.add_argument("--image_weight", type=float, default=0.5, help="share of the picture in key similarity")

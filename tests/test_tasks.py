@@ -32,11 +32,11 @@ def printed(monkeypatch, capsys, *words):
     return capsys.readouterr().out.splitlines()
 
 
-@pytest.mark.parametrize("name", ["vqa-rad", "slake", "phantom"])
-def test_shipped_sequences_load_by_name_from_anywhere(name, tmp_path, monkeypatch):
+@pytest.mark.parametrize("name, slots", [("vqa-rad", 8), ("vqa-rad-tiny", 128), ("slake", 8), ("phantom", 8)])
+def test_shipped_sequences_load_by_name_from_anywhere(name, slots, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     sequence = load_sequence(name)
-    assert sequence.name == name and len(sequence.tasks) == 3 and sequence.slots_per_task == 8
+    assert sequence.name == name and len(sequence.tasks) == 3 and sequence.slots_per_task == slots
     assert load_sequence(ROOT / "scripts" / "tasks" / f"{name}.json") == sequence
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from tiny_world import RANK, SLOTS, refusal, same, write_sequence
 
 from llava.data.rows import write_jsonl
@@ -20,6 +21,7 @@ from llava.train.llava_trainer import COMPLETE, LLaVATrainer, last_complete_chec
 from llava.utils import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
+LORA = ("--lora_enable", "True", "--lora_r", 2, "--lora_alpha", 4, "--lora_dropout", 0)
 EACH_STEP = ("--save_strategy", "steps", "--save_steps", "1", "--max_steps", "5")
 
 
@@ -357,20 +359,21 @@ from tiny_world import World
 world = World(*map(Path, {world!r}))
 words = (*test_train.EACH_STEP, "--deepspeed", {config!r})
 
-def run(folder, kill=None):
+def run(folder, kill=None, more=()):
     def task():
         if kill:
             test_train.kill_while_saving_step(kill)
-        world.train("abd", Path({folder!r}) / folder / "llava-tiny_abd", None, *words)
+        world.train("abd", Path({folder!r}) / folder / "llava-tiny_abd", None, *words, *more)
     return test_train.in_a_process_of_its_own(task)
 
-print("STATUS", run("undisturbed"), run("killed", 3), run("killed"))
+print("STATUS", run("undisturbed"), run("killed", 3), run("killed"), run("lora", more=test_train.LORA))
 """
 
 
 @pytest.fixture(scope="module")
 def zero3(world, tmp_path_factory):
-    """An undisturbed run and a killed and resumed one under ZeRO-3 on the CPU, in a process that starts DeepSpeed."""
+    """Under ZeRO-3 on the CPU, in a process that starts DeepSpeed: an undisturbed run, a killed and resumed one, and
+    one with a LoRA."""
     pytest.importorskip("deepspeed")
     folder = tmp_path_factory.mktemp("zero3")
     places = [str(getattr(world, name)) for name in ("folder", "base", "sequence", "keys")]
@@ -381,7 +384,7 @@ def zero3(world, tmp_path_factory):
         environment.pop(name, None)
     command = [sys.executable, str(folder / "driver.py")]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400)
-    assert f"STATUS 0 {-signal.SIGKILL} 0" in done.stdout, done.stdout[-3000:] + done.stderr[-3000:]
+    assert f"STATUS 0 {-signal.SIGKILL} 0 0" in done.stdout, done.stdout[-3000:] + done.stderr[-3000:]
     assert "going on from" in done.stdout and "checkpoint-2" in done.stdout
     return folder
 
@@ -396,3 +399,14 @@ def test_zero3_trains_what_plain_training_does(zero3, stage):
     for kind in ("A", "B"):
         one, other = getattr(sharded.tasks[0], kind)["o_proj"], getattr(plain.tasks[0], kind)["o_proj"]
         assert (one - other).norm() / other.norm() < 0.02
+
+
+def test_zero3_trains_a_lora_beside_the_slots_as_plain_training_does(zero3, world, tmp_path):
+    world.train("abd", tmp_path / "llava-tiny_abd", None, *EACH_STEP, *LORA)
+    places = [folder / "llava-tiny_abd" for folder in (zero3 / "lora", tmp_path)]
+    sharded, plain = (load_file(place / "adapter_model.safetensors") for place in places)
+    assert sharded.keys() == plain.keys() and any(value.abs().sum() > 0 for value in plain.values())
+    for name, value in plain.items():
+        assert (sharded[name] - value).norm() <= 0.02 * value.norm(), name
+    one, other = (read_slot_file(place / "slots.pth").tasks[0] for place in places)
+    assert (one.A["o_proj"] - other.A["o_proj"]).norm() / other.A["o_proj"].norm() < 0.02

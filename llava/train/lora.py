@@ -61,7 +61,9 @@ def add_lora(model: nn.Module, args: TrainingArguments, previous: Path | None, b
             task_type="CAUSAL_LM",
             base_model_name_or_path=base,
         )
-        get_peft_model(model, config)
+        with torch.random.fork_rng():  # the same start with and without DeepSpeed, which draws numbers of its own
+            torch.manual_seed(args.seed)
+            get_peft_model(model, config)
     count = sum(value.numel() for name, value in model.named_parameters() if ".lora_" in name)
     rank0_print(f"LoRA: {count:,} weights train beside the slots; they are shared by all tasks, so tasks can forget")
     return config
