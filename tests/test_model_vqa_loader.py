@@ -90,6 +90,15 @@ def test_the_batch_size_changes_no_answer_and_no_route(place, tmp_path):
     assert essence(run(place, tmp_path / "9.jsonl", "--batch-size", 9, "--num-workers", 1)) == single
 
 
+@pytest.mark.parametrize("attention, said", [("eager", ""), ("flash_attention_2", "using SDPA instead")])
+def test_attention_can_be_chosen_and_falls_back_with_a_message(place, tmp_path, capsys, attention, said):
+    plain = run(place, tmp_path / "plain.jsonl")
+    capsys.readouterr()
+    chosen = run(place, tmp_path / "chosen.jsonl", "--attn_implementation", attention)
+    assert said in capsys.readouterr().out
+    assert [answer["text"] for answer in chosen] == [answer["text"] for answer in plain]
+
+
 def test_the_base_alone_answers_without_a_route(place, tmp_path):
     base = run(place, tmp_path / "base.jsonl", stage=False)
     mixed = run(

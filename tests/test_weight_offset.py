@@ -347,3 +347,19 @@ def test_a_question_is_needed_where_the_route_depends_on_it():
         model.generate(torch.ones(1, 3).long(), max_new_tokens=1)
     with pytest.raises(ValueError, match="builds inputs_embeds itself"):
         model.generate(inputs_embeds=torch.zeros(1, 3, HIDDEN))
+
+
+@pytest.mark.parametrize("targets", [("o_proj",), TARGETS])
+def test_a_compiled_model_gives_the_same_logits_for_every_route(targets):
+    """With routes that differ from call to call; the graphs are traced, not code-generated, which needs a compiler."""
+    model = make_model(targets)
+    compiled = torch.compile(model, backend="aot_eager")
+    for _ in range(2):
+        ids, query = torch.randint(3, VOCABULARY, (3, 6)), torch.randn(3, 8)
+        with torch.no_grad():
+            expected = model(input_ids=ids, text_query=query).logits
+            without = model(input_ids=ids).logits
+            found = compiled(input_ids=ids, text_query=query).logits
+        assert torch.allclose(found, expected, atol=1e-5)
+        assert not torch.allclose(found, without, atol=1e-2)
+    torch.compiler.reset()

@@ -23,6 +23,7 @@ from typing import Any
 import llava
 from llava.data.rows import Row, read_rows
 from llava.eval.answer_file import answer_row, append, appending, batches, chunk_range, model_fingerprint, run_id
+from llava.eval.loading_flags import add_loading_flags
 from llava.mm_utils import get_model_name_from_path
 from llava.utils import UserError, file_sha256, run_cli
 
@@ -49,9 +50,7 @@ def parse_arguments(argv: Sequence[str] | None = None, **defaults: Any) -> argpa
     parser.add_argument("--max_new_tokens", "--max-new-tokens", type=int, default=128)
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--num-workers", type=int, default=0, help="processes that read images ahead")
-    parser.add_argument("--device", help="cuda or cpu (default: cuda where there is one)")
-    parser.add_argument("--load-8bit", action="store_true")
-    parser.add_argument("--load-4bit", action="store_true")
+    add_loading_flags(parser)
     parser.add_argument("--task-id", help="route every question to this task's slots")
     parser.add_argument("--route", help=f"router to use; {ORACLE!r}: the row's own domain, {NO_ROUTE!r}: no slots")
     parser.add_argument(
@@ -101,7 +100,7 @@ def run_settings(arguments: argparse.Namespace) -> dict[str, Any]:
     """Everything that decides the answers of a chunk set; equal settings mean equal answers."""
     names = "conv_mode answer_suffix num_chunks temperature top_p num_beams max_new_tokens batch_size seed".split()
     names += ["load_8bit", "load_4bit", "task_id", "route"]
-    names += ["refuse_unknown"] if vars(arguments).get("refuse_unknown") else []
+    names += [name for name in ("refuse_unknown", "attn_implementation") if vars(arguments).get(name)]
     return {
         "version": llava.__version__,
         "model": model_fingerprint(arguments.model_path),
@@ -207,6 +206,7 @@ class Speaker:
             load_8bit=arguments.load_8bit,
             load_4bit=arguments.load_4bit,
             device=device,
+            attn_implementation=arguments.attn_implementation,
         )
         if not hasattr(model, "get_vision_tower"):
             raise UserError(f"{arguments.model_path} is a plain language model, not a LLaVA checkpoint")

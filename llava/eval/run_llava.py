@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from llava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_PLACEHOLDER
+from llava.eval.loading_flags import add_loading_flags
 from llava.utils import UserError, quiet_libraries, run_cli
 
 URL_TIMEOUT = 30  # seconds
@@ -37,9 +38,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--top_p", "--top-p", type=float)
     parser.add_argument("--num_beams", "--num-beams", type=int, default=1)
     parser.add_argument("--max_new_tokens", "--max-new-tokens", type=int, default=512)
-    parser.add_argument("--device", help="cuda or cpu (default: cuda where there is one)")
-    parser.add_argument("--load-8bit", action="store_true")
-    parser.add_argument("--load-4bit", action="store_true")
+    add_loading_flags(parser)
     parser.add_argument("--task-id", help="route the question to this task's slots")
     parser.add_argument("--route", help="router to use; 'none' answers with the base model")
     return parser

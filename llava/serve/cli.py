@@ -12,6 +12,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from llava.eval.loading_flags import add_loading_flags
 from llava.utils import quiet_libraries, run_cli
 
 
@@ -21,13 +22,11 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--model-path", required=True, help="checkpoint folder or hub id")
     parser.add_argument("--model-base", help="base model that a light checkpoint is applied to")
     parser.add_argument("--image-file", required=True, help="file or URL")
-    parser.add_argument("--device", help="cuda or cpu (default: cuda where there is one)")
     parser.add_argument("--conv-mode", help="conversation template (default: the checkpoint's own)")
     parser.add_argument("--temperature", type=float, default=0.2, help="0 is greedy (default %(default)s)")
     parser.add_argument("--top_p", "--top-p", type=float)
     parser.add_argument("--max-new-tokens", "--max_new_tokens", type=int, default=512)
-    parser.add_argument("--load-8bit", action="store_true")
-    parser.add_argument("--load-4bit", action="store_true")
+    add_loading_flags(parser)
     parser.add_argument("--task-id", help="route every question to this task's slots")
     parser.add_argument("--route", help="router to use; 'none' answers with the base model")
     parser.add_argument("--debug", action="store_true", help="show prompt and route")
