@@ -44,7 +44,7 @@ class Query:
         """``sqrt(2 / m) cos(W joint + b)``, ``[batch, m]``: their inner products approach a Gaussian kernel's."""
         joint = self.joint()
         weight, bias = _random_waves(joint.shape[-1])
-        waves = row_products(joint, weight.to(joint.device)) + bias.to(joint.device)
+        waves = row_products(joint.float(), weight.to(joint.device)).double() + bias.to(joint.device)
         return waves.cos() * (2 / RANDOM_FEATURES) ** 0.5
 
 
@@ -101,4 +101,4 @@ def _deal(dim: int) -> tuple[Tensor, Tensor]:
 def _random_waves(dim: int) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(dim)
     weight = torch.randn(RANDOM_FEATURES, dim, generator=generator, dtype=torch.float64) / BANDWIDTH
-    return weight, torch.rand(RANDOM_FEATURES, generator=generator, dtype=torch.float64) * 2 * torch.pi
+    return weight.float(), torch.rand(RANDOM_FEATURES, generator=generator, dtype=torch.float64) * 2 * torch.pi

@@ -141,7 +141,10 @@ class GaussianRouter(KeysRouter):
         self.fit(means, covariance, [s.count for s in stats])
         place = {task: index for index, task in enumerate(tasks)}
         device = self.slot_place.device
-        self.weight, self.bias = self.weight.contiguous().to(device), self.bias.to(device)
+        # What all tasks share cancels in the posterior. Without it single precision is exact enough, and a route reads
+        # half the memory, which is what it waits for in a large pool.
+        self.weight = (self.weight - self.weight.mean(0)).float().contiguous().to(device)
+        self.bias = self.bias.to(device)
         self.order = torch.tensor([place[task] for task in self.tasks], device=device)  # the pool's tasks by name
         self.slot_name = self.order[self.slot_place]  # [pool]
         by_name = self.slot_name.argsort(stable=True)
@@ -170,7 +173,7 @@ class GaussianRouter(KeysRouter):
         joint = self.features(query)
         if joint.shape[-1] != self.weight.shape[-1]:
             raise ValueError(f"query has {joint.shape[-1]} dimensions, the task statistics {self.weight.shape[-1]}")
-        return F.log_softmax(row_products(joint, self.weight) + self.bias, dim=-1)
+        return F.log_softmax(row_products(joint.float(), self.weight).double() + self.bias, dim=-1)
 
     def scores(self, query: Query) -> Tensor:
         by_key = super().scores(query)  # [batch, pool]
