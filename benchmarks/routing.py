@@ -33,14 +33,15 @@ def random_pool(tasks: int, router: str, text_dim: int, image_dim: int) -> Retri
     retriever, generator = Retriever(settings), torch.Generator().manual_seed(0)
     dim = Query(torch.zeros(1, text_dim), torch.zeros(1, image_dim)).joint().shape[1]
     scatter, waves = torch.eye(dim), torch.eye(1024)  # shared: a route reads only what is solved from their sums
-    extent = (torch.randn(64, dim) / dim**0.5, torch.ones(64), torch.tensor(1.0), torch.linspace(1, 50, 200))
+    seen = Query(image=torch.zeros(1, image_dim)).evidence().shape[1]
+    extent = (torch.randn(64, seen) / seen**0.5, torch.ones(64), torch.tensor(1.0), torch.linspace(1, 50, 200))
     for number in range(tasks):
         block = retriever.add_task(f"task{number:05d}", SLOTS)
         block.text_keys.normal_(generator=generator)
         block.image_keys.normal_(generator=generator)
         block.statistics = TaskStatistics(100, torch.randn(dim, generator=generator), scatter)
         block.feature_statistics = TaskStatistics(100, torch.randn(1024, generator=generator) / 32, waves)
-        block.extent, block.trained = TaskExtent(block.statistics.mean, *extent), True
+        block.extent, block.trained = TaskExtent(block.statistics.mean[-seen:], *extent), True
     retriever.changed()
     return retriever
 

@@ -83,7 +83,7 @@ def fit(queries: Queries, rows: list[Row], mode: str, kind: str) -> Retriever:
                 buffer.copy_(value)
         block.statistics = TaskStatistics.of(query.joint())
         block.feature_statistics = TaskStatistics.of(query.random_features())
-        block.extent = TaskExtent.of(query.joint(), [rows[place].image for place in mine])
+        block.extent = TaskExtent.of(query.evidence(), [rows[place].image for place in mine])
         block.trained = True
     retriever.changed()
     return retriever

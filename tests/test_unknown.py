@@ -126,6 +126,21 @@ def test_a_wrong_share_is_refused():
         RetrieverSettings(1, {}, unknown_share=1.5)
 
 
+def test_the_picture_decides_and_the_words_only_where_there_is_none():
+    text, image = torch.randn(3, 8), torch.randn(3, 6)
+    assert torch.equal(Query(text, image).evidence(), Query(image=image).joint())
+    assert torch.equal(Query(text=text).evidence(), Query(text=text).joint())
+    long = torch.randn(3, 1312)
+    assert torch.equal(Query(text, long).evidence(), Query(image=long).joint())
+    assert not torch.equal(Query(text, image).evidence(), Query(text, -image).evidence())
+
+
+def test_evidence_of_another_kind_is_refused_with_both_sizes():
+    extent = TaskExtent.of(torch.randn(30, 14), range(30))
+    with pytest.raises(ValueError, match="query has 6 dimensions, the task's extent 14"):
+        extent.distance(torch.randn(6))
+
+
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
     """The base, and a stage over it whose tasks are calibrated."""
@@ -135,11 +150,11 @@ def models(tmp_path_factory):
     slots = read_slot_file(stage / "slots.pth")
     for number, task in enumerate(slots.tasks):
         generator = torch.Generator().manual_seed(number)
-        text = torch.randn(HIDDEN, generator=generator) * 3 + torch.randn(60, HIDDEN, generator=generator)
-        image = torch.randn(60, VISION, generator=generator)
+        text = torch.randn(60, HIDDEN, generator=generator)
+        image = torch.randn(VISION, generator=generator) * 3 + torch.randn(60, VISION, generator=generator)
         task.statistics = TaskStatistics.of(Query(text, image).joint())
-        task.extent = TaskExtent.of(Query(text, image).joint(), range(60))
-        task.info["centre"] = text.mean(0).tolist()
+        task.extent = TaskExtent.of(Query(text, image).evidence(), range(60))
+        task.info["centre"] = image.mean(0).tolist()
     write_slot_file(stage / "slots.pth", slots)
     load = [(str(stage), str(base)), (str(base), None)]
     return [load_pretrained_model(*place, device="cpu")[1] for place in load], slots
@@ -148,14 +163,14 @@ def models(tmp_path_factory):
 def test_an_unknown_question_gets_the_base_models_logits_and_its_neighbours_do_not(models):
     (routed, plain), slots = models
     known = torch.tensor(slots.task("abd").info["centre"])
-    text_query = torch.stack([known, -known])
+    image_query = torch.stack([known, -known])
     ids = torch.tensor([[1, 20, -200, 30, 31], [1, 25, -200, 40, 41]])
     pixels = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
-        query = torch.randn(2, VISION, generator=torch.Generator().manual_seed(0))
-        route = routed.retriever.route(text_query, query)
+        query = torch.randn(2, HIDDEN, generator=torch.Generator().manual_seed(0))
+        route = routed.retriever.route(query, image_query)
         assert route.unknown.tolist() == [False, True]
-        with_slots = routed(ids, images=pixels, text_query=text_query, image_query=query).logits
+        with_slots = routed(ids, images=pixels, text_query=query, image_query=image_query).logits
         base = plain(ids, images=pixels).logits
     assert torch.equal(with_slots[1], base[1])
     assert not torch.allclose(with_slots[0], base[0])
@@ -175,7 +190,7 @@ def test_unknown_questions_are_answered_by_the_base_or_refused(tmp_path):
     stage = write_stage(tmp_path / "llava-stage", base)
     slots = read_slot_file(stage / "slots.pth")
     for task in slots.tasks:
-        task.extent = TaskExtent.of(torch.randn(30, HIDDEN + VISION), range(30))
+        task.extent = TaskExtent.of(torch.randn(30, VISION), range(30))
         task.extent.distances = torch.full((30,), 1e-6)  # so that nothing fits
     write_slot_file(stage / "slots.pth", slots)
     write_images(tmp_path / "images", ["a.png", "b.png"])

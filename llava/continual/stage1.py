@@ -93,7 +93,7 @@ def fit_task(
         statistics=TaskStatistics.of(Query(mine.text, mine.image).joint()),
         feature_statistics=_feature_statistics(mine) if options.router == "ridge" else None,
         extent=TaskExtent.of(
-            Query(queries.text, queries.image).joint(), [row.image or f"row {row.id}" for row in rows]
+            Query(queries.text, queries.image).evidence(), [row.image or f"row {row.id}" for row in rows]
         ),
         held_out=held_out if len(held) else None,
         info={

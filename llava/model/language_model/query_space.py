@@ -40,6 +40,14 @@ class Query:
         parts = [F.normalize(part.double(), dim=-1) for part in (self.text, self.image) if part is not None]
         return torch.cat([fold(part) for part in parts], dim=-1)
 
+    def evidence(self) -> Tensor:
+        """What shows whether a question fits a task at all, ``[batch, dim]`` float64: its picture, else its words.
+
+        The same words are asked about every organ and device; beside a picture they only blur the answer.
+        """
+        dim = self.joint().shape[-1] if self.image is None else min(self.image.shape[-1], MODALITY_DIM)
+        return self.joint()[:, -dim:]
+
     def random_features(self) -> Tensor:
         """``sqrt(2 / m) cos(W joint + b)``, ``[batch, m]``: their inner products approach a Gaussian kernel's."""
         joint = self.joint()

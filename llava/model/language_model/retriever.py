@@ -283,7 +283,7 @@ class Retriever(nn.Module):
         weights = best.softmax(-1) if self.settings.weighting == "softmax" else best / best.sum(-1, keepdim=True)
         novelty = None
         if (gate := self.unknown_gate()) is not None and router.judges_tasks:
-            novelty = gate.novelty(query.joint(), choice.posterior, router.tasks)
+            novelty = gate.novelty(query.evidence(), choice.posterior, router.tasks)
             weights = weights.masked_fill(novelty[:, None] > 1, 0)  # the offset is exactly zero: the base answers
         slots = allowed.to(choice.slots.device)[choice.slots]
         return Route(slots, weights.float(), choice.posterior, router.tasks, novelty)

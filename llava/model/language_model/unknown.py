@@ -1,6 +1,7 @@
 """Questions that fit no known task.
 
-A task's extent is a Gaussian about the mean of its own questions, with the leading directions of their covariance and
+What is looked at is a question's picture, or its words where the pool knows no pictures (``Query.evidence``). A task's
+extent is a Gaussian about the mean of its own questions, with the leading directions of their covariance and
 one variance for all others. A question's distance to the task is Mahalanobis' under it::
 
     d(q)^2 = sum_i (v_i . x)^2 / s_i + (|x|^2 - sum_i (v_i . x)^2) / s_rest,      x = q - mean
@@ -42,8 +43,8 @@ class TaskExtent:
     distances: Tensor
 
     @classmethod
-    def of(cls, joint: Tensor, pictures: Sequence[object], folds: int = 5) -> TaskExtent | None:
-        """Fit to ``[rows, dim]`` joint queries; ``None`` where all rows are about one picture.
+    def of(cls, evidence: Tensor, pictures: Sequence[object], folds: int = 5) -> TaskExtent | None:
+        """Fit to ``[rows, dim]`` evidence of queries; ``None`` where all rows are about one picture.
 
         Args:
             pictures: what each row is about. Rows of a picture are measured against those of other pictures.
@@ -57,18 +58,18 @@ class TaskExtent:
         fold = torch.tensor([fold_of[str(picture)] for picture in pictures])
         parts = []
         for number in range(folds):
-            others = cls._fit(joint[fold != number])
-            parts += [others.distance(row) for row in joint[fold == number]]
-        extent = cls._fit(joint)
+            others = cls._fit(evidence[fold != number])
+            parts += [others.distance(row) for row in evidence[fold == number]]
+        extent = cls._fit(evidence)
         extent.distances = torch.stack(parts).sort().values
         return extent
 
     @classmethod
-    def _fit(cls, joint: Tensor) -> TaskExtent:
-        joint = joint.double()
-        mean, dim = joint.mean(0), joint.shape[1]
-        centred = joint - mean
-        variances, directions = torch.linalg.eigh(centred.T @ centred / len(joint))  # ascending
+    def _fit(cls, evidence: Tensor) -> TaskExtent:
+        evidence = evidence.double()
+        mean, dim = evidence.mean(0), evidence.shape[1]
+        centred = evidence - mean
+        variances, directions = torch.linalg.eigh(centred.T @ centred / len(evidence))  # ascending
         level = variances.mean().clamp_min(1e-12)
         kept = min(DIRECTIONS, dim)
         rest = variances[: dim - kept].mean() if kept < dim else level
@@ -78,7 +79,12 @@ class TaskExtent:
         )
 
     def distance(self, row: Tensor) -> Tensor:
-        """Of one joint query ``[dim]``, a scalar."""
+        """Of one query's evidence ``[dim]``, a scalar. Raises ``ValueError`` for another dimension."""
+        if row.shape != self.mean.shape:
+            raise ValueError(
+                f"the query has {len(row)} dimensions, the task's extent {len(self.mean)}; fit the keys again "
+                "(train_prompt_key.py)"
+            )
         offset = row.float() - self.mean.to(row.device)
         along = (self.directions.to(row.device) @ offset).square()  # [m]
         beside = (offset.square().sum() - along.sum()).clamp_min(0)
@@ -101,15 +107,15 @@ class UnknownGate:
         self.extents = extents
         self.limits = {task: extent.limit(share) for task, extent in extents.items()}
 
-    def novelty(self, joint: Tensor, posterior: Tensor, tasks: list[str]) -> Tensor:
+    def novelty(self, evidence: Tensor, posterior: Tensor, tasks: list[str]) -> Tensor:
         """``[batch]``: smallest distance in units of the limit; above 1 the question is unknown.
 
         Args:
-            joint: ``[batch, dim]`` joint queries. posterior: ``[batch, tasks]`` of ``tasks``.
+            evidence: ``[batch, dim]`` of the queries. posterior: ``[batch, tasks]`` of ``tasks``.
         """
         likely = posterior.topk(min(CANDIDATES, len(tasks)), dim=-1).indices.tolist()
         rows = []
-        for row, candidates in zip(joint, likely, strict=True):
+        for row, candidates in zip(evidence, likely, strict=True):
             ratios = [self.extents[tasks[i]].distance(row) / self.limits[tasks[i]] for i in candidates]
             rows.append(torch.stack(ratios).min())
         return torch.stack(rows)
