@@ -90,6 +90,24 @@ def test_the_batch_size_changes_no_answer_and_no_route(place, tmp_path):
     assert essence(run(place, tmp_path / "9.jsonl", "--batch-size", 9, "--num-workers", 1)) == single
 
 
+def test_a_batch_of_sixteen_answers_as_one_by_one(place, tmp_path):
+    """Greedy answers and routes of 40 questions of many lengths, one of them without a picture."""
+    words = " ".join(QUESTIONS).split()
+    rows = []
+    for number in range(40):
+        question = " ".join(words[number % 5 : number % 5 + 2 + number % 13]) + f" {number}?"
+        image = None if number == 20 else f"{number % 4}.png"
+        rows.append(question_row(number, image, question, "yes", DOMAINS[number % 2], DOMAINS))
+    write_jsonl(tmp_path / "many.jsonl", rows)
+    single, together = (
+        run(place, tmp_path / f"{size}.jsonl", "--question-file", tmp_path / "many.jsonl", "--batch-size", size)
+        for size in (1, 16)
+    )
+    assert [a["text"] for a in together] == [a["text"] for a in single]
+    assert [a["metadata"]["route"]["slots"] for a in together] == [a["metadata"]["route"]["slots"] for a in single]
+    assert len({a["text"] for a in single}) > 10
+
+
 @pytest.mark.parametrize("attention, said", [("eager", ""), ("flash_attention_2", "using SDPA instead")])
 def test_attention_can_be_chosen_and_falls_back_with_a_message(place, tmp_path, capsys, attention, said):
     plain = run(place, tmp_path / "plain.jsonl")
