@@ -1,7 +1,7 @@
 """Train a tiny base model from scratch and write it in the LLaVA layout: a CPU, a few minutes, no download.
 
 It learns from generic phantoms that it draws itself (``llava.data.phantom_generic``), never from a task's pictures;
-with the medical recipe also from SLAKE's training rows and a radiology glossary, for use on VQA-RAD.
+with the medical recipe also from SLAKE's training and validation rows and a radiology glossary, for use on VQA-RAD.
 
 Examples::
 

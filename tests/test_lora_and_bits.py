@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tiny_llava import write_base
-from tiny_world import TASKS, World, fit, merge, same_slots, write_sequence
+from tiny_world import LORA, TASKS, World, fit, merge, same_slots, write_sequence
 
 from llava.mm_utils import tokenizer_image_token
 from llava.model.builder import load_pretrained_model
@@ -18,7 +18,6 @@ from llava.train.lora import base_options, decoder_linears
 from llava.utils import UserError
 
 QUESTION = "is there a lesion"
-LORA = ("--lora_enable", "True", "--lora_r", 2, "--lora_alpha", 4, "--lora_dropout", 0)
 
 
 def load(folder, base=None, **options):

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_world import RANK, SLOTS, refusal, same, write_sequence
+from tiny_world import LORA, RANK, SLOTS, refusal, same, write_sequence
 
 from llava.data.rows import write_jsonl
 from llava.model.language_model.slot_file import read_slot_file, write_slot_file
@@ -21,7 +21,6 @@ from llava.train.llava_trainer import COMPLETE, LLaVATrainer, last_complete_chec
 from llava.utils import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
-LORA = ("--lora_enable", "True", "--lora_r", 2, "--lora_alpha", 4, "--lora_dropout", 0)
 EACH_STEP = ("--save_strategy", "steps", "--save_steps", "1", "--max_steps", "5")
 
 
@@ -354,7 +353,7 @@ from pathlib import Path
 from llava.utils import quiet_libraries
 quiet_libraries()
 import test_train
-from tiny_world import World
+from tiny_world import LORA, World
 
 world = World(*map(Path, {world!r}))
 words = (*test_train.EACH_STEP, "--deepspeed", {config!r})
@@ -366,7 +365,7 @@ def run(folder, kill=None, more=()):
         world.train("abd", Path({folder!r}) / folder / "llava-tiny_abd", None, *words, *more)
     return test_train.in_a_process_of_its_own(task)
 
-print("STATUS", run("undisturbed"), run("killed", 3), run("killed"), run("lora", more=test_train.LORA))
+print("STATUS", run("undisturbed"), run("killed", 3), run("killed"), run("lora", more=LORA))
 """
 
 

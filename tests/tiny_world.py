@@ -20,6 +20,7 @@ from llava.utils import run_cli
 
 TASKS = ("abd", "chest", "head", "knee")
 SLOTS, TOP_K, RANK, PICTURES, ROWS = 2, 2, 2, 6, 12
+LORA = ("--lora_enable", "True", "--lora_r", 2, "--lora_alpha", 4, "--lora_dropout", 0)
 ASKED = ("is there a lesion", "what side", "where is the lesion in the image", "is the lung left")
 
 
