@@ -27,9 +27,10 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     quiet_libraries()
-    from llava.continual.stage1 import merge_key_files, routing_accuracy
+    from llava.continual.prompt_keys import routing_accuracy
     from llava.continual.tasks import load_sequence
-    from llava.model.language_model.slot_file import write_slot_file
+    from llava.slots.file import write_slot_file
+    from llava.slots.merge import merge_key_files
 
     paths = [Path(path) for path in args.key_files]
     if not paths:

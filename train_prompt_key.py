@@ -52,10 +52,10 @@ def main() -> None:
     quiet_libraries()
     import torch  # after parsing, so that --help and bad flags answer at once
 
+    from llava.continual.prompt_keys import KeyOptions, fit_task
     from llava.continual.queries import default_base
-    from llava.continual.stage1 import KeyOptions, fit_task
     from llava.continual.tasks import load_sequence
-    from llava.model.language_model.slot_file import write_slot_file
+    from llava.slots.file import write_slot_file
 
     if not 0 <= args.held_out < 1:
         raise UserError(f"--held_out is {args.held_out}; give a share of 0 or more and below 1")
@@ -96,7 +96,8 @@ def report(slots, fitted, save_path: Path) -> None:
 
 
 def _routing_beside(slots, save_path: Path) -> str:
-    from llava.continual.stage1 import merge_key_files, routing_accuracy
+    from llava.continual.prompt_keys import routing_accuracy
+    from llava.slots.merge import merge_key_files
 
     task = slots.tasks[0].name
     others = []

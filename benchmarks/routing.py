@@ -19,10 +19,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from llava.model.language_model.retriever import Retriever  # noqa: E402
-from llava.model.language_model.retriever_settings import RetrieverSettings  # noqa: E402
-from llava.model.language_model.router import Query, TaskStatistics  # noqa: E402
-from llava.model.language_model.unknown import TaskExtent  # noqa: E402
+from llava.slots.pool import Retriever  # noqa: E402
+from llava.slots.routers import Query, TaskStatistics  # noqa: E402
+from llava.slots.settings import RetrieverSettings  # noqa: E402
+from llava.slots.unknown import TaskExtent  # noqa: E402
 
 SLOTS = 8
 

@@ -24,15 +24,16 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from llava.continual.keys import fit_keys, seed_of  # noqa: E402
-from llava.continual.queries import Queries, compute_queries, default_base  # noqa: E402
+from llava.checkpoints.weights import resolve_checkpoint  # noqa: E402
+from llava.continual.queries import compute_queries, default_base  # noqa: E402
 from llava.data.rows import Row, read_rows  # noqa: E402
 from llava.eval.route_scores import auroc, wilson  # noqa: E402
-from llava.model.checkpoint import resolve_checkpoint  # noqa: E402
-from llava.model.language_model.retriever import Retriever, Route  # noqa: E402
-from llava.model.language_model.retriever_settings import RetrieverSettings  # noqa: E402
-from llava.model.language_model.router import Query, TaskStatistics  # noqa: E402
-from llava.model.language_model.unknown import TaskExtent  # noqa: E402
+from llava.slots.fit import fit_keys, seed_of  # noqa: E402
+from llava.slots.pool import Retriever, Route  # noqa: E402
+from llava.slots.queries import Queries  # noqa: E402
+from llava.slots.routers import Query, TaskStatistics  # noqa: E402
+from llava.slots.settings import RetrieverSettings  # noqa: E402
+from llava.slots.unknown import TaskExtent  # noqa: E402
 
 ROUTERS = ("gaussian", "ridge", "keys")
 KINDS = (("text+image", "tower+picture"), ("image", "tower+picture"), ("image", "picture"), ("image", "tower"))

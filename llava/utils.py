@@ -1,4 +1,4 @@
-"""What every command line of the project shares: errors a user can act on, atomic files, fingerprints, logging.
+"""What every command line of the project shares: errors a user can act on, who speaks, logging.
 
 ``UserError`` is the one exception for bad input. ``run_cli`` turns it (and the operating system's "disk full" and
 "permission denied") into one line on standard error and a non-zero exit code; anything else is a bug and keeps its
@@ -7,17 +7,13 @@ traceback.
 
 from __future__ import annotations
 
-import contextlib
 import errno
-import hashlib
 import logging
 import os
 import sys
-import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import IO, Any
 
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
@@ -35,8 +31,6 @@ _SYSTEM_ERRORS = {
     errno.ENOTDIR: "a file stands where a folder is needed; choose another place, or move it away",
     errno.EISDIR: "a folder stands where a file is needed; choose another place, or move it away",
 }
-
-_HIDDEN_FULL_DISK = ("PytorchStreamWriter failed", "iostream error", "No space left on device")
 
 
 class UserError(ValueError):
@@ -66,57 +60,6 @@ def run_cli(main: Callable[[], int | None]) -> None:
         print("interrupted; run the same command again to go on", file=sys.stderr)
         code = EXIT_INTERRUPTED
     sys.exit(code or 0)
-
-
-@contextlib.contextmanager
-def atomic_write(path: str | os.PathLike, mode: str = "w") -> Iterator[IO[Any]]:
-    """Open a temporary file beside ``path`` that replaces it only when the block ends without an error.
-
-    A killed or failed writer leaves the old file as it was. Missing parent folders are made.
-    """
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    encoding = None if "b" in mode else "utf-8"
-    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp")
-    try:
-        with os.fdopen(handle, mode, encoding=encoding) as stream:
-            yield stream
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, target)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)
-        raise
-
-
-@contextlib.contextmanager
-def full_disk_named(place: str | os.PathLike) -> Iterator[None]:
-    """Turn the errors by which torch, safetensors and tokenizers hide a full disk into the system's own ``OSError``."""
-    try:
-        yield
-    except OSError:
-        raise
-    except Exception as error:
-        if not any(mark in str(error) for mark in _HIDDEN_FULL_DISK):
-            raise
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(place)) from error
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-def file_sha256(path: str | os.PathLike) -> str:
-    """Hex SHA-256 of a file's bytes."""
-    with open(path, "rb") as stream:
-        digest = hashlib.sha256()
-        while chunk := stream.read(1 << 20):
-            digest.update(chunk)
-        return digest.hexdigest()
 
 
 def require_file(path: str | os.PathLike, what: str, mend: str) -> Path:

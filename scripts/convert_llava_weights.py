@@ -23,7 +23,7 @@ def main() -> None:
     parser.add_argument("--target", required=True, help="new folder")
     arguments = parser.parse_args()
     quiet_libraries()
-    from llava.model.checkpoint import resolve_checkpoint
+    from llava.checkpoints.weights import resolve_checkpoint
     from llava.model.convert import convert
 
     convert(resolve_checkpoint(arguments.source), Path(arguments.target), arguments.direction)

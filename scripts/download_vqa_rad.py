@@ -26,7 +26,8 @@ from llava.data.raw.download import Unreachable, fetch, pictures_sha256, unpack_
 from llava.data.raw.example import Report
 from llava.data.raw.vqa_rad import DOMAINS, FILE_NAMES, read_vqa_rad
 from llava.data.rows import json_values
-from llava.utils import UserError, atomic_write, file_sha256, run_cli
+from llava.files import atomic_write, file_sha256
+from llava.utils import UserError, run_cli
 
 # Everything that lies elsewhere. OSF project 89kps; OSF makes the zip of the image folder anew for each request, so
 # its own checksum changes, and the pictures are checked instead (see pictures_sha256).

@@ -13,7 +13,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from llava.utils import UserError, atomic_write, quiet_libraries, run_cli
+from llava.files import atomic_write
+from llava.utils import UserError, quiet_libraries, run_cli
 
 
 def main() -> None:
@@ -25,9 +26,10 @@ def main() -> None:
     quiet_libraries()
     import torch
 
-    from llava.model.checkpoint import read_tensors, resolve_checkpoint, tensor_files
-    from llava.model.hf_layout import TO_LLAVA, renamed
-    from llava.model.layouts import PROJECTOR_PREFIX, llava_config
+    from llava.checkpoints.hf_layout import TO_LLAVA, renamed
+    from llava.checkpoints.kinds import PROJECTOR_PREFIX
+    from llava.checkpoints.weights import read_tensors, resolve_checkpoint, tensor_files
+    from llava.model.configs import llava_config
 
     folder, output = resolve_checkpoint(arguments.model_path), Path(arguments.output)
     names = {key: renamed(key, TO_LLAVA) for key in tensor_files(folder)}

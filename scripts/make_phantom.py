@@ -21,10 +21,11 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from llava.data.phantom import PhantomConfig, make_phantom, png_bytes
-from llava.data.phantom_domains import DOMAINS
 from llava.data.rows import Row, read_rows
-from llava.utils import atomic_write, run_cli
+from llava.files import atomic_write
+from llava.toy.phantom import PhantomConfig, make_phantom, png_bytes
+from llava.toy.phantom_domains import DOMAINS
+from llava.utils import run_cli
 
 _ZOOM = 3
 _LINES = 2

@@ -1,6 +1,6 @@
 """Train a tiny base model from scratch and write it in the LLaVA layout: a CPU, a few minutes, no download.
 
-It learns from generic phantoms that it draws itself (``llava.data.phantom_generic``), never from a task's pictures;
+It learns from generic phantoms that it draws itself (``llava.toy.phantom_generic``), never from a task's pictures;
 with the medical recipe also from SLAKE's training and validation rows and a radiology glossary, for use on VQA-RAD.
 
 Examples::
@@ -26,9 +26,10 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from llava.data.phantom_talk import make_dialects
-from llava.train.medical_base import MEDICAL, MedicalCorpus
-from llava.train.tiny_base import (
+from llava.files import atomic_write
+from llava.toy.medical_base import MEDICAL, MedicalCorpus
+from llava.toy.phantom_talk import make_dialects
+from llava.toy.tiny_base import (
     PIXEL_MEAN,
     PIXEL_STD,
     TinyBaseConfig,
@@ -42,8 +43,8 @@ from llava.train.tiny_base import (
     tower_loss,
     train_tokenizer,
 )
-from llava.train.tiny_tower import TowerTrainer, draw_pictures, tower_accuracy
-from llava.utils import UserError, atomic_write, run_cli
+from llava.toy.tiny_tower import TowerTrainer, draw_pictures, tower_accuracy
+from llava.utils import UserError, run_cli
 
 RECIPES = {"phantom": TinyBaseConfig(), "medical": MEDICAL}
 DECIDED = ("recipe", "real_pictures")

@@ -2,7 +2,7 @@
 # Sets up an environment where there is none and runs the tests. Arguments go to pytest:
 #     bash scripts/test.sh                       everything
 #     bash scripts/test.sh -m "not slow"         without the long ones
-#     bash scripts/test.sh tests/test_labels.py
+#     bash scripts/test.sh tests/data/test_labels.py
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/setup_env.sh

@@ -14,14 +14,14 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from tiny_world import ASKED, TASKS, fit, merge, same, same_slots, write_sequence
 
-from llava.continual.slot_life import merge as merge_slots
-from llava.continual.slot_life import remove as remove_tasks
 from llava.data.labels import prompt_ids
 from llava.data.rows import read_rows
 from llava.image_io import load_image
 from llava.mm_utils import process_images
 from llava.model.builder import attach_slots, load_pretrained_model
-from llava.model.language_model.slot_file import SlotFile, read_slot_file, write_slot_file
+from llava.slots.edit import merge as merge_slots
+from llava.slots.edit import remove as remove_tasks
+from llava.slots.file import SlotFile, read_slot_file, write_slot_file
 
 ORDERS = list(itertools.permutations(TASKS))
 NEW_TOKENS = 6

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 from tiny_llava import write_base, write_images
 
-from llava.data.phantom import PhantomConfig, make_phantom
 from llava.data.rows import read_answers, read_rows
 from llava.eval import model_vqa_loader
-from llava.model.language_model.slot_file import read_slot_file
+from llava.slots.file import read_slot_file
+from llava.toy.phantom import PhantomConfig, make_phantom
 
 ROOT = Path(__file__).resolve().parents[1]
 TASKS = ("abd", "chest", "head")

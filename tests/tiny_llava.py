@@ -5,13 +5,13 @@ from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import CLIPImageProcessorPil, CLIPVisionConfig, PreTrainedTokenizerFast
 
-from llava.model.checkpoint import fingerprint
+from llava.checkpoints.weights import fingerprint
 from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
 from llava.model.language_model.llava_mistral import LlavaMistralConfig, LlavaMistralForCausalLM
-from llava.model.language_model.query_encoder import BaseEmbeddingEncoder
-from llava.model.language_model.retriever import RetrieverSettings
-from llava.model.language_model.router import TaskStatistics
-from llava.model.language_model.slot_file import SlotFile, TaskSlots, write_slot_file
+from llava.slots.encoders import BaseEmbeddingEncoder
+from llava.slots.file import SlotFile, TaskSlots, write_slot_file
+from llava.slots.pool import RetrieverSettings
+from llava.slots.routers import TaskStatistics
 
 HIDDEN, LAYERS, PIXELS, VISION = 32, 2, 16, 16
 GROUPS, SLOTS, RANK = 4, 4, 2

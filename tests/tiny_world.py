@@ -14,7 +14,7 @@ import torch
 from tiny_llava import write_base, write_images
 
 from llava.data.rows import question_row, write_jsonl
-from llava.model.language_model.slot_file import SlotFile, read_slot_file
+from llava.slots.file import SlotFile, read_slot_file
 from llava.train import train as train_module
 from llava.utils import run_cli
 

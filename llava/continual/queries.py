@@ -9,39 +9,24 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from llava.data.dataset import check_image_files
+from llava.checkpoints.weights import fingerprint
 from llava.data.rows import Row
-from llava.model.builder import llava_config
-from llava.model.checkpoint import fingerprint
-from llava.model.language_model.query_encoder import TextEncoder, load_text_encoder
-from llava.model.picture_query import image_queries, image_query_dim
-from llava.model.tower_features import tower_features
-from llava.utils import UserError, atomic_write, is_main_process, rank0_print
+from llava.data.samples import check_image_files
+from llava.files import atomic_write
+from llava.model.configs import llava_config
+from llava.model.vision.features import tower_features
+from llava.slots.encoders import TextEncoder, load_text_encoder
+from llava.slots.picture_query import image_queries, image_query_dim
+from llava.slots.queries import Queries
+from llava.utils import UserError, is_main_process, rank0_print
 
 DEFAULT_CACHE = "output/cache/queries"
-
-
-@dataclass
-class Queries:
-    """Queries of some rows: ``text`` ``[rows, text_dim]`` and ``image`` ``[rows, image_dim]``, float32, or ``None``."""
-
-    text: Tensor | None
-    image: Tensor | None
-    encoder: dict  # identity of the text encoder; empty without one
-
-    def __len__(self) -> int:
-        return len(self.text if self.text is not None else self.image)
-
-    def select(self, rows: Tensor) -> Queries:
-        """The queries of some of the rows."""
-        return Queries(*(part if part is None else part[rows] for part in (self.text, self.image)), self.encoder)
 
 
 def compute_queries(
@@ -60,7 +45,7 @@ def compute_queries(
     Args:
         query_mode: ``text``, ``image`` or ``text+image``. text_encoder: see ``query_encoder``.
         cache_dir: where results are kept, keyed by base, encoder and rows; ``None`` keeps none.
-        image_query: what the image query is made of, see ``llava.model.picture_query``.
+        image_query: what the image query is made of, see ``llava.slots.picture_query``.
     """
     encoder = load_text_encoder(text_encoder, base) if "text" in query_mode else None
     if "image" in query_mode:

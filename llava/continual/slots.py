@@ -68,7 +68,7 @@ def main() -> None:
 
 
 def show_list(args) -> None:
-    from llava.continual.slot_life import read_slots
+    from llava.slots.edit import read_slots
 
     for place in args.places:
         slots = read_slots(place)
@@ -91,7 +91,7 @@ def show_list(args) -> None:
 
 
 def do_merge(args) -> None:
-    from llava.continual.slot_life import merge, write_slots
+    from llava.slots.edit import merge, write_slots
 
     slots = merge(args.places, args.pack)
     path = write_slots(slots, args.output, args.places, f"merge of {' '.join(Path(p).name for p in args.places)}")
@@ -99,7 +99,7 @@ def do_merge(args) -> None:
 
 
 def do_remove(args) -> None:
-    from llava.continual.slot_life import read_slots, remove, write_slots
+    from llava.slots.edit import read_slots, remove, write_slots
 
     slots = remove(read_slots(args.place), args.tasks)
     path = write_slots(slots, args.output or args.place, [args.place], f"removal of {' '.join(args.tasks)}")
@@ -107,7 +107,7 @@ def do_remove(args) -> None:
 
 
 def do_rename(args) -> None:
-    from llava.continual.slot_life import read_slots, rename, write_slots
+    from llava.slots.edit import read_slots, rename, write_slots
 
     slots = rename(read_slots(args.place), args.old, args.new)
     path = write_slots(slots, args.output or args.place, [args.place], f"renaming {args.old} to {args.new}")
@@ -115,8 +115,8 @@ def do_rename(args) -> None:
 
 
 def do_export(args) -> None:
-    from llava.continual.peft_export import export_peft
-    from llava.continual.slot_life import read_slots
+    from llava.slots.edit import read_slots
+    from llava.slots.peft_export import export_peft
 
     mixture = export_peft(read_slots(args.place), args.task, args.output, args.weights)
     parts = ", ".join(f"{weight:.4f} of slot {slot}" for slot, weight in mixture.items())
@@ -124,10 +124,10 @@ def do_export(args) -> None:
 
 
 def do_import(args) -> None:
-    from llava.continual.prototype_import import import_prototype
-    from llava.continual.slot_life import write_slots
-    from llava.continual.tasks import check_task_name
-    from llava.model.checkpoint import resolve_checkpoint
+    from llava.checkpoints.weights import resolve_checkpoint
+    from llava.slots.edit import write_slots
+    from llava.slots.prototype import import_prototype
+    from llava.slots.settings import check_task_name
 
     for name in args.tasks:
         check_task_name(name)
@@ -145,8 +145,8 @@ def do_import(args) -> None:
 
 
 def do_verify(args) -> None:
-    from llava.continual.slot_life import read_slots, verify
-    from llava.model.checkpoint import resolve_checkpoint
+    from llava.checkpoints.weights import resolve_checkpoint
+    from llava.slots.edit import read_slots, verify
 
     slots = read_slots(args.place)
     recorded = slots.base.get("path")

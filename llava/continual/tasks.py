@@ -24,11 +24,11 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from llava.slots.settings import check_task_name
 from llava.utils import UserError, require_file, run_cli
 
 ANSWER_STYLES = ("as_is", "lower")
 SEQUENCE_FOLDER = Path(__file__).resolve().parents[2] / "scripts" / "tasks"
-_NAME = re.compile(r"[a-z0-9][a-z0-9_-]*")
 _DEFAULTED_VARIABLE = re.compile(r"\$\{(\w+):-([^}]*)\}")
 
 
@@ -125,12 +125,6 @@ def _validated(values: dict, path: Path) -> TaskSequence:
         answer_style=style,
         metrics=tuple(values.get("metrics", ())),
     )
-
-
-def check_task_name(name: str, where: str = "") -> None:
-    """``UserError`` if ``name`` cannot be a task's name; ``where`` goes in front of the message."""
-    if not _NAME.fullmatch(name):
-        raise UserError(f"{where}task name {name!r}: use lower-case letters, digits, '-' and '_' only")
 
 
 def _expand(text: str) -> str:

@@ -17,7 +17,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from llava.constants import DEFAULT_IMAGE_TOKEN
-from llava.utils import UserError, atomic_write, require_file
+from llava.files import atomic_write
+from llava.utils import UserError, require_file
 
 HUMAN, GPT = "human", "gpt"
 ANSWER_TYPES = ("OPEN", "CLOSED")

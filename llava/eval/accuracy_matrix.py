@@ -21,12 +21,13 @@ from typing import Any
 
 import numpy as np
 
-from llava.continual.metrics import FORMULAS, summary
+from llava.continual.matrix import FORMULAS, summary
 from llava.continual.tasks import load_sequence
-from llava.eval.bootstrap import DRAWS, SEED, interval, resample_weights
 from llava.eval.eval_video_qa import package_version
 from llava.eval.metrics import METRICS
-from llava.utils import UserError, atomic_write, file_sha256, require_file, run_cli
+from llava.eval.statistics import DRAWS, SEED, interval, resample_weights
+from llava.files import atomic_write, file_sha256
+from llava.utils import UserError, require_file, run_cli
 
 FORMAT_VERSION = 1
 MATRIX_NAME, PICTURE_NAME = "accuracy_matrix.json", "accuracy_matrix.png"

@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import IO, Any
 
 from llava.data.rows import Row, read_answers
-from llava.utils import UserError, file_sha256
+from llava.files import file_sha256
+from llava.utils import UserError
 
 RUN_LENGTH = 16
 HASHED_WHOLE = 64 << 20

@@ -23,10 +23,11 @@ from typing import Any
 
 import llava
 from llava.data.rows import Row, read_answers, read_rows, write_jsonl
-from llava.eval.bootstrap import DRAWS, SEED
 from llava.eval.metrics import METRICS, OVERALL, normalise, score
+from llava.eval.statistics import DRAWS, SEED
 from llava.eval.text_metrics import TextScorer
-from llava.utils import UserError, atomic_write, file_sha256, require_file, run_cli
+from llava.files import atomic_write, file_sha256
+from llava.utils import UserError, require_file, run_cli
 
 FORMAT_VERSION = 1
 SCORES_NAME = "scores.json"

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from llava.data.rows import Row
-from llava.eval.bootstrap import DRAWS, SEED, Statistic, figure, mean_statistic, missing_figure, resample_weights
+from llava.eval.statistics import DRAWS, SEED, Statistic, figure, mean_statistic, missing_figure, resample_weights
 from llava.eval.text_metrics import TextScorer
 from llava.utils import UserError
 

@@ -24,8 +24,9 @@ import llava
 from llava.data.rows import Row, read_rows
 from llava.eval.answer_file import answer_row, append, appending, batches, chunk_range, model_fingerprint, run_id
 from llava.eval.loading_flags import add_loading_flags
+from llava.files import file_sha256
 from llava.mm_utils import get_model_name_from_path
-from llava.utils import UserError, file_sha256, run_cli
+from llava.utils import UserError, run_cli
 
 CACHED_IMAGES = 512
 ORACLE, NO_ROUTE = "oracle", "none"
@@ -334,7 +335,7 @@ def choose_router(model: Any, route: str | None) -> None:
     Raises:
         UserError: an unknown router.
     """
-    from llava.model.language_model.router import ROUTERS
+    from llava.slots.routers import ROUTERS
 
     if route in (None, ORACLE):
         return

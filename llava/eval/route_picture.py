@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from llava.eval.route_scores import RoutedRows
-from llava.utils import atomic_write
+from llava.files import atomic_write
 
 
 def principal_plane(points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

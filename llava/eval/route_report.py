@@ -17,7 +17,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from llava.utils import UserError, atomic_write, quiet_libraries, run_cli
+from llava.files import atomic_write
+from llava.utils import UserError, quiet_libraries, run_cli
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -75,9 +76,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def load_retriever(place: str, model_base: str | None) -> tuple[Any, Path, Any]:
     """The pool, its base model's folder and the slot file. Where no task is trained (key files), all take part."""
-    from llava.continual.slot_life import read_slots
-    from llava.model.checkpoint import fingerprint, resolve_checkpoint
-    from llava.model.language_model.slot_file import retriever_from
+    from llava.checkpoints.weights import fingerprint, resolve_checkpoint
+    from llava.slots.edit import read_slots
+    from llava.slots.file import retriever_from
 
     slots = read_slots(place)
     name = model_base or slots.base.get("path")
@@ -96,8 +97,9 @@ def read_queries(arguments: argparse.Namespace, slots: Any, base: Path) -> tuple
     """Rows of the question file and of the unknown file, with their queries."""
     import torch
 
-    from llava.continual.queries import Queries, compute_queries
+    from llava.continual.queries import compute_queries
     from llava.data.rows import read_rows
+    from llava.slots.queries import Queries
 
     files = [(arguments.question_file, arguments.image_folder)]
     if arguments.unknown_file:
@@ -133,7 +135,7 @@ def read_queries(arguments: argparse.Namespace, slots: Any, base: Path) -> tuple
 def route_rows(retriever: Any, router: str, rows: Sequence, queries: Any) -> Any:
     """What ``router`` makes of the rows."""
     from llava.eval.route_scores import RoutedRows
-    from llava.model.language_model.router import ROUTERS
+    from llava.slots.routers import ROUTERS
 
     if router not in ROUTERS or router == "oracle":
         known = ", ".join(name for name in ROUTERS if name != "oracle")
@@ -156,7 +158,7 @@ def joint_points(retriever: Any, queries: Any) -> tuple[Any, Any]:
     """Queries ``[rows, dim]`` and keys ``[pool, dim]`` in the space of the closed-form routers."""
     import torch
 
-    from llava.model.language_model.router import Query
+    from llava.slots.routers import Query
 
     def flat(kind: str):
         keys = [getattr(retriever.block(task), f"{kind}_keys") for task in retriever.tasks]

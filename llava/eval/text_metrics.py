@@ -25,7 +25,7 @@ from pathlib import Path
 
 import numpy as np
 
-from llava.eval.bootstrap import Statistic, mean_statistic
+from llava.eval.statistics import Statistic, mean_statistic
 from llava.utils import UserError
 
 BLEU_ORDER = 4

@@ -18,8 +18,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from llava.model.checkpoint import load_bin
-from llava.model.layouts import ADAPTER_CONFIG, NON_LORA_FILE, PROJECTOR_FILE
+from llava.checkpoints.kinds import ADAPTER_CONFIG, NON_LORA_FILE, PROJECTOR_FILE
+from llava.checkpoints.weights import load_bin
 from llava.utils import UserError, rank0_print
 
 PEFT_PREFIX = "base_model.model."

@@ -9,24 +9,17 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
+from llava.checkpoints.hf_layout import TO_LLAVA as HF_TO_LLAVA
+from llava.checkpoints.kinds import ADAPTER_CONFIG, PROJECTOR_PREFIX, SLOTS_FILE, checkpoint_kind, language_family
+from llava.checkpoints.tokenizer import load_tokenizer
+from llava.checkpoints.weights import fingerprint, read_config, resolve_checkpoint, weight_files
 from llava.model.adapters import adapter_base, apply_adapter, load_extra_tensors
-from llava.model.checkpoint import fingerprint, read_config, resolve_checkpoint, weight_files
-from llava.model.hf_layout import TO_LLAVA as HF_TO_LLAVA
-from llava.model.language_model.query_encoder import encoder_from_identity
-from llava.model.language_model.slot_file import SlotFile, read_slot_file, retriever_from
-from llava.model.language_model.weight_offset import target_features
-from llava.model.layouts import (
-    ADAPTER_CONFIG,
-    FAMILIES,
-    PROJECTOR_PREFIX,
-    SLOTS_FILE,
-    checkpoint_kind,
-    language_family,
-    llava_config,
-    load_vision_tower,
-)
+from llava.model.configs import FAMILIES, llava_config
 from llava.model.multimodal_encoder.clip_encoder import shipped_image_processor
-from llava.model.tokenizer import load_tokenizer
+from llava.model.vision.features import load_vision_tower
+from llava.slots.encoders import encoder_from_identity
+from llava.slots.file import SlotFile, read_slot_file, retriever_from
+from llava.slots.offsets import target_features
 from llava.utils import UserError, rank0_print
 
 __all__ = ["SLOTS_FILE", "attach_slots", "load_base", "load_pretrained_model", "load_vision_tower", "llava_config"]

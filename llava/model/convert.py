@@ -16,13 +16,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from llava.checkpoints.hf_layout import TO_HF, TO_LLAVA, config_from_hf, config_to_hf, is_hf_layout, renamed
+from llava.checkpoints.kinds import TOWER_PREFIX
+from llava.checkpoints.tokenizer import load_tokenizer
+from llava.checkpoints.weights import load_bin, read_config, tensor_files, weight_files
 from llava.constants import DEFAULT_IMAGE_TOKEN
-from llava.model.checkpoint import load_bin, read_config, tensor_files, weight_files
-from llava.model.hf_layout import TO_HF, TO_LLAVA, config_from_hf, config_to_hf, is_hf_layout, renamed
-from llava.model.layouts import TOWER_PREFIX, llava_config
+from llava.files import atomic_write
+from llava.model.configs import llava_config
 from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower, shipped_image_processor
-from llava.model.tokenizer import load_tokenizer
-from llava.utils import UserError, atomic_write, rank0_print
+from llava.utils import UserError, rank0_print
 
 FROM_HF, TO_HF_DIRECTION = "from_hf", "to_hf"
 VOCABULARY_TENSORS = ("model.embed_tokens.weight", "lm_head.weight")

@@ -22,12 +22,12 @@ from llava.constants import (
     IGNORE_INDEX,
     IMAGE_TOKEN_INDEX,
 )
-from llava.model.image_features import merge_tiles, unpad_image
-from llava.model.language_model.retriever import Retriever, Route
-from llava.model.language_model.weight_offset import install_offset_hooks
 from llava.model.multimodal_encoder.builder import build_vision_tower
 from llava.model.multimodal_projector.builder import build_vision_projector, load_projector
-from llava.model.picture_query import image_queries
+from llava.model.vision.tiles import merge_tiles, unpad_image
+from llava.slots.offsets import install_offset_hooks
+from llava.slots.picture_query import image_queries
+from llava.slots.pool import Retriever, Route
 
 __all__ = ["LlavaMetaForCausalLM", "LlavaMetaModel", "unpad_image"]
 

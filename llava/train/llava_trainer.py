@@ -14,8 +14,9 @@ import torch
 from transformers import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from llava.files import atomic_write, full_disk_named
 from llava.train.deepspeed_config import checkpoint_world_size
-from llava.utils import UserError, atomic_write, full_disk_named
+from llava.utils import UserError
 
 COMPLETE = "complete"
 SLOTS_STATE = "trained_slots.pt"

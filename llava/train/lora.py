@@ -21,9 +21,9 @@ from peft import LoraConfig, PeftConfig, get_peft_model
 from safetensors.torch import save_file
 from torch import nn
 
+from llava.checkpoints.kinds import ADAPTER_CONFIG
 from llava.model.adapters import PEFT_PREFIX, apply_adapter
 from llava.model.builder import quantization_config
-from llava.model.layouts import ADAPTER_CONFIG
 from llava.train.arguments import TrainingArguments
 from llava.utils import UserError, rank0_print
 

@@ -19,25 +19,26 @@ import torch
 import transformers
 from accelerate.utils import set_seed
 
-from llava.continual.keys import seed_of
+from llava.checkpoints.weights import resolve_checkpoint
 from llava.continual.methods import load_method
 from llava.continual.queries import compute_image_queries
-from llava.continual.stage_checkpoint import check_same_run, finished_stage, read_stage_slots, write_stage
+from llava.continual.run import check_same_run, finished_stage, read_stage_slots, write_stage
 from llava.continual.tasks import TaskSequence, load_sequence
 from llava.conversation import conv_mode_for
-from llava.data.dataset import DataCollatorForSupervisedDataset, LazySupervisedDataset, check_image_files
 from llava.data.rows import Row, in_lower_case, read_rows
+from llava.data.samples import DataCollatorForSupervisedDataset, LazySupervisedDataset, check_image_files
+from llava.files import atomic_write, file_sha256
 from llava.mm_utils import get_model_name_from_path
 from llava.model.builder import attach_slots, attention, load_base
-from llava.model.checkpoint import resolve_checkpoint
-from llava.model.language_model.query_encoder import encoder_from_identity
-from llava.model.language_model.slot_file import SlotFile, read_slot_file
-from llava.model.tower_features import tower_features
+from llava.model.vision.features import tower_features
+from llava.slots.encoders import encoder_from_identity
+from llava.slots.file import SlotFile, read_slot_file
+from llava.slots.fit import seed_of
 from llava.train.arguments import DataArguments, ModelArguments, TrainingArguments, parse_arguments, translate
 from llava.train.deepspeed_config import check_deepspeed_config, prepare_cpu_deepspeed
 from llava.train.llava_trainer import LLaVATrainer, last_complete_checkpoint, trainable_state
 from llava.train.lora import add_lora, base_options, lora_settings, save_lora, slots_count_as_adapters
-from llava.utils import UserError, atomic_write, file_sha256, rank0_print
+from llava.utils import UserError, rank0_print
 
 RECORDED = (
     "num_train_epochs",

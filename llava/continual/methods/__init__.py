@@ -11,7 +11,7 @@ import pkgutil
 from typing import Protocol
 
 from llava.continual.tasks import TaskSequence
-from llava.model.language_model.slot_file import SlotFile, TaskSlots
+from llava.slots.file import SlotFile, TaskSlots
 from llava.utils import UserError
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from llava.continual.methods.sequential import SHARED, single_adapter
 from llava.continual.tasks import TaskSequence
-from llava.model.language_model.slot_file import SlotFile
+from llava.slots.file import SlotFile
 
 
 class Joint:

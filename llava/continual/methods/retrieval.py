@@ -9,9 +9,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from llava.continual.methods import only
-from llava.continual.stage1 import merge_slot_files
 from llava.continual.tasks import TaskSequence
-from llava.model.language_model.slot_file import SlotFile
+from llava.slots.file import SlotFile
+from llava.slots.merge import merge_slot_files
 
 
 class Retrieval:

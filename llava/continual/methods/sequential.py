@@ -10,11 +10,11 @@ from dataclasses import replace
 
 import torch
 
-from llava.continual.keys import seed_of
 from llava.continual.methods import only
 from llava.continual.tasks import TaskSequence
-from llava.model.language_model.retriever import SlotBlock
-from llava.model.language_model.slot_file import SlotFile, TaskSlots
+from llava.slots.file import SlotFile, TaskSlots
+from llava.slots.fit import seed_of
+from llava.slots.pool import SlotBlock
 
 SHARED = "shared"
 

@@ -20,7 +20,8 @@ import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
-from llava.utils import UserError, file_sha256
+from llava.files import file_sha256
+from llava.utils import UserError
 
 CHUNK = 1 << 16
 HTTP_RANGE_NOT_SATISFIABLE = 416

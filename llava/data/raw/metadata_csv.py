@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING
 
 from llava.data.raw.example import TEST, TRAIN, Example, Report
 from llava.data.raw.vqa_rad import answer_type, question_types
-from llava.utils import UserError, file_sha256, require_file
+from llava.files import file_sha256
+from llava.utils import UserError, require_file
 
 if TYPE_CHECKING:
     import pandas

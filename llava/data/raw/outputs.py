@@ -12,7 +12,8 @@ from pathlib import Path
 
 from llava.data.raw.example import TEST, TRAIN, VALIDATE, Example, Report
 from llava.data.rows import ANSWER_TYPES, json_line
-from llava.utils import UserError, atomic_write
+from llava.files import atomic_write
+from llava.utils import UserError
 
 Table = dict[str, list[Example]]
 

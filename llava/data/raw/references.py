@@ -18,7 +18,8 @@ from llava.data.raw.organ_join import LISTED, OPEN, Reference, ReferenceIndex, j
 from llava.data.raw.text import mend_text, normalise
 from llava.data.raw.vqa_rad import question_types
 from llava.data.rows import ANSWER_TYPES, json_values
-from llava.utils import UserError, file_sha256, require_file
+from llava.files import file_sha256
+from llava.utils import UserError, require_file
 
 REFERENCE_NAME = re.compile(r"vqa_(?!rad[_ ])(\w+)\.json", re.IGNORECASE)
 

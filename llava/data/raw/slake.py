@@ -14,7 +14,8 @@ from typing import Any
 from llava.data.raw.example import TEST, TRAIN, VALIDATE, Example, Report
 from llava.data.raw.vqa_rad import answer_type, integer_id
 from llava.data.rows import json_values
-from llava.utils import UserError, file_sha256, require_file
+from llava.files import file_sha256
+from llava.utils import UserError, require_file
 
 DOMAINS = ("ct", "mri", "xray")
 SPLIT_FILES = {TRAIN: "train.json", VALIDATE: "validate.json", TEST: "test.json"}

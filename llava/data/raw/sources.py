@@ -11,7 +11,8 @@ from pathlib import Path
 from llava.data.raw import metadata_csv, references, slake, vqa_rad
 from llava.data.raw.example import TEST, Example, Report
 from llava.data.rows import json_values
-from llava.utils import UserError, file_sha256, require_file
+from llava.files import file_sha256
+from llava.utils import UserError, require_file
 
 VQA_RAD, VQA_RAD_CSV, SLAKE = "vqa-rad", "vqa-rad-csv", "slake"
 DATASETS = (VQA_RAD, VQA_RAD_CSV, SLAKE)

@@ -12,7 +12,8 @@ from typing import Any
 
 from llava.data.raw.example import TEST, TRAIN, Example, Report
 from llava.data.rows import ANSWER_TYPES, json_values
-from llava.utils import UserError, file_sha256, require_file
+from llava.files import file_sha256
+from llava.utils import UserError, require_file
 
 DOMAINS = ("abd", "chest", "head")
 FILE_NAMES = ("VQA_RAD_Dataset_Public.json", "VQA_RAD Dataset Public.json")

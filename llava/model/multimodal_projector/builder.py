@@ -11,7 +11,7 @@ from pathlib import Path
 
 from torch import nn
 
-from llava.model.checkpoint import load_bin
+from llava.checkpoints.weights import load_bin
 from llava.utils import UserError
 
 

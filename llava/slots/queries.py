@@ -1,0 +1,128 @@
+"""The space in which the closed-form routers see a question, and the sums a task leaves behind in it.
+
+Every function here treats each row by itself: a row's numbers do not depend on its batch.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+MODALITY_DIM = 512
+"""Longer queries are folded to this length, so that a task's statistics stay within a few megabytes."""
+
+RANDOM_FEATURES = 1024
+BANDWIDTH = 1.0
+
+
+@dataclass(frozen=True)
+class Query:
+    """What is known of each question: ``text`` ``[batch, text_dim]``, ``image`` ``[batch, image_dim]``, or neither."""
+
+    text: Tensor | None = None
+    image: Tensor | None = None
+    tasks: list[str] | None = None  # the true task of each sample, for the oracle only
+
+    def __len__(self) -> int:
+        given = self.text if self.text is not None else self.image
+        return len(given) if given is not None else len(self.tasks or [])
+
+    def joint(self) -> Tensor:
+        """Unit-length modalities side by side, ``[batch, dim]`` in float64: what the closed-form routers see."""
+        return self._joint
+
+    @functools.cached_property
+    def _joint(self) -> Tensor:
+        parts = [F.normalize(part.double(), dim=-1) for part in (self.text, self.image) if part is not None]
+        return torch.cat([fold(part) for part in parts], dim=-1)
+
+    def evidence(self) -> Tensor:
+        """What shows whether a question fits a task at all, ``[batch, dim]`` float64: its picture, else its words.
+
+        The same words are asked about every organ and device; beside a picture they only blur the answer.
+        """
+        dim = self.joint().shape[-1] if self.image is None else min(self.image.shape[-1], MODALITY_DIM)
+        return self.joint()[:, -dim:]
+
+    def random_features(self) -> Tensor:
+        """``sqrt(2 / m) cos(W joint + b)``, ``[batch, m]``: their inner products approach a Gaussian kernel's."""
+        joint = self.joint()
+        weight, bias = _random_waves(joint.shape[-1])
+        waves = row_products(joint.float(), weight.to(joint.device)).double() + bias.to(joint.device)
+        return waves.cos() * (2 / RANDOM_FEATURES) ** 0.5
+
+
+@dataclass
+class TaskStatistics:
+    """Sums over one task's queries: ``count``, ``total`` ``[dim]`` and ``scatter`` ``[dim, dim]`` about its mean."""
+
+    count: int
+    total: Tensor
+    scatter: Tensor
+
+    @property
+    def mean(self) -> Tensor:
+        return self.total / max(self.count, 1)
+
+    @classmethod
+    def of(cls, joint: Tensor) -> TaskStatistics:
+        """Statistics of ``[n, dim]`` joint queries (or of their random features)."""
+        joint = joint.double()
+        centred = joint - joint.mean(0)
+        return cls(len(joint), joint.sum(0).float(), (centred.T @ centred).float())
+
+
+def fold(rows: Tensor) -> Tensor:
+    """Rows longer than ``MODALITY_DIM`` with their entries dealt to that many sums, with random signs.
+
+    A random projection: inner products keep their expectation. Cheap, and the same on every machine.
+    """
+    dim = rows.shape[-1]
+    if dim <= MODALITY_DIM:
+        return rows
+    order, signs = _deal(dim)
+    dealt = rows[..., order.to(rows.device)] * signs.to(rows.device)
+    dealt = F.pad(dealt, (0, -dim % MODALITY_DIM))
+    return dealt.unflatten(-1, (-1, MODALITY_DIM)).sum(-2)
+
+
+def row_products(rows: Tensor, matrix: Tensor) -> Tensor:
+    """``rows @ matrix.T``, one row at a time: ``[batch, dim], [n, dim] -> [batch, n]``.
+
+    Matrix products pick their kernel by the number of rows, so a row's last bits would depend on its batch.
+    """
+    return torch.stack([matrix @ row.clone() for row in rows])
+
+
+@functools.lru_cache(maxsize=8)
+def _deal(dim: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(dim)
+    order = torch.randperm(dim, generator=generator)
+    return order, torch.randint(0, 2, (dim,), generator=generator).double() * 2 - 1
+
+
+@functools.lru_cache(maxsize=2)
+def _random_waves(dim: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(dim)
+    weight = torch.randn(RANDOM_FEATURES, dim, generator=generator, dtype=torch.float64) / BANDWIDTH
+    return weight.float(), torch.rand(RANDOM_FEATURES, generator=generator, dtype=torch.float64) * 2 * torch.pi
+
+
+@dataclass
+class Queries:
+    """Queries of some rows: ``text`` ``[rows, text_dim]`` and ``image`` ``[rows, image_dim]``, float32, or ``None``."""
+
+    text: Tensor | None
+    image: Tensor | None
+    encoder: dict  # identity of the text encoder; empty without one
+
+    def __len__(self) -> int:
+        return len(self.text if self.text is not None else self.image)
+
+    def select(self, rows: Tensor) -> Queries:
+        """The queries of some of the rows."""
+        return Queries(*(part if part is None else part[rows] for part in (self.text, self.image)), self.encoder)

@@ -1,0 +1,90 @@
+"""The settings of a pool of slots, as key files and checkpoints store them."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import asdict, dataclass, field, fields
+
+from llava.slots.offsets import TARGETS
+from llava.slots.picture_query import KINDS
+from llava.slots.routers import ROUTERS
+from llava.utils import UserError
+
+QUERY_MODES = ("text", "image", "text+image")
+_TASK_NAME = re.compile(r"[a-z0-9][a-z0-9_-]*")
+
+
+@dataclass
+class RetrieverSettings:
+    """Everything about a pool but its numbers. Stored in key files and in a checkpoint's config.
+
+    ``features`` gives ``(in, out)`` per target projection. ``encoder`` is the text encoder's identity. ``image_query``
+    says what the image query is made of (see ``picture_query``). ``unknown_share`` of a task's own held-out questions
+    may count as unknown (see ``unknown``); 0 lets every question take a route.
+    """
+
+    num_layers: int
+    features: dict[str, tuple[int, int]]
+    text_dim: int | None = None
+    image_dim: int | None = None
+    query_mode: str = "text+image"
+    image_query: str = "tower"
+    groups: int = 4
+    rank: int = 8
+    top_k: int = 4
+    tau: float = 0.1
+    scale: float = 1.0
+    image_weight: float = 0.5
+    router: str = "gaussian"
+    weighting: str = "softmax"
+    unknown_share: float = 0.005
+    encoder: dict = field(default_factory=dict)
+
+    def __post_init__(self):
+        self.features = {target: tuple(shape) for target, shape in self.features.items()}
+        if unknown := set(self.features) - set(TARGETS):
+            raise ValueError(f"unknown target projection {sorted(unknown)[0]!r}; known: {', '.join(TARGETS)}")
+        if self.query_mode not in QUERY_MODES:
+            raise ValueError(f"query_mode must be one of {QUERY_MODES}, not {self.query_mode!r}")
+        if self.image_query not in KINDS:
+            raise ValueError(f"image_query must be one of {KINDS}, not {self.image_query!r}")
+        if self.router not in ROUTERS:
+            raise ValueError(f"unknown router {self.router!r}; known: {', '.join(ROUTERS)}")
+        if self.weighting not in ("softmax", "distance"):
+            raise ValueError(f"weighting must be 'softmax' or 'distance', not {self.weighting!r}")
+        if not 0 <= self.unknown_share < 1:
+            raise ValueError(f"unknown_share must be at least 0 and below 1, not {self.unknown_share}")
+        for name in ("num_layers", "groups", "rank", "top_k"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, it must be 1 or more")
+        if not self.tau > 0:
+            raise ValueError(f"tau is {self.tau}, it must be above 0")
+        for name, dim in (("text", self.text_dim), ("image", self.image_dim)):
+            if dim is not None and dim % self.groups:
+                raise ValueError(f"{name} queries have {dim} dimensions, which {self.groups} groups do not divide")
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        return tuple(self.features)
+
+    @property
+    def uses_text(self) -> bool:
+        return "text" in self.query_mode and self.text_dim is not None
+
+    @property
+    def uses_images(self) -> bool:
+        return "image" in self.query_mode and self.image_dim is not None
+
+    def to_dict(self) -> dict:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict) -> RetrieverSettings:
+        known = {item.name for item in fields(cls)}
+        return cls(**{name: value for name, value in values.items() if name in known})
+
+
+def check_task_name(name: str, where: str = "") -> None:
+    """``UserError`` if ``name`` cannot be a task's name; ``where`` goes in front of the message."""
+    if not _TASK_NAME.fullmatch(name):
+        raise UserError(f"{where}task name {name!r}: use lower-case letters, digits, '-' and '_' only")

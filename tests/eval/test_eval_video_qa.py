@@ -1,0 +1,212 @@
+"""The scoring command: what it writes, what it refuses, and the public floors on the real VQA-RAD test split."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from llava.data.rows import question_row, write_jsonl
+from llava.eval import eval_video_qa
+from llava.utils import UserError
+
+ROOT = Path(__file__).resolve().parents[2]
+DOMAINS = ("abd", "chest")
+ANSWERS = ["yes", "left lung", "no", "right"]
+
+
+@pytest.fixture
+def questions(tmp_path):
+    rows = [
+        question_row(number, f"{number}.jpg", f"question {number}?", text, DOMAINS[number % 2], DOMAINS)
+        for number, text in enumerate(ANSWERS)
+    ]
+    path = tmp_path / "questions.jsonl"
+    write_jsonl(path, rows)
+    return path
+
+
+def write_answers(path, texts=ANSWERS, model_id="llava-a", ids=None, **more):
+    ids = range(len(texts)) if ids is None else ids
+    rows = [{"question_id": i, "text": t, "model_id": model_id, **more} for i, t in zip(ids, texts, strict=True)]
+    write_jsonl(path, rows)
+    return path
+
+
+def run(questions, *answers, more=()):
+    eval_video_qa.main(
+        ["--question-file", str(questions), "--answers-file", *map(str, answers), "--no-java", "--draws", "50", *more]
+    )
+
+
+def test_several_stages_are_scored_in_one_call(tmp_path, questions, capsys):
+    a = write_answers(tmp_path / "a.jsonl", model_id="llava-a")
+    b = write_answers(tmp_path / "b.jsonl", ["no"] * 4, model_id="llava-a_b")
+    out = tmp_path / "out"
+    run(questions, a, b, more=["--output-dir", str(out), "--train-file", str(questions)])
+    printed = capsys.readouterr().out
+    assert "llava-a_b" in printed
+    assert "exact_match" in printed
+    assert "meteor: missing" in printed
+    first = json.loads((out / "llava-a" / "scores.json").read_text())
+    second = json.loads((out / "llava-a_b" / "scores.json").read_text())
+    assert first["groups"]["overall"]["figures"]["exact_match"]["value"] == 1.0
+    assert second["groups"]["overall"]["figures"]["exact_match"]["value"] == 0.25
+    for figure in first["groups"]["abd"]["figures"].values():
+        assert {"value", "n", "ci95", "formula"} <= figure.keys()
+    provenance = first["provenance"]
+    assert provenance["package"]["llava"]
+    assert len(provenance["question_file"]["sha256"]) == 64
+    assert provenance["tokenizer"].startswith("plain")
+    rows = [json.loads(line) for line in (out / "llava-a" / "rows.jsonl").read_text().splitlines()]
+    assert [row["question_id"] for row in rows] == [0, 1, 2, 3]
+    assert rows[1]["scores"]["exact_match"] == 1.0
+
+
+def test_finished_scores_are_kept_until_an_input_changes(tmp_path, questions, capsys):
+    a = write_answers(tmp_path / "a.jsonl")
+    target = tmp_path / "scores.json"
+    run(questions, a)
+    first = target.read_bytes()
+    time = target.stat().st_mtime_ns
+    capsys.readouterr()
+    run(questions, a)
+    assert "up to date" in capsys.readouterr().out
+    assert target.stat().st_mtime_ns == time
+    run(questions, a, more=["--force"])
+    assert target.read_bytes() == first
+    write_answers(a, ["no"] * 4)
+    run(questions, a)
+    assert target.read_bytes() != first
+    target.write_text("{")
+    run(questions, a)
+    assert json.loads(target.read_text())["model_id"] == "llava-a"
+
+
+def test_prototype_rows_are_read(tmp_path, questions):
+    path = tmp_path / "proto.jsonl"
+    rows = [
+        {"question_id": str(i), "pred_response": t, "gt_response": t, "model_id": "m", "metadata": {}}
+        for i, t in enumerate(ANSWERS)
+    ]
+    write_jsonl(path, rows)
+    run(questions, path)
+    scores = json.loads((tmp_path / "scores.json").read_text())
+    assert scores["groups"]["overall"]["figures"]["exact_match"]["value"] == 1.0
+    rows[2]["gt_response"] = "something else"
+    write_jsonl(path, rows)
+    with pytest.raises(UserError, match="question_id 2 has gt_response"):
+        run(questions, path)
+    path.write_text(json.dumps(rows[0]) + '\n{"pred_response": "x"}\n')
+    with pytest.raises(UserError, match="line 2"):
+        run(questions, path)
+
+
+@pytest.mark.parametrize(
+    ("ids", "texts", "message"),
+    [
+        ([0, 1, 2], ["a"] * 3, "without an answer: 3"),
+        ([0, 1, 2, 3, 77, 5], ["a"] * 6, "lacks: 5, 77"),
+        ([0, 1, 2, 3, 3], ["a"] * 5, "3"),
+    ],
+)
+def test_ids_that_do_not_match_are_named(tmp_path, questions, ids, texts, message):
+    path = tmp_path / "a.jsonl"
+    write_answers(path, texts, ids=ids)
+    with pytest.raises(UserError, match=message):
+        run(questions, path)
+    assert not (tmp_path / "scores.json").exists()
+
+
+def test_allow_partial_scores_the_answered_questions(tmp_path, questions):
+    path = write_answers(tmp_path / "a.jsonl", ["yes", "no"], ids=[0, 2])
+    run(questions, path, more=["--allow-partial"])
+    scores = json.loads((tmp_path / "scores.json").read_text())
+    assert scores["groups"]["overall"]["rows"] == 2
+    assert scores["provenance"]["unanswered_questions"] == 2
+
+
+def test_two_files_for_one_place_are_refused(tmp_path, questions):
+    a, b = write_answers(tmp_path / "a.jsonl"), write_answers(tmp_path / "b.jsonl")
+    with pytest.raises(UserError, match="would both write"):
+        run(questions, a, b)
+
+
+def test_answers_of_two_models_in_one_file_are_refused(tmp_path, questions):
+    path = tmp_path / "a.jsonl"
+    write_jsonl(path, [{"question_id": i, "text": "x", "model_id": f"m{i}"} for i in range(4)])
+    with pytest.raises(UserError, match="several models"):
+        run(questions, path)
+    write_answers(path, model_id="../elsewhere")
+    with pytest.raises(UserError, match="cannot name a folder"):
+        run(questions, path)
+
+
+def run_command(*arguments):
+    command = [sys.executable, "-m", "llava.eval.eval_video_qa", *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+def test_bad_input_is_one_line_and_an_exit_code(tmp_path, questions):
+    good = write_answers(tmp_path / "good.jsonl")
+    broken, empty = tmp_path / "broken.jsonl", tmp_path / "empty.jsonl"
+    broken.write_text(good.read_text().splitlines()[0] + '\n{"question_id": 1, "te\n')
+    empty.write_text("")
+    cases = [
+        (questions, tmp_path / "absent.jsonl", "not found"),
+        (questions, broken, "broken.jsonl line 2"),
+        (questions, empty, "empty.jsonl"),
+        (tmp_path / "absent_questions.jsonl", good, "not found"),
+    ]
+    for question_file, answers, message in cases:
+        done = run_command("--question-file", question_file, "--answers-file", answers, "--no-java")
+        assert done.returncode == 2, done.stderr
+        assert message in done.stderr
+        assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+    assert not list(tmp_path.rglob("scores.json"))
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_no_write_permission_is_one_line(tmp_path, questions):
+    good = write_answers(tmp_path / "good.jsonl")
+    locked = tmp_path / "locked"
+    locked.mkdir(mode=0o500)
+    done = run_command("--question-file", questions, "--answers-file", good, "--no-java", "--output-dir", locked)
+    assert done.returncode == 2
+    assert "permission denied" in done.stderr
+
+
+def real_rows():
+    folder = Path(os.environ.get("VQA_RAD_DIR", ROOT.parent / "shared" / "data" / "vqa-rad"))
+    source = folder / "VQA_RAD_Dataset_Public.json"
+    if not source.is_file():
+        pytest.skip(f"the real VQA-RAD is not at {folder} (set VQA_RAD_DIR)")
+    organs = {"ABD": "abd", "CHEST": "chest", "HEAD": "head"}
+    rows = {"train": [], "test": []}
+    for raw in json.loads(source.read_text(encoding="utf-8")):
+        split = "test" if raw["phrase_type"].startswith("test_") else "train"
+        text, domain = " ".join(str(raw["question"]).split()), organs[raw["image_organ"].strip()]
+        answer, kind = str(raw["answer"]).strip(), raw["answer_type"].strip()
+        row = question_row(
+            int(raw["qid"]), raw["image_name"], text, answer, domain, tuple(organs.values()), answer_type=kind
+        )
+        rows[split].append(row)
+    return rows
+
+
+def test_the_public_floor_of_vqa_rad(tmp_path):
+    # The data set's card: always "no" is right for 48.9 % of the 272 closed test rows.
+    rows = real_rows()
+    questions, train = tmp_path / "test.jsonl", tmp_path / "train.jsonl"
+    write_jsonl(questions, rows["test"])
+    write_jsonl(train, rows["train"])
+    answers = write_answers(tmp_path / "no.jsonl", ["no"] * 451, ids=[row["question_id"] for row in rows["test"]])
+    run(questions, answers, more=["--train-file", str(train)])
+    groups = json.loads((tmp_path / "scores.json").read_text())["groups"]
+    closed = groups["overall"]["figures"]["closed_accuracy"]
+    assert round(closed["value"], 3) == 0.489
+    assert closed["n"] == 272
+    assert groups["overall"]["figures"]["majority_closed_accuracy"]["value"] == closed["value"]
+    assert [groups[name]["rows"] for name in ("overall", "abd", "chest", "head")] == [451, 158, 174, 119]

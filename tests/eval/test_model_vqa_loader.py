@@ -1,0 +1,340 @@
+"""The answering command on a tiny random LLaVA: format, batching, chunks, resuming, routes, refusals."""
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_llava import write_base, write_images, write_stage
+
+from llava.data.rows import question_row, read_rows, write_jsonl
+from llava.eval import model_vqa_loader
+from llava.eval.answer_file import merge_answers
+from llava.eval.model_vqa_loader import QuestionDataset, Speaker
+from llava.utils import UserError
+
+ROOT = Path(__file__).resolve().parents[2]
+DOMAINS = ("abd", "chest")
+QUESTIONS = [
+    "is there a lesion",
+    "what side",
+    "where is the lesion in the image of the chest on the left or right side",
+]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A base, a stage over it, nine questions and their pictures; and the same with one row that has no picture."""
+    folder = tmp_path_factory.mktemp("eval")
+    write_base(folder / "tiny-base")
+    write_stage(folder / "llava-tiny_abd_chest", folder / "tiny-base")
+    write_images(folder / "images", [f"{number}.png" for number in range(4)])
+    for name, without_picture in (("questions", None), ("mixed", 4)):
+        rows = []
+        for number in range(9):
+            image = None if number == without_picture else f"{number % 4}.png"
+            question = f"{QUESTIONS[number % 3]} {number}?"
+            rows.append(question_row(number, image, question, "yes", DOMAINS[number % 2], DOMAINS))
+        write_jsonl(folder / f"{name}.jsonl", rows)
+    return folder
+
+
+def arguments(place, target, *more, stage=True):
+    model = ["--model-path", str(place / "llava-tiny_abd_chest"), "--model-base", str(place / "tiny-base")]
+    return [
+        *(model if stage else ["--model-path", str(place / "tiny-base")]),
+        "--question-file",
+        str(place / "questions.jsonl"),
+        "--image-folder",
+        str(place / "images"),
+        "--answers-file",
+        str(target),
+        "--device",
+        "cpu",
+        "--max_new_tokens",
+        "6",
+        *map(str, more),
+    ]
+
+
+def run(place, target, *more, stage=True):
+    model_vqa_loader.main(arguments(place, target, *more, stage=stage))
+    return [json.loads(line) for line in Path(target).read_text(encoding="utf-8").splitlines()]
+
+
+def test_answers_have_the_seeds_format_and_the_route(place, tmp_path):
+    answers = run(place, tmp_path / "a.jsonl", "--batch-size", 4)
+    assert [answer["question_id"] for answer in answers] == list(range(9))
+    for answer, row in zip(answers, read_rows(place / "questions.jsonl"), strict=True):
+        assert list(answer) == ["question_id", "prompt", "text", "answer_id", "model_id", "metadata"]
+        assert answer["prompt"] == row.raw["text"]
+        assert answer["model_id"] == "llava-tiny_abd_chest"
+        route = answer["metadata"]["route"]
+        assert set(route["task_posterior"]) == set(DOMAINS)
+        assert sum(route["task_posterior"].values()) == pytest.approx(1, abs=1e-5)
+        assert len(route["slots"]) == len(route["weights"]) == 2
+        assert route["weights"] == [round(weight, 6) for weight in route["weights"]]
+    assert len({answer["text"] for answer in answers}) > 3
+    assert len({answer["answer_id"] for answer in answers}) == 9
+
+
+def test_the_batch_size_changes_no_answer_and_no_route(place, tmp_path):
+    def essence(answers):
+        return [(a["question_id"], a["text"], a["metadata"]["route"]["slots"]) for a in answers]
+
+    single = essence(run(place, tmp_path / "1.jsonl", "--batch-size", 1))
+    assert essence(run(place, tmp_path / "4.jsonl", "--batch-size", 4)) == single
+    assert essence(run(place, tmp_path / "9.jsonl", "--batch-size", 9, "--num-workers", 1)) == single
+
+
+def test_a_batch_of_sixteen_answers_as_one_by_one(place, tmp_path):
+    """Greedy answers and routes of 40 questions of many lengths, one of them without a picture."""
+    words = " ".join(QUESTIONS).split()
+    rows = []
+    for number in range(40):
+        question = " ".join(words[number % 5 : number % 5 + 2 + number % 13]) + f" {number}?"
+        image = None if number == 20 else f"{number % 4}.png"
+        rows.append(question_row(number, image, question, "yes", DOMAINS[number % 2], DOMAINS))
+    write_jsonl(tmp_path / "many.jsonl", rows)
+    single, together = (
+        run(place, tmp_path / f"{size}.jsonl", "--question-file", tmp_path / "many.jsonl", "--batch-size", size)
+        for size in (1, 16)
+    )
+    assert [a["text"] for a in together] == [a["text"] for a in single]
+    assert [a["metadata"]["route"]["slots"] for a in together] == [a["metadata"]["route"]["slots"] for a in single]
+    assert len({a["text"] for a in single}) > 10
+
+
+@pytest.mark.parametrize("attention, said", [("eager", ""), ("flash_attention_2", "using SDPA instead")])
+def test_attention_can_be_chosen_and_falls_back_with_a_message(place, tmp_path, capsys, attention, said):
+    plain = run(place, tmp_path / "plain.jsonl")
+    capsys.readouterr()
+    chosen = run(place, tmp_path / "chosen.jsonl", "--attn_implementation", attention)
+    assert said in capsys.readouterr().out
+    assert [answer["text"] for answer in chosen] == [answer["text"] for answer in plain]
+
+
+def test_the_base_alone_answers_without_a_route(place, tmp_path):
+    base = run(place, tmp_path / "base.jsonl", stage=False)
+    mixed = run(
+        place, tmp_path / "mixed.jsonl", "--question-file", place / "mixed.jsonl", "--batch-size", 1, stage=False
+    )
+    assert [a["text"] for a in mixed[:4] + mixed[5:]] == [a["text"] for a in base[:4] + base[5:]]
+    stage = run(place, tmp_path / "stage.jsonl")
+    off = run(place, tmp_path / "off.jsonl", "--route", "none")
+    assert base[0]["model_id"] == "tiny-base"
+    assert all("route" not in answer["metadata"] for answer in base + off)
+    assert [answer["text"] for answer in base] == [answer["text"] for answer in off]
+    assert [answer["text"] for answer in base] != [answer["text"] for answer in stage]
+
+
+def test_chunks_together_are_the_whole(place, tmp_path):
+    whole = run(place, tmp_path / "whole.jsonl", "--batch-size", 2)
+    paths = [tmp_path / f"4_{index}.jsonl" for index in range(4)]
+    for index, path in enumerate(paths):
+        run(place, path, "--batch-size", 2, "--num-chunks", 4, "--chunk-idx", index)
+    merged = merge_answers(read_rows(place / "questions.jsonl"), paths)
+    assert [answer["text"] for answer in merged] == [answer["text"] for answer in whole]
+
+
+def test_a_resumed_run_ends_with_the_same_bytes(place, tmp_path, monkeypatch):
+    whole = tmp_path / "whole.jsonl"
+    run(place, whole, "--batch-size", 4)
+    data = whole.read_bytes()
+    lines = data.splitlines(keepends=True)
+    target = tmp_path / "cut.jsonl"
+    for kept in (b"".join(lines[:1]), b"".join(lines[:4]), b"".join(lines[:6]) + lines[6][:25]):
+        target.write_bytes(kept)
+        run(place, target, "--batch-size", 4)
+        assert target.read_bytes() == data
+    monkeypatch.setattr(Speaker, "load", lambda *_: pytest.fail("a finished file needs no model"))
+    run(place, target, "--batch-size", 4)
+
+
+def test_sampled_answers_survive_a_resume(place, tmp_path):
+    sampling = ("--batch-size", 2, "--temperature", 1.0, "--top_p", 0.9, "--seed", 3)
+    whole, cut = tmp_path / "whole.jsonl", tmp_path / "cut.jsonl"
+    run(place, whole, *sampling)
+    cut.write_bytes(b"".join(whole.read_bytes().splitlines(keepends=True)[:5]))
+    run(place, cut, *sampling)
+    assert cut.read_bytes() == whole.read_bytes()
+
+
+KILLED_AFTER_TWO_BATCHES = """
+import os, signal, sys
+from llava.eval import model_vqa_loader
+write, batches = model_vqa_loader.append, []
+
+def append(stream, answers):
+    write(stream, answers)
+    batches.append(answers)
+    if len(batches) == 2:
+        stream.write(b'{"question_id": 6, "pro')
+        stream.flush()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+model_vqa_loader.append = append
+model_vqa_loader.main(sys.argv[1:])
+"""
+
+
+def test_sigkill_in_the_middle_of_a_line_and_the_same_command_again(place, tmp_path):
+    target = tmp_path / "killed.jsonl"
+    command = [sys.executable, "-c", KILLED_AFTER_TWO_BATCHES, *arguments(place, target, "--batch-size", 3)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert target.read_bytes().count(b"\n") == 6
+    run(place, target, "--batch-size", 3)
+    run(place, tmp_path / "undisturbed.jsonl", "--batch-size", 3)
+    assert target.read_bytes() == (tmp_path / "undisturbed.jsonl").read_bytes()
+
+
+def test_another_models_file_is_refused(place, tmp_path):
+    target = tmp_path / "a.jsonl"
+    run(place, target, stage=False)
+    before = target.read_bytes()
+    with pytest.raises(UserError, match="by model 'tiny-base'"):
+        run(place, target)
+    assert target.read_bytes() == before
+    with pytest.raises(UserError, match="other model weights or settings"):
+        run(place, target, "--max_new_tokens", 5, stage=False)
+    answers = run(place, target, "--stale", "replace")
+    assert answers[0]["model_id"] == "llava-tiny_abd_chest"
+
+
+def test_a_task_can_be_given(place, tmp_path):
+    rows = read_rows(place / "questions.jsonl")
+    for answer, row in zip(run(place, tmp_path / "o.jsonl", "--route", "oracle"), rows, strict=True):
+        assert answer["metadata"]["route"]["task_given"]
+        assert all((slot < 4) == (row.domain == "abd") for slot in answer["metadata"]["route"]["slots"])
+    write_stage(place / "llava-tiny_abd", place / "tiny-base", tasks=("abd",))
+    first_stage = run(place, tmp_path / "f.jsonl", "--model-path", place / "llava-tiny_abd", "--route", "oracle")
+    given = ["task_given" in answer["metadata"]["route"] for answer in first_stage]
+    assert given == [row.domain == "abd" for row in rows]  # what is not learned yet is routed freely
+    for answer in run(place, tmp_path / "t.jsonl", "--task-id", "chest"):
+        assert all(slot >= 4 for slot in answer["metadata"]["route"]["slots"])
+    with pytest.raises(UserError, match="no trained slots for task 'head'; the model has abd, chest"):
+        run(place, tmp_path / "h.jsonl", "--task-id", "head")
+    with pytest.raises(UserError, match="not a router"):
+        run(place, tmp_path / "h.jsonl", "--route", "compass")
+    assert not (tmp_path / "h.jsonl").exists()
+
+
+def test_demo_sample_of_the_readme(place, tmp_path):
+    demo = {
+        "question_id": 101,
+        "image": "test_img_00101.jpg",
+        "pair_id": "test_img_00101",
+        "text": "is there evidence of air in the peritoneal cavity?\n<image>",
+        "domain": {"abd": True, "chest": False, "head": False},
+    }
+    (tmp_path / "demo_sample.jsonl").write_text(json.dumps(demo, indent=4))
+    write_images(tmp_path / "images", ["test_img_00101.jpg"])
+    more = ("--question-file", tmp_path / "demo_sample.jsonl", "--image-folder", tmp_path / "images")
+    (answer,) = run(place, tmp_path / "out.jsonl", *more)
+    assert answer["question_id"] == 101
+    assert answer["prompt"] == demo["text"]
+
+
+def test_bad_input_is_named_and_leaves_nothing_behind(place, tmp_path):
+    target = tmp_path / "out" / "a.jsonl"
+    (tmp_path / "empty.jsonl").write_text("")
+    (tmp_path / "broken.jsonl").write_text('{"question_id": 1, "te')
+    row = question_row(1, "absent.png", "is there?", "yes", "abd", DOMAINS)
+    write_jsonl(tmp_path / "noimage.jsonl", [row])
+    cases = [
+        (("--question-file", tmp_path / "absent.jsonl"), "not found"),
+        (("--question-file", tmp_path / "empty.jsonl"), "empty.jsonl"),
+        (("--question-file", tmp_path / "broken.jsonl"), "line 1"),
+        (("--question-file", tmp_path / "noimage.jsonl"), "absent.png"),
+        (("--model-path", tmp_path / "no-such-model"), "no-such-model"),
+        (("--conv-mode", "v99"), "v99"),
+        (("--num-chunks", 2, "--chunk-idx", 2), "chunk-idx 2"),
+    ]
+    for more, message in cases:
+        with pytest.raises(UserError, match=message):
+            run(place, target, *more)
+        assert not target.exists()
+
+
+# -- with a stub in the model's place ----------------------------------------------------------------------------------
+
+
+class StubModel:
+    """Answers with fixed tokens and records what it was asked."""
+
+    device, retriever, last_route = torch.device("cpu"), None, None
+
+    def __init__(self, text, tokenizer):
+        self.text, self.tokenizer, self.calls = text, tokenizer, []
+        self.config = type("Config", (), {"image_aspect_ratio": "pad"})()
+
+    def generate(self, input_ids, **more):
+        self.calls.append({"input_ids": input_ids, **more})
+        return torch.tensor([self.tokenizer(self.text, add_special_tokens=False).input_ids] * len(input_ids))
+
+
+def ask_stub(place, text, conv_mode, *more):
+    from tiny_llava import make_tokenizer
+    from transformers import CLIPImageProcessorPil
+
+    tokenizer = make_tokenizer()
+    model = StubModel(text, tokenizer)
+    processor = CLIPImageProcessorPil.from_pretrained(place / "tiny-base")
+    speaker = Speaker(tokenizer, model, processor, conv_mode)
+    parsed = model_vqa_loader.parse_arguments(arguments(place, "unused", "--batch-size", 3, *more))
+    rows = read_rows(place / "mixed.jsonl")
+    replies = [reply for _, found in model_vqa_loader.answer_rows(speaker, rows, parsed) for reply in found]
+    return model, speaker, rows, replies
+
+
+def test_prompts_are_left_padded_and_masked(place):
+    model, speaker, rows, _ = ask_stub(place, "yes", "vicuna_v1")
+    call = model.calls[0]
+    for number, row in enumerate(rows[:3]):
+        ids = speaker.prompt_ids(row.question, has_image=True)
+        pad = call["input_ids"].shape[1] - len(ids)
+        assert call["input_ids"][number].tolist() == [0] * pad + ids
+        assert call["attention_mask"][number].tolist() == [0] * pad + [1] * len(ids)
+    assert call["questions"] == [row.question for row in rows[:3]]
+    assert call["images"].shape == (3, 3, 16, 16)
+    assert call["image_sizes"] == [(16, 20), (24, 16), (24, 16)]
+    assert call["do_sample"] is False
+    assert model.calls[1]["images"][1] is None  # question 4 has no picture
+    assert "tasks" not in call
+
+
+def test_text_after_the_templates_end_mark_is_cut(place):
+    replies = ask_stub(place, " no ### Human: where", "v0")[3]
+    assert {text for text, _ in replies} == {"no"}
+    model = ask_stub(place, "no", "v0")[0]
+    assert "stopping_criteria" in model.calls[0]
+    assert "stopping_criteria" not in ask_stub(place, "no", "vicuna_v1")[0].calls[0]  # the end token itself stops
+
+
+def test_the_answer_suffix_is_in_the_prompt_but_not_in_the_routed_question(place):
+    model, speaker, rows, _ = ask_stub(place, "no", "vicuna_v1", "--answer-suffix", "Answer briefly.")
+    expected = speaker.prompt_ids(f"{rows[0].question}\nAnswer briefly.", has_image=True)
+    assert model.calls[0]["input_ids"][0].tolist()[-len(expected) :] == expected
+    assert model.calls[0]["questions"][0] == rows[0].question
+
+
+def test_each_picture_is_read_once(place, monkeypatch):
+    from llava import mm_utils
+
+    opened = []
+    original = mm_utils.load_image
+    monkeypatch.setattr(mm_utils, "load_image", lambda path: opened.append(path) or original(path))
+    ask_stub(place, "no", "vicuna_v1")
+    assert len(opened) == len(set(opened)) == 4
+
+
+def test_a_model_without_a_tower_refuses_pictures(place):
+    _, speaker, rows, _ = ask_stub(place, "no", "vicuna_v1")
+    speaker.image_processor = None
+    with pytest.raises(UserError, match="no vision tower"):
+        speaker.prompt_ids("what?", has_image=True)
+    assert len(QuestionDataset(rows, speaker, "")) == 9

@@ -1,0 +1,153 @@
+"""Loading stage checkpoints: the right base, the right dimensions, or a line that says what differs."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from tiny_llava import LAYERS, write_base, write_stage
+from tiny_world import same
+
+from llava.model.builder import load_pretrained_model
+from llava.slots.file import read_slot_file, write_slot_file
+from llava.utils import UserError
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("builder")
+    write_base(folder / "tiny-llava-base")
+    write_base(folder / "tiny-llava-other", seed=9)
+    write_stage(folder / "llava-stage", folder / "tiny-llava-base")
+    return folder
+
+
+def load(path, base=None):
+    return load_pretrained_model(str(path), None if base is None else str(base), device="cpu")
+
+
+def altered_stage(place, target, change):
+    """A copy of the stage with changed slots."""
+    shutil.copytree(place / "llava-stage", target)
+    slots = read_slot_file(target / "slots.pth")
+    change(slots)
+    write_slot_file(target / "slots.pth", slots)
+    return target
+
+
+def answer(loaded):
+    _, model, _, _ = loaded
+    torch.manual_seed(0)
+    ids, pictures = torch.tensor([[1, 9, -200, 12, 20]]), torch.randn(1, 3, 16, 16)
+    more = {"questions": ["is there a lesion?"], "max_new_tokens": 5, "pad_token_id": 0}
+    return model.generate(ids, images=pictures, output_logits=True, return_dict_in_generate=True, **more).logits
+
+
+def test_a_stage_finds_its_base_by_itself_and_by_flag(place, capsys):
+    loaded = load(place / "llava-stage")
+    tokenizer, model, processor, context = loaded
+    assert model.retriever.tasks == ["abd", "chest"] and model.retriever.active
+    assert not model.training and not any(parameter.requires_grad for parameter in model.retriever.parameters())
+    assert processor.crop_size["height"] == 16 and context == 2048 and tokenizer.eos_token == "</s>"
+    assert "over base" in capsys.readouterr().out
+    assert same(answer(loaded), answer(load(place / "llava-stage", place / "tiny-llava-base")))
+
+
+def test_the_content_decides_and_not_the_folders_name(place, tmp_path):
+    shutil.copytree(place / "llava-stage", tmp_path / "stage7")
+    shutil.copytree(place / "tiny-llava-base", tmp_path / "mine")
+    assert same(answer(load(tmp_path / "stage7", tmp_path / "mine")), answer(load(place / "llava-stage")))
+
+
+def test_another_base_is_refused_with_both_fingerprints(place):
+    with pytest.raises(
+        UserError, match=r"trained on base .*tiny-llava-base \([0-9a-f]{16}\), but .*other is [0-9a-f]{16}"
+    ):
+        load(place / "llava-stage", place / "tiny-llava-other")
+
+
+def test_a_base_that_is_gone_or_no_checkpoint(place, tmp_path):
+    def forget(slots):
+        slots.base = {"path": str(tmp_path / "gone"), "fingerprint": slots.base["fingerprint"]}
+
+    stage = altered_stage(place, tmp_path / "llava-a", forget)
+    with pytest.raises(UserError, match="checkpoint folder not found: .*gone"):
+        load(stage)
+    assert load(stage, place / "tiny-llava-base")[1].retriever.active
+    nameless = altered_stage(place, tmp_path / "llava-b", lambda slots: slots.base.clear())
+    with pytest.raises(UserError, match="holds only slots; give the base model they were trained on as --model-base"):
+        load(nameless)
+    with pytest.raises(UserError, match="checkpoint folder not found"):
+        load(tmp_path / "absent")
+    (tmp_path / "llava-empty").mkdir()
+    with pytest.raises(UserError, match="llava-empty"):
+        load(tmp_path / "llava-empty")
+
+
+def test_slots_for_another_number_of_layers(place, tmp_path):
+    def deeper(slots):
+        slots.settings.num_layers = LAYERS + 3
+        slots.base.pop("fingerprint")
+
+    with pytest.raises(UserError, match="the slots are for 5 layers, the base model has 2"):
+        load(altered_stage(place, tmp_path / "llava-deep", deeper), place / "tiny-llava-base")
+
+
+def test_slots_for_another_width(place, tmp_path):
+    def narrower(slots):
+        slots.base.pop("fingerprint")
+        slots.settings.features["o_proj"] = (16, 16)
+        for task in slots.tasks:
+            task.A, task.B = ({"o_proj": side["o_proj"][..., :16]} for side in (task.A, task.B))
+
+    with pytest.raises(UserError, match=r"slots are for o_proj of 16 -> 16 features, the base model has 32 -> 32"):
+        load(altered_stage(place, tmp_path / "llava-narrow", narrower), place / "tiny-llava-base")
+
+
+def test_keys_of_another_text_encoder(place, tmp_path):
+    def foreign(slots):
+        slots.settings.encoder = {**slots.settings.encoder, "fingerprint": "0" * 16}
+
+    with pytest.raises(
+        UserError, match="fitted with text encoder 'base' .0000000000000000, 32 dimensions.*, here it is"
+    ):
+        load(altered_stage(place, tmp_path / "llava-foreign", foreign), place / "tiny-llava-base")
+
+
+@pytest.mark.parametrize("keep", [0, 0.4])
+def test_a_truncated_slot_file_is_named(place, tmp_path, keep):
+    stage = tmp_path / "llava-cut"
+    shutil.copytree(place / "llava-stage", stage)
+    data = (stage / "slots.pth").read_bytes()
+    (stage / "slots.pth").write_bytes(data[: int(keep * len(data))])
+    with pytest.raises(UserError, match="llava-cut/slots.pth: cannot be read as a slot file"):
+        load(stage)
+
+
+def test_a_base_whose_weights_are_cut_or_gone(place, tmp_path):
+    base = tmp_path / "tiny-llava-base"
+    shutil.copytree(place / "tiny-llava-base", base)
+    weights = base / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    with pytest.raises(UserError, match="tiny-llava-base"):
+        load(base)
+    weights.unlink()
+    with pytest.raises(UserError, match="tiny-llava-base"):
+        load(base)
+
+
+def test_a_self_contained_stage_needs_no_base(world, place, tmp_path):
+    light, whole = tmp_path / "llava-light", tmp_path / "llava-whole"
+    world.train("abd", light)
+    world.train("abd", whole, None, "--save_full_model", "True")
+    slots = read_slot_file(whole / "slots.pth")
+    config = json.loads((whole / "config.json").read_text())
+    assert "retriever" in config and config["vision_config"]["hidden_size"] == 16
+    slots.base["path"] = "nowhere"
+    write_slot_file(whole / "slots.pth", slots)
+    assert same(answer(load(whole)), answer(load(light)))
+
+
+def test_4bit_and_8bit_at_once_is_refused(place):
+    with pytest.raises(UserError, match="choose one of"):
+        load_pretrained_model(str(place / "tiny-llava-base"), None, load_4bit=True, load_8bit=True, device="cpu")

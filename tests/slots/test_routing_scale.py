@@ -1,0 +1,88 @@
+"""Choosing slots from large pools: the same choice as from all scores, without reading the pool."""
+
+import pytest
+import torch
+
+from llava.slots.queries import MODALITY_DIM, Query, TaskStatistics, fold
+from llava.slots.routers import Pool, build_router
+
+TEXT, IMAGE, GROUPS = 16, 24, 4
+
+
+def pool(counts, with_features=False, seed=0):
+    """Random slots, ``counts[i]`` of them for task ``i``; the tasks lie close together."""
+    generator = torch.Generator().manual_seed(seed)
+    names = [f"task{(7 * number) % len(counts):04d}" for number in range(len(counts))]  # not in name order
+    slot_tasks = [name for name, count in zip(names, counts, strict=True) for _ in range(count)]
+    statistics, features = {}, {}
+    for name in names:
+        text = torch.randn(TEXT, generator=generator) * 0.3 + torch.randn(20, TEXT, generator=generator)
+        query = Query(text, torch.randn(20, IMAGE, generator=generator))
+        statistics[name] = TaskStatistics.of(query.joint())
+        if with_features:
+            features[name] = TaskStatistics.of(query.random_features())
+
+    def keys(dim):
+        return torch.randn(GROUPS, len(slot_tasks), dim // GROUPS, generator=generator)
+
+    return Pool(slot_tasks, keys(TEXT), keys(IMAGE), statistics, features)
+
+
+def queries(count, seed=9):
+    generator = torch.Generator().manual_seed(seed)
+    return Query(torch.randn(count, TEXT, generator=generator), torch.randn(count, IMAGE, generator=generator))
+
+
+@pytest.mark.parametrize("name", ["gaussian", "ridge"])
+@pytest.mark.parametrize("counts", [[8] * 40, [1, 5, 2, 9, 3, 1, 1, 4], [6, 7], [12]])
+def test_the_choice_is_that_of_all_scores(name, counts):
+    router, query = build_router(name, pool(counts)), queries(30)
+    scores = router.scores(query)
+    for k in (1, 4):
+        choice, best = router.choose(query, k), scores.topk(k)
+        torch.testing.assert_close(choice.scores, best.values, atol=1e-9, rtol=1e-9)
+        assert torch.equal(choice.slots, best.indices)
+    posterior = router.log_posterior(query).exp()
+    assert torch.equal(choice.posterior.sort().values, posterior.sort().values)
+    first = [router.tasks[place] for place in choice.posterior.argmax(-1).tolist()]
+    assert first == [router.pool.slot_tasks[slot] for slot in best.indices[:, 0].tolist()]
+
+
+def test_ridge_on_random_features_tells_apart_what_no_line_can():
+    """Two tasks with one mean: directions along the axes, and directions between them."""
+    turns = torch.arange(400) * (torch.pi / 2)  # quarter turns
+    wobble = torch.rand(400, generator=torch.Generator().manual_seed(0)) * 0.3 - 0.15
+    angles = {"along": turns + wobble, "between": turns + torch.pi / 4 + wobble}
+    tasks = {name: Query(text=torch.stack([angle.cos(), angle.sin()], 1)) for name, angle in angles.items()}
+    joint = {name: TaskStatistics.of(query.joint()) for name, query in tasks.items()}
+    waves = {name: TaskStatistics.of(query.random_features()) for name, query in tasks.items()}
+
+    def right(features):
+        made = Pool(list(tasks), torch.ones(1, 2, 2), statistics=joint, feature_statistics=features)
+        router = build_router("ridge", made)
+        found = [router.log_posterior(query).argmax(1) == place for place, query in enumerate(tasks.values())]
+        return torch.cat(found).double().mean().item()
+
+    assert right(waves) > 0.99 > 0.7 > right({})
+
+
+@pytest.mark.parametrize("name", ["gaussian", "ridge"])
+def test_one_route_allocates_a_small_part_of_the_pool(name):
+    made = pool([8] * 500, with_features=name == "ridge")
+    router, query = build_router(name, made), queries(1)
+    router.choose(query, 4)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        router.choose(query, 4)
+    allocated = sum(max(event.self_cpu_memory_usage, 0) for event in profile.events())
+    assert 0 < allocated < router.keys.nbytes / 10
+
+
+def test_long_queries_are_folded_and_keep_their_inner_products():
+    rows = torch.randn(50, 4096, generator=torch.Generator().manual_seed(1)).double()
+    rows = torch.nn.functional.normalize(rows + 2 * rows[:1], dim=1)
+    folded = fold(rows)
+    assert folded.shape == (50, MODALITY_DIM)
+    assert (folded @ folded.T - rows @ rows.T).abs().mean() < 0.06
+    assert torch.equal(fold(rows[3:4]), folded[3:4])
+    short = rows[:, :MODALITY_DIM]
+    assert fold(short) is short

@@ -1,0 +1,111 @@
+"""Stage 2's command line and DeepSpeed's file: translated, checked and refused before anything is loaded."""
+
+import json
+from pathlib import Path
+
+import pytest
+from tiny_world import refusal
+
+from llava.train.arguments import parse_arguments, translate
+from llava.train.deepspeed_config import INTEGER_KEYS, check_deepspeed_config
+from llava.utils import UserError
+
+ROOT = Path(__file__).resolve().parents[2]
+
+# -- arguments ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "given, taken",
+    [
+        (["--evaluation_strategy", "no"], ["--eval_strategy", "no"]),
+        (["--warmup_ratio", "0.03"], ["--warmup_steps", "0.03"]),
+        (["--warmup_ratio=0.03"], ["--warmup_steps", "0.03"]),
+        (["--cl_data_clss", "abd"], ["--task", "abd"]),
+        (["--no_cuda"], ["--use_cpu"]),
+        (["--tf32", "True", "--seed", "-1"], ["--tf32", "True", "--seed", "-1"]),
+        (["--vision_tower", "openai/clip", "--seed", "1"], ["--seed", "1"]),
+        (["--save_safetensors", "--overwrite_output_dir", "--seed", "1"], ["--seed", "1"]),
+        (["--model-max-length", "99"], ["--model_max_length", "99"]),
+    ],
+)
+def test_flags_of_other_versions_are_translated(given, taken):
+    assert translate(given) == taken
+
+
+def test_ignored_flags_are_said(capsys):
+    translate(["--vision_tower", "x", "--save_safetensors"])
+    out = capsys.readouterr().out
+    assert "--vision_tower is accepted and ignored: the base checkpoint's config decides" in out
+    assert "--save_safetensors is accepted and ignored: it has no effect here" in out
+
+
+def test_a_published_command_line_parses(tmp_path):
+    line = f"""--model_name_or_path liuhaotian/llava-v1.5-7b --version v1 --data_path data/train_abd.jsonl
+        --image_folder data/images --vision_tower openai/clip-vit-large-patch14-336 --mm_projector_type mlp2x_gelu
+        --mm_vision_select_layer -2 --mm_use_im_start_end False --mm_use_im_patch_token False --image_aspect_ratio pad
+        --group_by_modality_length True --output_dir {tmp_path}/llava-x --num_train_epochs 1
+        --per_device_train_batch_size 16 --per_device_eval_batch_size 4 --gradient_accumulation_steps 1
+        --evaluation_strategy no --save_strategy steps --save_steps 50000 --save_total_limit 1 --learning_rate 2e-5
+        --weight_decay 0. --warmup_ratio 0.03 --lr_scheduler_type cosine --logging_steps 1 --model_max_length 2048
+        --gradient_checkpointing True --dataloader_num_workers 4 --lazy_preprocess True --report_to none
+        --task abd --local_rank=0 --use_cpu True"""
+    model_args, data_args, training_args = parse_arguments(line.split())
+    assert model_args.version == "v1" and data_args.image_aspect_ratio == "pad" and data_args.task == "abd"
+    assert training_args.learning_rate == 2e-5 and training_args.warmup_steps == 0.03
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        ("--task abd --output_dir llava-x --colour red", "unknown argument --colour"),
+        ("--output_dir llava-x", "no task given; add --task"),
+        ("--task abd", "no --output_dir given"),
+    ],
+)
+def test_incomplete_command_lines(words, message):
+    with pytest.raises(UserError, match=message):
+        parse_arguments(words.split())
+
+
+# -- DeepSpeed's file --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("key", INTEGER_KEYS)
+def test_a_fraction_is_refused_with_the_integer_to_write(tmp_path, key):
+    path = tmp_path / "zero3.json"
+    path.write_text(json.dumps({"zero_optimization": {"stage": 3, key: 0.9 * 256 * 256}}))
+    with pytest.raises(UserError, match=f"zero3.json: zero_optimization.{key} is 58982.4, .* write 58982"):
+        check_deepspeed_config(path)
+
+
+def test_a_whole_float_is_only_noted(tmp_path, capsys):
+    path = tmp_path / "zero3.json"
+    path.write_text('{"zero_optimization": {"reduce_bucket_size": 5e8, "stage3_prefetch_bucket_size": "auto"}}')
+    check_deepspeed_config(path)
+    assert "reduce_bucket_size is 500000000.0; an integer is wanted, write 500000000" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["zero2", "zero3", "zero3_offload"])
+def test_the_shipped_files_pass_silently(name, capsys):
+    check_deepspeed_config(ROOT / "scripts" / f"{name}.json")
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [("{ oops", "line 1: broken JSON"), ("[]", "JSON object"), ('{"zero_optimization": 3}', "JSON object")],
+)
+def test_a_broken_file_is_named(tmp_path, content, message):
+    (tmp_path / "zero3.json").write_text(content)
+    with pytest.raises(UserError, match=f"zero3.json.*{message}"):
+        check_deepspeed_config(tmp_path / "zero3.json")
+    with pytest.raises(UserError, match="DeepSpeed settings not found: .*absent.json"):
+        check_deepspeed_config(tmp_path / "absent.json")
+
+
+def test_it_is_looked_at_before_anything_is_loaded(world, capsys, tmp_path):
+    path = tmp_path / "zero3.json"
+    path.write_text('{"zero_optimization": {"stage": 3, "stage3_prefetch_bucket_size": 14745.6}}')
+    words = ["--deepspeed", path, "--model_name_or_path", "./absent", "--task", "abd", "--output_dir", "llava-x"]
+    assert "stage3_prefetch_bucket_size is 14745.6" in refusal(world, capsys, words)
