@@ -6,6 +6,7 @@ checkpoints (``slots.pth``). It is a ``torch.save`` of tensors and plain contain
     format: "llava-slots", version: 1
     settings: RetrieverSettings as a dict (dimensions, groups, rank, query mode, encoder identity, ...)
     base: {"path", "fingerprint"} of the base model
+    prompt: how the questions are asked (template, suffix, picture mode, ...); left out where it is not known
     keys: [1, groups, pool, text_dim / groups]          image_keys: the same for image queries (either may be None)
     tasks: [{name, start, stop, trained, statistics: {count, total, scatter} | None, feature_statistics: the same,
              extent: tensors of ``unknown.TaskExtent`` | None, held_out: {text, image} | None, info: {},
@@ -91,6 +92,7 @@ class SlotFile:
     settings: RetrieverSettings
     tasks: list[TaskSlots]
     base: dict = field(default_factory=dict)
+    prompt: dict = field(default_factory=dict)  # how the tasks' questions are asked; empty in files of older versions
 
     def task(self, name: str) -> TaskSlots:
         for task in self.tasks:
@@ -112,6 +114,8 @@ def write_slot_file(path: str | Path, slots: SlotFile) -> None:
         "tasks": [_task_to_dict(task) for task in tasks],
         "offsets": {task.name: {"A": task.A, "B": task.B} for task in tasks if task.B},
     }
+    if slots.prompt:
+        data["prompt"] = slots.prompt
     with atomic_write(path, "wb") as stream:
         torch.save(_canonical(data), stream)
 
@@ -168,7 +172,7 @@ def _parse(data: dict, path: str | Path) -> SlotFile:
         )
         _refuse_nan(tasks[-1], path)
         place += count
-    return SlotFile(settings, tasks, data["base"])
+    return SlotFile(settings, tasks, data["base"], data.get("prompt", {}))
 
 
 def read_prototype_keys(path: str | Path, ranges: dict[str, tuple[int, int]], settings: RetrieverSettings) -> SlotFile:

@@ -1,0 +1,109 @@
+"""Registries: what a name on a command line, in a task sequence or in a slot file may mean.
+
+Methods, routers, raw data sets and metrics are each one file. The ones that ship lie in a package of their kind and are
+found there by themselves. Others are registered from outside the package: every ``*.py`` file in a folder that the
+environment variable ``LLAVA_PLUGINS`` names (several folders are separated as in ``PATH``) is imported before the first
+look-up::
+
+    from llava.continual.methods import METHODS
+
+    @METHODS.register
+    class Mine(Recipe):
+        name = "mine"
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import os
+import pkgutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+from llava.utils import UserError
+
+PLUGINS = "LLAVA_PLUGINS"
+
+Item = TypeVar("Item")
+
+
+class Registry(Generic[Item]):
+    """Things of one kind by name.
+
+    Args:
+        kind: what a thing is called in messages, such as ``"method"``.
+        package: package whose modules register the things that ship; they are imported at the first look-up.
+    """
+
+    def __init__(self, kind: str, package: str | None = None):
+        self.kind, self.package = kind, package
+        self._items: dict[str, Item] = {}
+        self._complete = package is None
+
+    def register(self, item: Any) -> Any:
+        """Add a class or an object under its ``name``; usable as a decorator.
+
+        Raises:
+            UserError: another thing has the name already.
+        """
+        known = self._items.setdefault(item.name, item)
+        if known is not item and _source(known) != _source(item):
+            raise UserError(
+                f"two {self.kind}s are called {item.name!r}: {_source(known)} and {_source(item)}; rename one"
+            )
+        self._items[item.name] = item
+        return item
+
+    def names(self) -> list[str]:
+        """Every name, in alphabetical order."""
+        self._find_all()
+        return sorted(self._items)
+
+    def get(self, name: str) -> Item:
+        """The thing called ``name``; ``UserError`` names the ones there are."""
+        self._find_all()
+        if name not in self._items:
+            raise UserError(f"unknown {self.kind} {name!r}; known: {', '.join(self.names())}")
+        return self._items[name]
+
+    def _find_all(self) -> None:
+        if not self._complete:
+            self._complete = True
+            for module in pkgutil.iter_modules(importlib.import_module(self.package).__path__):
+                importlib.import_module(f"{self.package}.{module.name}")
+        load_plugins(os.environ.get(PLUGINS, ""))
+
+
+@functools.lru_cache(maxsize=8)
+def load_plugins(folders: str) -> None:
+    """Import every Python file of some folders once.
+
+    Raises:
+        UserError: a folder is missing, or a file cannot be imported.
+    """
+    for folder in filter(None, folders.split(os.pathsep)):
+        if not Path(folder).is_dir():
+            raise UserError(f"plugin folder not found: {folder} (check {PLUGINS})")
+        for file in sorted(Path(folder).glob("*.py")):
+            _import_file(file)
+
+
+def _import_file(file: Path) -> None:
+    name = f"llava_plugin_{file.stem}"
+    spec = importlib.util.spec_from_file_location(name, file)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise UserError(f"{file}: the plugin cannot be imported ({type(error).__name__}: {error}); mend it") from error
+
+
+def _source(item: Any) -> Callable | str:
+    return (
+        f"{getattr(item, '__module__', type(item).__module__)}.{getattr(item, '__qualname__', type(item).__qualname__)}"
+    )
