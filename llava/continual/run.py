@@ -1,75 +1,148 @@
-"""The light checkpoint after a stage: config, slots of the tasks seen so far, tokenizer, how it was trained.
+"""One trained stage: what identifies it, whether it is finished, what stands in its folder.
 
-It appears under its name only when it is whole: the files are written to a folder beside it that is renamed at the end.
+A stage folder is light: ``slots.pth`` (the slots of the tasks so far, with the prompt), ``training.json`` (the record),
+``config.json`` and the tokenizer, ``log_history.json``, and where its method keeps something for later stages or for
+answering, ``memory.pth`` (tensors) and ``kept_rows.jsonl`` (rows). It appears under its name only when it is whole.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
 
 from llava.checkpoints.kinds import SLOTS_FILE, TRAINING_FILE
+from llava.continual.record import difference, read_record
+from llava.data.rows import Row, read_rows, write_jsonl
 from llava.files import atomic_folder, atomic_write
-from llava.slots.file import SlotFile, read_slot_file, write_slot_file
+from llava.slots.adapter import MEMORY_FILE, read_memory
+from llava.slots.pool import Pool
 from llava.utils import UserError
 
+KEPT_ROWS_FILE = "kept_rows.jsonl"
+LOG_FILE = "log_history.json"
+WORK_FILE = "run.json"
+SLOTS = "slots"  # checksums of the tasks that a finished stage wrote, in its record
 
-def finished_stage(folder: Path, run: dict) -> bool:
-    """Whether ``folder`` holds a finished stage of this very run.
 
-    Raises:
-        UserError: it holds one that was trained differently, naming the first difference.
+@dataclass
+class Run:
+    """A stage that is to be trained, or was.
+
+    Attributes:
+        folder: of the stage checkpoint.
+        record: everything that decides what is learned (see ``llava.continual.record``).
+        unset: value of each recorded setting that nobody has set.
+        pool: slots of the finished stage; ``None`` before.
+        memory: tensors that the method keeps (Fisher information, a gate, prefixes).
+        kept_rows: rows of past tasks that the method keeps.
     """
-    if not (folder / SLOTS_FILE).is_file():
-        return False
-    check_same_run(folder / TRAINING_FILE, run, f"remove {folder} to train again, or restore the setting")
-    return True
 
+    folder: Path
+    record: dict[str, Any]
+    unset: dict[str, Any] = field(default_factory=dict)
+    pool: Pool | None = None
+    memory: dict[str, Tensor] = field(default_factory=dict)
+    kept_rows: list[Row] = field(default_factory=list)
 
-def check_same_run(path: Path, run: dict, mend: str) -> None:
-    """Compare ``run`` with the one recorded in ``path``; a missing record passes."""
-    if not path.is_file():
-        return
-    recorded = json.loads(path.read_text(encoding="utf-8"))
-    current = json.loads(json.dumps(run))
-    for name in sorted(set(recorded) | set(current)):
-        if recorded.get(name) != current.get(name):
-            raise UserError(
-                f"{path}: was trained with {name} = {recorded.get(name)}, now it is {current.get(name)}; {mend}"
-            )
+    @classmethod
+    def open(cls, folder: str | Path) -> Run:
+        """A finished stage.
 
+        Raises:
+            UserError: there is none, or its files are damaged.
+        """
+        place = Path(folder)
+        if not (place / SLOTS_FILE).is_file():
+            raise UserError(f"stage checkpoint not found: {place} (train the stage before this one first)")
+        record = read_record(place / TRAINING_FILE) if (place / TRAINING_FILE).is_file() else {}
+        rows = read_rows(place / KEPT_ROWS_FILE) if (place / KEPT_ROWS_FILE).is_file() else []
+        return cls(place, record, {}, Pool.read(place / SLOTS_FILE), read_memory(place), rows)
 
-def write_stage(
-    folder: Path,
-    slots: SlotFile,
-    config,
-    tokenizer,
-    run: dict,
-    log_history: list[dict],
-    model=None,
-    write_more: Callable[[Path], None] | None = None,
-) -> None:
-    """Write a stage checkpoint; with ``model`` the base's weights go in too and make it self-contained.
+    @property
+    def work(self) -> Path:
+        """Where checkpoints lie while the stage is in training."""
+        return self.folder.parent / "checkpoints" / self.folder.name
 
-    ``write_more`` puts further files (a LoRA) into the folder before it appears under its name.
-    """
-    with atomic_folder(folder) as partial:
-        config.save_pretrained(partial)
-        if model is not None:
-            state = {key: value for key, value in model.state_dict().items() if not key.startswith("retriever.")}
-            model.save_pretrained(partial, state_dict=state)
-        tokenizer.save_pretrained(partial)
-        for name, value in ((TRAINING_FILE, run), ("log_history.json", log_history)):
-            with atomic_write(partial / name) as stream:
-                json.dump(value, stream, indent=1)
-        if write_more is not None:
-            write_more(partial)
-        write_slot_file(partial / SLOTS_FILE, slots)
+    def finished(self) -> bool:
+        """Whether the folder holds this very stage, whole.
 
+        Raises:
+            UserError: it holds one that was trained otherwise, or whose slots are no longer those that were trained.
+        """
+        if not (self.folder / SLOTS_FILE).is_file():
+            return False
+        self._refuse_another(self.folder / TRAINING_FILE, self.folder)
+        self._refuse_edited()
+        return True
 
-def read_stage_slots(folder: Path) -> SlotFile:
-    """Slots of a finished stage."""
-    if not (folder / SLOTS_FILE).is_file():
-        raise UserError(f"stage checkpoint not found: {folder} (train the stage before this one first)")
-    return read_slot_file(folder / SLOTS_FILE)
+    def begin_work(self) -> None:
+        """Note in the work folder whose it is."""
+        with atomic_write(self.work / WORK_FILE) as stream:
+            json.dump(self.record, stream, indent=1)
+
+    def check_work(self) -> None:
+        """``UserError`` where an interrupted run of other settings left its checkpoints."""
+        self._refuse_another(self.work / WORK_FILE, self.work)
+
+    def write(
+        self,
+        pool: Pool,
+        config: Any,
+        tokenizer: Any,
+        log_history: list[dict[str, Any]],
+        write_more: Callable[[Path], None] | None = None,
+    ) -> None:
+        """Write the finished stage; ``write_more`` puts further files into its folder before it appears."""
+        self.pool = pool
+        record = {**self.record, SLOTS: {task.name: task.checksum() for task in pool.tasks}}
+        with atomic_folder(self.folder) as partial:
+            config.save_pretrained(partial)
+            tokenizer.save_pretrained(partial)
+            for name, value in ((TRAINING_FILE, record), (LOG_FILE, log_history)):
+                with atomic_write(partial / name) as stream:
+                    json.dump(value, stream, indent=1)
+            if self.memory:
+                with atomic_write(partial / MEMORY_FILE, "wb") as stream:
+                    torch.save(self.memory, stream)
+            if self.kept_rows:
+                write_jsonl(partial / KEPT_ROWS_FILE, [row.raw for row in self.kept_rows])
+            if write_more is not None:
+                write_more(partial)
+            pool.write(partial / SLOTS_FILE)
+
+    def _refuse_another(self, path: Path, folder: Path) -> None:
+        if not path.is_file():
+            return
+        kept = read_record(path)
+        kept.pop(SLOTS, None)
+        now = json.loads(json.dumps(self.record))
+        if found := difference(kept, now, self.unset):
+            aim = "train again" if folder == self.folder else "start the task anew"
+            raise UserError(f"{path}: was trained with {found}; remove {folder} to {aim}, or restore the setting")
+
+    def _refuse_edited(self) -> None:
+        """The slots must be the ones that the record names: a task may have been removed in place since."""
+        path = self.folder / TRAINING_FILE
+        written = read_record(path).get(SLOTS) if path.is_file() else None
+        if written is None:
+            return
+        here = {task.name: task.checksum() for task in Pool.read(self.folder / SLOTS_FILE).tasks}
+        for name in [*written, *here]:
+            if written.get(name) != here.get(name):
+                what = (
+                    "has changed"
+                    if name in here and name in written
+                    else "was removed"
+                    if name in written
+                    else "is new"
+                )
+                raise UserError(
+                    f"{self.folder / SLOTS_FILE}: task {name!r} {what} since the stage was trained; remove the folder to "
+                    "train it again, or evaluate it as it is"
+                )

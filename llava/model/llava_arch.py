@@ -4,8 +4,9 @@ Two mix-ins, shared by every language model back-end:
 
 - ``LlavaMetaModel`` adds the vision tower and the projector to a decoder (``LlamaModel``, ``MistralModel``).
 - ``LlavaMetaForCausalLM`` adds ``forward`` and ``generate`` that take images and questions. The route (which slots,
-  with which weights, for each question) is computed once, before the first token, and is reused by every decoding
-  step; it reaches the attention output projections as a keyword argument (see ``weight_offset``).
+  with which weights, for each question) is decided once, before the first token, and is reused by every decoding step.
+  An adapter (``llava.slots.adapter``) decides it and acts on it: its offsets reach the projections as a keyword
+  argument (``llava.slots.offsets``), its prefix embeddings stand in front of the prompt.
 """
 
 from __future__ import annotations
@@ -25,9 +26,11 @@ from llava.constants import (
 from llava.model.multimodal_encoder.builder import build_vision_tower
 from llava.model.multimodal_projector.builder import build_vision_projector, load_projector
 from llava.model.vision.tiles import merge_tiles, unpad_image
+from llava.slots.adapter import Action, Adapter
 from llava.slots.offsets import install_offset_hooks
 from llava.slots.picture_query import image_queries
-from llava.slots.pool import Retriever, Route
+from llava.slots.pool import Route
+from llava.slots.queries import Query
 
 __all__ = ["LlavaMetaForCausalLM", "LlavaMetaModel", "unpad_image"]
 
@@ -71,10 +74,10 @@ class LlavaMetaForCausalLM:
     """``forward`` and ``generate`` with images and per-question routes, for any decoder with LLaVA's mix-in."""
 
     def init_routing(self) -> None:
-        """Called by the back-end's ``__init__``: no slots yet."""
-        self.retriever: Retriever | None = None
+        """Called by the back-end's ``__init__``: no adapter yet."""
+        self.retriever: Adapter | None = None
         self.last_route: Route | None = None
-        self._offset_cache = None
+        self._action_cache: tuple[Tensor, Action] | None = None
         self._offset_hooks: list = []
 
     # -- parts ---------------------------------------------------------------------------------------------------
@@ -85,15 +88,21 @@ class LlavaMetaForCausalLM:
     def get_vision_tower(self):
         return self.get_model().get_vision_tower()
 
-    def attach_retriever(self, retriever: Retriever) -> None:
-        """Give the model a pool of slots; its offsets act from the next forward pass on."""
-        retriever.to(self.device)
-        self.retriever = retriever
-        self.config.retriever = retriever.settings.to_dict()
-        for hook in self._offset_hooks:  # of a pool attached before, whose targets may have been others
+    def attach_adapter(self, adapter: Adapter) -> None:
+        """Let ``adapter`` act from the next forward pass on, instead of the one before."""
+        self.detach_adapter()
+        adapter.to(self.device)
+        self.retriever = adapter
+        self.config.retriever = adapter.settings.to_dict()
+        self._offset_hooks = install_offset_hooks(self.get_model().layers, adapter.settings.targets)
+
+    def detach_adapter(self) -> None:
+        """Be the base model again: no hook and no entry in the config is left."""
+        for hook in self._offset_hooks:
             hook.remove()
-        self._offset_hooks = install_offset_hooks(self.get_model().layers, retriever.settings.targets)
-        self.last_route = self._offset_cache = None
+        self._offset_hooks = []
+        self.retriever = self.last_route = self._action_cache = None
+        vars(self.config).pop("retriever", None)
 
     def initialize_vision_tokenizer(self, model_args, tokenizer) -> None:
         """Add the picture tokens that early LLaVA prompts hold; their embeddings start as the mean of the others."""
@@ -180,10 +189,19 @@ class LlavaMetaForCausalLM:
             new_labels if labels is not None else None,
         )
 
-    def _splice(self, input_ids, attention_mask, labels, features: list[list[Tensor]], padding_side: str | None = None):
+    def _splice(
+        self,
+        input_ids,
+        attention_mask,
+        labels,
+        features: list[list[Tensor]],
+        padding_side: str | None = None,
+        prefix: Tensor | None = None,
+    ):
         """Embeddings ``[batch, length, hidden]``, mask, positions and labels with the pictures in their places.
 
-        Each sample uses its own pictures only; a count that does not match its placeholders is a ``ValueError``.
+        Each sample uses its own pictures only; a count that does not match its placeholders is a ``ValueError``. A
+        ``prefix`` ``[batch, prefix length, hidden]`` goes in front of each sample, behind its padding.
         """
         keep = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
         rows, row_labels = [], []
@@ -191,6 +209,9 @@ class LlavaMetaForCausalLM:
             ids = input_ids[index][keep[index]]
             row_label = torch.full_like(ids, IGNORE_INDEX) if labels is None else labels[index][keep[index]]
             embeds, spliced = self._splice_row(index, ids, row_label, pictures)
+            if prefix is not None:
+                embeds = torch.cat([prefix[index].to(embeds.dtype), embeds])
+                spliced = torch.cat([spliced.new_full((prefix.shape[1],), IGNORE_INDEX), spliced])
             rows.append(embeds)
             row_labels.append(spliced)
         limit = getattr(self.config, "tokenizer_model_max_length", None)
@@ -232,17 +253,18 @@ class LlavaMetaForCausalLM:
             return None
         text_query = None if text_query is None else text_query.to(self.device)
         image_query = None if image_query is None else image_query.to(self.device)
-        return self.retriever.route(text_query, image_query, tasks)
+        return self.retriever.decide(Query(text_query, image_query), tasks)
 
-    def _weight_offset(self, slot_indices: Tensor | None, slot_weights: Tensor | None, dtype: torch.dtype):
-        if slot_indices is None:
-            return None
-        cached = self._offset_cache
-        if cached is not None and cached[0] is slot_indices:  # a later decoding step of the same questions
+    def _action(self, route: Route | None, dtype: torch.dtype) -> Action:
+        """What the route does; later decoding steps of the same questions find it ready."""
+        if route is None:
+            return Action()
+        cached = self._action_cache
+        if cached is not None and cached[0] is route.slot_indices:
             return cached[1]
-        offset = self.retriever(slot_indices, slot_weights, dtype)
-        self._offset_cache = None if torch.is_grad_enabled() else (slot_indices, offset)
-        return offset
+        action = self.retriever.act(route, dtype)
+        self._action_cache = None if torch.is_grad_enabled() else (route.slot_indices, action)
+        return action
 
     # -- forward and generate --------------------------------------------------------------------------------------
 
@@ -275,21 +297,22 @@ class LlavaMetaForCausalLM:
         """
         if image_features is None and images is not None and self.get_vision_tower() is not None:
             image_features = self.vision_features(images)
-        if inputs_embeds is None and image_features is not None:
-            features = image_features
-            if slot_indices is None:
-                image_query = self.image_query(features, images) if image_query is None else image_query
-                slot_indices, slot_weights = _as_pair(self.route(text_query, image_query))
-            projected = self.project_features(features, image_sizes)
-            inputs_embeds, attention_mask, position_ids, labels_out = self._splice(
-                input_ids, attention_mask, labels, projected
-            )
-            labels = None if labels is None else labels_out
-            input_ids = None
-        elif slot_indices is None and text_query is not None and past_key_values is None:
-            image_query = self.image_query([[] for _ in text_query], None) if image_query is None else image_query
-            slot_indices, slot_weights = _as_pair(self.route(text_query, image_query))
+        pictured = inputs_embeds is None and image_features is not None
+        features = image_features if pictured else [[] for _ in _first_given(input_ids, inputs_embeds, text_query)]
+        route = None if slot_indices is None else Route(slot_indices, slot_weights)
+        if route is None and (pictured or (text_query is not None and past_key_values is None)):
+            image_query = self.image_query(features, images) if image_query is None else image_query
+            route = self.route(text_query, image_query)
         dtype = self.get_model().embed_tokens.weight.dtype if inputs_embeds is None else inputs_embeds.dtype
+        action = self._action(route, dtype)
+        prefixed = inputs_embeds is None and past_key_values is None and action.prefix is not None
+        if pictured or prefixed:
+            projected = self.project_features(features, image_sizes)
+            inputs_embeds, attention_mask, position_ids, spliced = self._splice(
+                input_ids, attention_mask, labels, projected, prefix=action.prefix
+            )
+            labels = None if labels is None else spliced
+            input_ids = None
         return super().forward(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -298,7 +321,7 @@ class LlavaMetaForCausalLM:
             inputs_embeds=inputs_embeds,
             labels=labels,
             use_cache=use_cache,
-            weight_offset=self._weight_offset(slot_indices, slot_weights, dtype),
+            weight_offset=action.offset,
             **kwargs,
         )
 
@@ -329,14 +352,15 @@ class LlavaMetaForCausalLM:
         input_ids = kwargs.pop("input_ids", None) if inputs is None else inputs
         attention_mask = kwargs.pop("attention_mask", None)
         kwargs.pop("position_ids", None)
-        self._offset_cache = None
+        self._action_cache = None
         features: list[list[Tensor]] = [[] for _ in input_ids]
         if images is not None and self.get_vision_tower() is not None:
             features = self.vision_features(images)
         self.last_route = self._question_route(features, images, questions, text_query, tasks)
         slot_indices, slot_weights = _as_pair(self.last_route)
+        action = self._action(self.last_route, self.get_model().embed_tokens.weight.dtype)
         projected = self.project_features(features, image_sizes)
-        embeds, mask, _, _ = self._splice(input_ids, attention_mask, None, projected, padding_side="left")
+        embeds, mask, _, _ = self._splice(input_ids, attention_mask, None, projected, "left", action.prefix)
         try:
             return super().generate(
                 inputs_embeds=embeds,
@@ -346,7 +370,7 @@ class LlavaMetaForCausalLM:
                 **kwargs,
             )
         finally:
-            self._offset_cache = None
+            self._action_cache = None
 
     def _question_route(self, features, images, questions, text_query, tasks) -> Route | None:
         if self.retriever is None or not self.retriever.active:
@@ -356,6 +380,10 @@ class LlavaMetaForCausalLM:
                 raise ValueError("this model routes on the question's text: give questions=[...] (or text_query)")
             text_query = self.retriever.encode_questions(questions)
         return self.route(text_query, self.image_query(features, images), tasks)
+
+
+def _first_given(*values: Tensor | None) -> Tensor:
+    return next(value for value in values if value is not None)
 
 
 def _as_pair(route: Route | None) -> tuple[Tensor | None, Tensor | None]:

@@ -8,22 +8,48 @@ from __future__ import annotations
 
 import contextlib
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch.utils.data import DataLoader
+from tqdm import tqdm
 from transformers import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from llava.continual.methods import Context, Recipe
 from llava.files import atomic_write, full_disk_named
 from llava.train.deepspeed_config import checkpoint_world_size
-from llava.utils import UserError
+from llava.utils import UserError, is_main_process
 
 COMPLETE = "complete"
 SLOTS_STATE = "trained_slots.pt"
 
 
 class LLaVATrainer(Trainer):
-    """``Trainer`` whose checkpoints are as small as what it trains."""
+    """``Trainer`` that asks a recipe for its loss, and whose checkpoints are as small as what it trains.
+
+    Args:
+        recipe, context: the continual method, and the stage as it sees it.
+    """
+
+    def __init__(self, *args, recipe: Recipe, context: Context, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.recipe, self.context = recipe, context
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """The recipe's loss in training, the answers' cross-entropy in evaluation."""
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        if model.training:
+            loss = self.recipe.loss(self.context, inputs, outputs, loss)
+        return (loss, outputs) if return_outputs else loss
+
+    def single_rows(self) -> Iterator[dict[str, Any]]:
+        """The training rows one by one, as batches on the model's device."""
+        loader = DataLoader(self.train_dataset, batch_size=1, collate_fn=self.data_collator)
+        shown = tqdm(loader, desc=f"end of {self.context.task}", unit="row", disable=not is_main_process(), leave=False)
+        return (self._prepare_inputs(batch) for batch in shown)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write the trainable tensors only (gathered from all processes under ZeRO-3)."""

@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
+from llava.continual.methods import METHODS, Context, Recipe
 from llava.continual.methods.sequential import SHARED, single_adapter
 from llava.continual.tasks import TaskSequence
-from llava.slots.file import SlotFile
+from llava.slots.pool import Pool
 
 
-class Joint:
+@METHODS.register
+class Joint(Recipe):
     name = "joint"
 
-    def training_files(self, sequence: TaskSequence, task: str) -> list[str]:
+    def files(self, sequence: TaskSequence, task: str) -> list[str]:
         names = sequence.task_names
-        return [sequence.task(name).train for name in names[: names.index(task) + 1]]
+        return [file for name in names[: names.index(task) + 1] for file in super(Joint, self).files(sequence, name)]
 
-    def begin(self, merged: SlotFile, previous: SlotFile | None, task: str) -> tuple[SlotFile, str]:
-        return single_adapter(merged), SHARED
-
-    def end(self, previous: SlotFile | None, trained: SlotFile) -> SlotFile:
-        return trained
-
-
-METHOD = Joint()
+    def pool(self, context: Context) -> tuple[Pool, str]:
+        return single_adapter(context.keys), SHARED

@@ -6,29 +6,22 @@ earlier tasks pass from checkpoint to checkpoint untouched.
 
 from __future__ import annotations
 
-from pathlib import Path
-
-from llava.continual.methods import only
-from llava.continual.tasks import TaskSequence
-from llava.slots.file import SlotFile
-from llava.slots.merge import merge_slot_files
+from llava.continual.methods import METHODS, Context, Recipe
+from llava.slots.merge import check_mergeable
+from llava.slots.pool import Pool
 
 
-class Retrieval:
+@METHODS.register
+class Retrieval(Recipe):
     name = "retrieval"
 
-    def training_files(self, sequence: TaskSequence, task: str) -> list[str]:
-        return [sequence.task(task).train]
+    def pool(self, context: Context) -> tuple[Pool, str]:
+        mine = context.keys.with_tasks([context.keys.task(context.task)])
+        if context.previous is not None:  # refuses slots that could not stand in one pool
+            check_mergeable("the stage before this one", context.previous.pool, "the merged keys", mine)
+        return mine, context.task
 
-    def begin(self, merged: SlotFile, previous: SlotFile | None, task: str) -> tuple[SlotFile, str]:
-        mine = only(merged, merged.task(task))
-        if previous is not None:  # refuses slots that could not stand in one pool
-            merge_slot_files([(Path("the stage before this one"), previous), (Path("the merged keys"), mine)])
-        return mine, task
-
-    def end(self, previous: SlotFile | None, trained: SlotFile) -> SlotFile:
-        earlier = [] if previous is None else previous.tasks
-        return SlotFile(trained.settings, [*earlier, *trained.tasks], trained.base)
-
-
-METHOD = Retrieval()
+    def slots(self, context: Context) -> Pool:
+        earlier = [] if context.previous is None else context.previous.pool.tasks
+        trained = context.trained_pool()
+        return trained.with_tasks([*earlier, *trained.tasks])

@@ -1,0 +1,89 @@
+"""Elastic weight consolidation: the sequential adapter, held back where earlier tasks need it.
+
+Kirkpatrick et al., PNAS 2017 (arXiv 1612.00796), with one running sum over the tasks (Schwarz et al.,
+arXiv 1805.06370)::
+
+    loss = cross-entropy + lambda / 2 * sum_i F_i (theta_i - theta*_i)^2,     F <- gamma F + F_task
+
+``theta*`` are the offsets as the stage before left them; ``F_task`` is the mean squared gradient of single rows' loss.
+Nothing of the data is kept, and the memory does not grow with the tasks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llava.continual.methods import METHODS, Context
+from llava.continual.methods.sequential import SHARED, Sequential
+from llava.slots.task_slots import TaskSlots
+
+
+@dataclass
+class EWCOptions:
+    """How strongly earlier tasks hold the adapter."""
+
+    ewc_lambda: float = field(default=1000.0, metadata={"help": "weight of the penalty"})
+    ewc_gamma: float = field(default=1.0, metadata={"help": "share of earlier information that a new task leaves"})
+
+
+@METHODS.register
+class EWC(Sequential):
+    name = "ewc"
+    Options = EWCOptions
+
+    def begin(self, context: Context) -> Sequence[nn.Parameter]:
+        parameters = super().begin(context)
+        self.fisher: list[Tensor] = []
+        self.anchor: list[Tensor] = []
+        if context.previous is not None:
+            device = context.model.device
+            before = context.previous.pool.task(SHARED)
+            self.anchor = [tensor.to(device) for tensor in before(context.pool.settings.targets)]
+            self.fisher = [context.previous.memory[name].to(device) for name in _names(context)]
+        return parameters
+
+    def loss(self, context: Context, batch: dict[str, Any], outputs: Any, loss: Tensor) -> Tensor:
+        if not self.fisher:
+            return loss
+        now = _slots(context)(context.pool.settings.targets)
+        penalty = sum(
+            (fisher * (value - anchor).square()).sum()
+            for fisher, value, anchor in zip(self.fisher, now, self.anchor, strict=True)
+        )
+        return loss + context.options.ewc_lambda / 2 * penalty
+
+    def end(self, context: Context, batches: Iterable[dict[str, Any]]) -> None:
+        """Add this task's information to that of the tasks before."""
+        used: list[tuple[Tensor, ...]] = []
+        # The offsets as the forward pass took them: their gradients are whole, also where ZeRO-3 splits the parameters.
+        watch = _slots(context).register_forward_hook(lambda module, args, output: used.append(output))
+        total: list[Tensor] = []
+        count = 0
+        try:
+            for batch in batches:
+                used.clear()
+                with torch.enable_grad():
+                    loss = context.model(**batch).loss
+                squares = [gradient.detach().float().square() for gradient in torch.autograd.grad(loss, used[0])]
+                total = [one + other for one, other in zip(total, squares)] if total else squares
+                count += 1
+        finally:
+            watch.remove()
+        for number, name in enumerate(_names(context)):
+            here = total[number].cpu() / max(count, 1)
+            before = context.previous.memory[name] * context.options.ewc_gamma if context.previous else 0
+            context.run.memory[name] = here + before
+
+
+def _slots(context: Context) -> TaskSlots:
+    return context.model.retriever.pool.task(SHARED)
+
+
+def _names(context: Context) -> list[str]:
+    """In the order in which a task's slots give their offsets."""
+    return [f"fisher.{kind}.{target}" for target in context.pool.settings.targets for kind in ("A", "B")]
