@@ -11,6 +11,7 @@ from llava.utils import UserError, rank0_print, require_file
 
 if TYPE_CHECKING:
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+    from transformers import TrainingArguments
 
 
 def check_deepspeed_config(path: str | os.PathLike) -> dict:
@@ -30,7 +31,7 @@ def check_deepspeed_config(path: str | os.PathLike) -> dict:
         raise UserError(f"{found}, line {error.lineno}: broken JSON ({error.msg})") from error
     except UnicodeDecodeError as error:
         raise UserError(f"{found}: is not UTF-8 text ({error.reason}); save it as UTF-8") from error
-    zero = values.get("zero_optimization", {}) if isinstance(values, dict) else None
+    zero = values.get("zero_optimization") if isinstance(values, dict) else None
     if not isinstance(zero, dict):
         raise UserError(f"{found}: must be a JSON object, and its zero_optimization too (see scripts/zero3.json)")
     known = _zero_config(found, {name: value for name, value in zero.items() if value != "auto"})
@@ -40,6 +41,18 @@ def check_deepspeed_config(path: str | os.PathLike) -> dict:
             where = f"zero_optimization.{field.alias or name}"
             rank0_print(f"note: {found}: {where} is {written}; an integer is wanted, write {int(written)}")
     return values
+
+
+def check_agreement(args: TrainingArguments) -> None:
+    """Compare DeepSpeed's file with the run's own settings, as the trainer noted them when it read both.
+
+    Raises:
+        UserError: the first setting in which they differ.
+    """
+    config = args.hf_deepspeed_config if args.deepspeed else None
+    for mismatch in config.mismatches if config else []:
+        in_file, _, in_run = mismatch.removeprefix("- ds ").partition(" vs hf ")
+        raise UserError(f'{args.deepspeed}: {in_file}, but this run has {in_run}; write "auto" into the file')
 
 
 def _zero_config(file: Path, zero: dict) -> DeepSpeedZeroConfig:

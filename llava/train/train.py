@@ -35,7 +35,7 @@ from llava.slots.encoders import encoder_from_identity
 from llava.slots.file import SlotFile, read_slot_file
 from llava.slots.fit import seed_of
 from llava.train.arguments import DataArguments, ModelArguments, TrainingArguments, parse_arguments, translate
-from llava.train.deepspeed_config import check_deepspeed_config, prepare_cpu_deepspeed
+from llava.train.deepspeed_config import check_agreement, check_deepspeed_config, prepare_cpu_deepspeed
 from llava.train.llava_trainer import LLaVATrainer, last_complete_checkpoint, trainable_state
 from llava.train.lora import add_lora, base_options, lora_settings, save_lora, slots_count_as_adapters
 from llava.utils import UserError, rank0_print
@@ -63,6 +63,7 @@ def train(attn_implementation: str | None = None) -> None:
     argv = sys.argv[1:]
     uses_deepspeed = _look_at_deepspeed(argv)
     model_args, data_args, args = parse_arguments(argv)
+    check_agreement(args)
     model_args.attn_implementation = model_args.attn_implementation or attn_implementation
     transformers.logging.set_verbosity_error()
     sequence, method = load_sequence(data_args.sequence), load_method(args.method)

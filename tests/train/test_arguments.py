@@ -2,12 +2,13 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from tiny_world import refusal
 
 from llava.train.arguments import parse_arguments, translate
-from llava.train.deepspeed_config import check_deepspeed_config
+from llava.train.deepspeed_config import check_agreement, check_deepspeed_config
 from llava.utils import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -140,7 +141,12 @@ def test_the_shipped_files_pass_silently(name, capsys):
 
 @pytest.mark.parametrize(
     "content, message",
-    [("{ oops", "line 1: broken JSON"), ("[]", "JSON object"), ('{"zero_optimization": 3}', "JSON object")],
+    [
+        ("{ oops", "line 1: broken JSON"),
+        ("[]", "JSON object"),
+        ("{}", "zero_optimization too"),
+        ('{"zero_optimization": 3}', "JSON object"),
+    ],
 )
 def test_a_broken_file_is_named(tmp_path, content, message):
     (tmp_path / "zero3.json").write_text(content)
@@ -148,6 +154,21 @@ def test_a_broken_file_is_named(tmp_path, content, message):
         check_deepspeed_config(tmp_path / "zero3.json")
     with pytest.raises(UserError, match="DeepSpeed settings not found: .*absent.json"):
         check_deepspeed_config(tmp_path / "absent.json")
+
+
+def test_file_and_command_line_must_agree():
+    from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig
+
+    read = HfTrainerDeepSpeedConfig({"zero_optimization": {"stage": 3}, "gradient_clipping": 0.5, "bf16": "auto"})
+    args = SimpleNamespace(deepspeed="zero3.json", hf_deepspeed_config=read)
+    read.fill_match("bf16", False, "bf16")
+    check_agreement(args)
+    check_agreement(SimpleNamespace(deepspeed=None))
+    read.fill_match("gradient_clipping", 1.0, "max_grad_norm")
+    with pytest.raises(
+        UserError, match="^zero3.json: gradient_clipping=0.5, but this run has max_grad_norm=1.0; write"
+    ):
+        check_agreement(args)
 
 
 def test_it_is_looked_at_before_anything_is_loaded(world, capsys, tmp_path):
