@@ -98,7 +98,7 @@ class Checkpoint:
     @property
     def vocab_size(self) -> int:
         """Entries of the vocabulary, Llama's number where the config does not say."""
-        return (self.config.get("text_config") or self.config).get("vocab_size", 32000)
+        return int((self.config.get("text_config") or self.config).get("vocab_size", 32000))
 
     @cached_property
     def fingerprint(self) -> str:
@@ -163,5 +163,5 @@ class Checkpoint:
         return "plain", f"model type {model_type!r}, no projector, no vision tower"
 
 
-Place: TypeAlias = str | os.PathLike | Checkpoint
+Place: TypeAlias = str | os.PathLike[str] | Checkpoint
 """What ``Checkpoint.open`` takes, and everything that reads a checkpoint with it."""

@@ -9,7 +9,7 @@ time when such folders were written (``legacy``, a beginning-of-text token).
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from llava.checkpoints.weights import first_line, read_json
 from llava.utils import UserError
@@ -35,11 +35,13 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     alone = (folder / SENTENCEPIECE_FILE).is_file() and not (folder / "tokenizer.json").is_file()
     try:
         if alone and settings.get("tokenizer_class") in LLAMA_CLASSES:
-            missing = {key: value for key, value in OLD_DEFAULTS.items() if settings.get(key) is None}
-            return LlamaTokenizer.from_pretrained(folder, **missing)
-        return AutoTokenizer.from_pretrained(folder)
+            missing: dict[str, Any] = {key: value for key, value in OLD_DEFAULTS.items() if settings.get(key) is None}
+            found: PreTrainedTokenizerBase = LlamaTokenizer.from_pretrained(folder, **missing)
+        else:
+            found = AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError, KeyError) as error:
         raise UserError(
             f"{folder}: no tokenizer can be read here ({first_line(error)}); copy tokenizer.model or "
             "tokenizer.json and tokenizer_config.json from the base model"
         ) from error
+    return found

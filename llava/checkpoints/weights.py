@@ -30,7 +30,7 @@ HARMLESS = ("rotary_emb.inv_freq", "position_ids")
 _EDGE = 1 << 16  # bytes read at each end of a weight file for the fingerprint
 
 
-def resolve_checkpoint(name: str | os.PathLike) -> Path:
+def resolve_checkpoint(name: str | os.PathLike[str]) -> Path:
     """The local folder of a checkpoint given by path or by hub name (from the local cache, else downloaded)."""
     folder = Path(name).expanduser()
     if folder.is_dir():
@@ -52,9 +52,10 @@ def resolve_checkpoint(name: str | os.PathLike) -> Path:
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON file of a checkpoint; ``UserError`` if it is broken."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise UserError(f"{path}: broken JSON at line {error.lineno}; restore the file") from error
+    return values
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -154,11 +155,14 @@ def load_tensors(file: Path, names: Iterable[str]) -> dict[str, Tensor]:
 def load_bin(file: Path) -> dict[str, Tensor]:
     """Tensors of a ``.bin`` file, tensors and plain containers only; ``UserError`` if it holds anything else."""
     try:
-        return torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+        state: dict[str, Tensor] = torch.load(
+            file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file)
+        )
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
         raise UserError(
             f"{file}: cannot be read as a file of plain tensors ({first_line(error)}); copy it again"
         ) from error
+    return state
 
 
 def lacking_tensors(report: Mapping[str, Any]) -> list[str]:

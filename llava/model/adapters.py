@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from safetensors.torch import load_file
@@ -91,7 +92,8 @@ def load_extra_tensors(model: PreTrainedModel, folder: Path, lacking: list[str])
 def _fit_vocabulary(model: PreTrainedModel, state: dict[str, Tensor]) -> None:
     """Grow the embeddings to the rows in the file (LLaVA adds image start and end tokens)."""
     rows = next((value.shape[0] for key, value in state.items() if key.endswith("embed_tokens.weight")), None)
-    if rows and rows != model.get_input_embeddings().weight.shape[0]:
+    table: Any = model.get_input_embeddings()
+    if rows and rows != table.weight.shape[0]:
         model.resize_token_embeddings(rows)
 
 
@@ -122,8 +124,8 @@ def apply_adapter(model: PreTrainedModel, folder: Path, merge: bool, trainable: 
         )
     if merge:
         rank0_print("LoRA merged into the base")
-        return wrapped.merge_and_unload()
-    return wrapped.get_base_model()
+        return cast(PreTrainedModel, wrapped.merge_and_unload())
+    return cast(PreTrainedModel, wrapped.get_base_model())
 
 
 def _adapter_tensors(folder: Path) -> dict[str, Tensor]:

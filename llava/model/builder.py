@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError
@@ -12,7 +12,6 @@ from transformers import (
     AutoModelForCausalLM,
     BaseImageProcessor,
     BitsAndBytesConfig,
-    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -23,7 +22,7 @@ from llava.checkpoints.kinds import ADAPTER_CONFIG, PROJECTOR_PREFIX, SLOTS_FILE
 from llava.checkpoints.tokenizer import load_tokenizer
 from llava.checkpoints.weights import HARMLESS, first_line, lacking_tensors
 from llava.model.adapters import adapter_base, apply_adapter, load_extra_tensors
-from llava.model.configs import FAMILIES, llava_config
+from llava.model.configs import FAMILIES, Config, Model, llava_config
 from llava.model.multimodal_encoder.clip_encoder import shipped_image_processor
 from llava.model.vision.features import load_vision_tower
 from llava.slots.encoders import encoder_from_identity
@@ -43,7 +42,7 @@ def load_pretrained_model(
     model_name: str | None = None,
     load_8bit: bool = False,
     load_4bit: bool = False,
-    device_map: str | dict | None = "auto",
+    device_map: str | dict[str, Any] | None = "auto",
     device: str = "cuda",
     use_flash_attn: bool = False,
     attn_implementation: str | None = None,
@@ -80,7 +79,7 @@ def load_pretrained_model(
         if quantised:
             rank0_print("LoRA kept beside the base, which is quantised")
     if slots is not None:
-        attach_slots(model, slots, base)
+        attach_slots(cast(Model, model), slots, base)
     context = getattr(model.config, "max_sequence_length", None) or DEFAULT_CONTEXT
     return tokenizer, model.eval(), image_processor, context
 
@@ -114,7 +113,7 @@ def _base_of(checkpoint: Checkpoint, slots: SlotFile | None, model_base: str | N
 def loading_options(
     load_8bit: bool = False,
     load_4bit: bool = False,
-    device_map: str | dict | None = "auto",
+    device_map: str | dict[str, Any] | None = "auto",
     device: str = "cuda",
     use_flash_attn: bool = False,
     attn_implementation: str | None = None,
@@ -208,15 +207,13 @@ def _configured(checkpoint: Checkpoint, config_from: Checkpoint | None) -> Check
 
 
 def _from_pretrained(
-    model_class: type[PreTrainedModel], checkpoint: Checkpoint, config: PretrainedConfig, options: dict[str, Any]
-) -> tuple[PreTrainedModel, dict[str, Any]]:
+    model_class: type[Model], checkpoint: Checkpoint, config: Config, options: dict[str, Any]
+) -> tuple[Model, dict[str, Any]]:
     """``(model, loading report)``; what is wrong with the files becomes a ``UserError``."""
     folder = checkpoint.folder
-    mapping = {"key_mapping": HF_TO_LLAVA} if checkpoint.kind == "hf" else {}
+    mapping: dict[str, Any] = {"key_mapping": HF_TO_LLAVA} if checkpoint.kind == "hf" else {}
     try:
-        model, report = model_class.from_pretrained(
-            folder, config=config, output_loading_info=True, **mapping, **options
-        )
+        loaded: Any = model_class.from_pretrained(folder, config=config, output_loading_info=True, **mapping, **options)
     except pickle.UnpicklingError as error:
         raise UserError(
             f"{folder}: a pytorch_model*.bin file holds more than plain tensors and is not run; get the checkpoint as "
@@ -231,12 +228,13 @@ def _from_pretrained(
             f"{folder}: tensors don't have the shapes that config.json asks for ({first_line(error)}); the config "
             "and the weights belong to different models"
         ) from error
+    model, report = loaded
     if mapping and "quantization_config" not in options:
         model._weight_conversions = []  # saved again, it has LLaVA's names
     return model, report
 
 
-def _ready_tower(model: PreTrainedModel, checkpoint: Checkpoint) -> BaseImageProcessor | None:
+def _ready_tower(model: Model, checkpoint: Checkpoint) -> BaseImageProcessor | None:
     """Load the vision tower if the checkpoint did not ship it; returns the image processor, ``None`` without tower."""
     tower = model.get_vision_tower()
     if tower is None:
@@ -246,11 +244,11 @@ def _ready_tower(model: PreTrainedModel, checkpoint: Checkpoint) -> BaseImagePro
         tower.image_processor = shipped_image_processor(checkpoint.folder, tower.config)
     else:
         tower.load_model()
-        tower.to(device=model.device, dtype=model.get_model().embed_tokens.weight.dtype)
+        tower.to(device=model.device, dtype=model.get_input_embeddings().weight.dtype)
     return tower.image_processor
 
 
-def attach_slots(model: PreTrainedModel, slots: SlotFile, base: Place, with_encoder: bool = True) -> None:
+def attach_slots(model: Model, slots: SlotFile, base: Place, with_encoder: bool = True) -> None:
     """Give ``model`` the slots of a file made for ``base``; refuses another base or shape by name."""
     expected, checkpoint = slots.base.get("fingerprint"), Checkpoint.open(base)
     if expected and expected != checkpoint.fingerprint:

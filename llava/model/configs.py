@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import copy
+from typing import TypeAlias
 
 from llava.checkpoints.checkpoint import Checkpoint, Place
 from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
 from llava.model.language_model.llava_mistral import LlavaMistralConfig, LlavaMistralForCausalLM
 from llava.model.vision.towers import shipped_tower_config
 
-FAMILIES = {"llama": LlavaLlamaForCausalLM, "mistral": LlavaMistralForCausalLM}
-CONFIGS = {"llama": LlavaConfig, "mistral": LlavaMistralConfig}
+Model: TypeAlias = LlavaLlamaForCausalLM | LlavaMistralForCausalLM
+Config: TypeAlias = LlavaConfig | LlavaMistralConfig
+FAMILIES: dict[str, type[Model]] = {"llama": LlavaLlamaForCausalLM, "mistral": LlavaMistralForCausalLM}
+CONFIGS: dict[str, type[Config]] = {"llama": LlavaConfig, "mistral": LlavaMistralConfig}
 
 
-def llava_config(place: Place, weights: Checkpoint | None = None) -> LlavaConfig | LlavaMistralConfig:
+def llava_config(place: Place, weights: Checkpoint | None = None) -> Config:
     """The LLaVA config of a checkpoint, of either layout.
 
     Where the weights (in ``weights``, default: the same checkpoint) hold a vision tower, the config says so afterwards.

@@ -108,7 +108,7 @@ def _image_token(tokenizer: PreTrainedTokenizerBase) -> int:
     """The id of ``<image>``, which is added where the tokenizer lacks it."""
     if DEFAULT_IMAGE_TOKEN not in tokenizer.get_vocab():
         tokenizer.add_tokens([DEFAULT_IMAGE_TOKEN], special_tokens=True)
-    return tokenizer.convert_tokens_to_ids(DEFAULT_IMAGE_TOKEN)
+    return tokenizer.get_vocab()[DEFAULT_IMAGE_TOKEN]
 
 
 def _write_processor(
@@ -123,7 +123,7 @@ def _write_processor(
     from transformers import CLIPVisionConfig
 
     tokenizer.save_pretrained(target)
-    processor = tower.image_processor if tower else shipped_image_processor(source, CLIPVisionConfig(**vision))
+    processor: Any = tower.image_processor if tower else shipped_image_processor(source, CLIPVisionConfig(**vision))
     pictures, mode = processor.to_dict(), getattr(config, "image_aspect_ratio", None)
     if mode == "anyres":
         pinpoints = [[height, width] for width, height in config.image_grid_pinpoints]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from transformers import BaseImageProcessor, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -24,7 +25,8 @@ def save_whole_model(
     """
     if folder.exists() and any(folder.iterdir()):
         raise UserError(f"{folder} is there already; give a new folder")
-    tower = model.get_vision_tower() if hasattr(model, "get_vision_tower") else None
+    find_tower: Any = getattr(model, "get_vision_tower", None)  # a plain language model has none
+    tower = find_tower() if find_tower else None
     if tower is not None:
         model.config.vision_config = tower.config.to_dict()  # its weights are written too, fine-tuned or not
     state = {key: value for key, value in model.state_dict().items() if not key.startswith("retriever.")}

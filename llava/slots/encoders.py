@@ -17,6 +17,7 @@ import hashlib
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,7 +42,7 @@ class TextEncoder:
 
     kind = ""
 
-    def __init__(self, name: str, fingerprint: str, dim: int):
+    def __init__(self, name: str, fingerprint: str, dim: int) -> None:
         self.identity = {"kind": self.kind, "name": name, "fingerprint": fingerprint, "dim": dim}
         self.dim = dim
         self._cache: dict[str, Tensor] = {}
@@ -62,7 +63,7 @@ class BaseEmbeddingEncoder(TextEncoder):
 
     kind = "base"
 
-    def __init__(self, base_path: Place):
+    def __init__(self, base_path: Place) -> None:
         checkpoint = Checkpoint.open(base_path)
         table = read_embedding_table(checkpoint)
         self.table = torch.nn.functional.normalize(table.float(), dim=-1)
@@ -80,7 +81,7 @@ class SentenceEncoder(TextEncoder):
 
     kind = "sentence"
 
-    def __init__(self, name: str, path: str | Path | None = None):
+    def __init__(self, name: str, path: str | Path | None = None) -> None:
         from transformers import AutoModel, AutoTokenizer
 
         source = str(path or name)
@@ -125,7 +126,7 @@ def load_text_encoder(choice: str, base_path: Place | None) -> TextEncoder:
     return BaseEmbeddingEncoder(base_path)
 
 
-def encoder_from_identity(identity: dict, base_path: Place | None) -> TextEncoder:
+def encoder_from_identity(identity: dict[str, Any], base_path: Place | None) -> TextEncoder:
     """The encoder a key file was made with; ``UserError`` if what is found here is a different one."""
     encoder = load_text_encoder(identity["name"], base_path)
     if encoder.identity != identity:

@@ -38,8 +38,8 @@ class CLIPVisionTower(nn.Module):
     ) -> None:
         super().__init__()
         self.vision_tower_name = vision_tower
-        self.select_layer = getattr(args, "mm_vision_select_layer", None)
-        self.select_layer = -2 if self.select_layer is None else self.select_layer
+        layer = getattr(args, "mm_vision_select_layer", None)
+        self.select_layer: int = -2 if layer is None else layer
         self.select_feature = getattr(args, "mm_vision_select_feature", None) or "patch"
         if self.select_feature not in ("patch", "cls_patch"):
             raise ValueError(f"mm_vision_select_feature must be 'patch' or 'cls_patch', not {self.select_feature!r}")
@@ -51,7 +51,7 @@ class CLIPVisionTower(nn.Module):
         elif not delay_load:
             self.load_model()
 
-    def load_model(self, device_map: str | dict | None = None) -> None:
+    def load_model(self, device_map: str | dict[str, Any] | None = None) -> None:
         """Read the tower's weights and image processor from ``vision_tower_name`` (once).
 
         Raises:
@@ -69,7 +69,8 @@ class CLIPVisionTower(nn.Module):
 
     def feature_select(self, outputs: BaseModelOutputWithPooling) -> Tensor:
         """The chosen hidden layer of a CLIP output, with or without its class token."""
-        features = outputs.hidden_states[self.select_layer]  # [images, 1 + patches, mm_hidden_size]
+        layers: Any = outputs.hidden_states  # asked for in ``forward``
+        features: Tensor = layers[self.select_layer]  # [images, 1 + patches, mm_hidden_size]
         return features[:, 1:] if self.select_feature == "patch" else features
 
     @torch.no_grad()
@@ -99,7 +100,8 @@ class CLIPVisionTower(nn.Module):
 
     @property
     def num_patches_per_side(self) -> int:
-        return self.config.image_size // self.config.patch_size
+        config: Any = self.config  # its sizes are plain numbers in every CLIP
+        return config.image_size // config.patch_size
 
     @property
     def num_patches(self) -> int:
@@ -126,7 +128,7 @@ def named_tower_config(name: str) -> CLIPVisionConfig:
     return CLIPVisionConfig.from_pretrained(name)
 
 
-def read_named_tower(name: str, device_map: str | dict | None = None) -> CLIPVisionModel:
+def read_named_tower(name: str, device_map: str | dict[str, Any] | None = None) -> CLIPVisionModel:
     """The CLIP tower in a folder of its own, or of a hub model, with every weight from its files.
 
     Raises:
@@ -136,7 +138,7 @@ def read_named_tower(name: str, device_map: str | dict | None = None) -> CLIPVis
         named_tower_config(name)
         if Path(name).is_dir():
             weight_files(Path(name))  # refuses two sets of weights
-        model, report = CLIPVisionModel.from_pretrained(name, device_map=device_map, output_loading_info=True)
+        loaded: Any = CLIPVisionModel.from_pretrained(name, device_map=device_map, output_loading_info=True)
     except OSError as error:
         raise UserError(
             f"vision tower {name!r} cannot be read ({first_line(error)}); give a "
@@ -149,7 +151,8 @@ def read_named_tower(name: str, device_map: str | dict | None = None) -> CLIPVis
             f"vision tower {name!r}: tensors don't have the shapes that its config.json asks for; the config and the "
             "weights belong to different models"
         ) from error
-    if lacking := lacking_tensors(report):
+    model: CLIPVisionModel = loaded[0]
+    if lacking := lacking_tensors(loaded[1]):
         raise UserError(
             f"vision tower {name!r} lacks {len(lacking)} tensors, among them {', '.join(lacking[:4])}; copy the whole "
             "tower, with the names that transformers gives its tensors"
@@ -161,5 +164,5 @@ def shipped_image_processor(folder: Path, vision: CLIPVisionConfig) -> CLIPImage
     """The image processor of a checkpoint that ships its tower: its own, else CLIP's for the tower's picture size."""
     if (folder / "preprocessor_config.json").is_file():
         return CLIPImageProcessor.from_pretrained(folder)
-    size = vision.image_size
+    size: Any = vision.image_size
     return CLIPImageProcessor(size={"shortest_edge": size}, crop_size={"height": size, "width": size})
