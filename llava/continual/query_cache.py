@@ -1,0 +1,61 @@
+"""What was computed of questions and pictures, kept on disk so that stage 1, stage 2 and reports compute it once.
+
+An entry's name is a checksum over everything that decides its numbers: contents, never paths or dates. Lists are kept
+whole, in their order, because a batch's make-up shows in the last bit of a picture's features.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llava.files import atomic_write
+from llava.slots.file import UNREADABLE
+from llava.utils import is_main_process, rank0_print
+
+FORMAT = 1
+"""Raised when the same content would give other numbers."""
+
+
+class QueryCache:
+    """Entries of one folder; without a folder nothing is kept and nothing found."""
+
+    def __init__(self, folder: str | os.PathLike | None) -> None:
+        self.folder = Path(folder) if folder else None
+
+    def __bool__(self) -> bool:
+        return self.folder is not None
+
+    def read(self, kind: str, content: dict[str, Any]) -> Any:
+        """The entry of this content; None where there is none. A damaged file counts as none, and is said."""
+        path = self._path(kind, content)
+        if path is None or not path.is_file():
+            return None
+        try:
+            stored = torch.load(path, map_location="cpu", weights_only=True)
+        except PermissionError:
+            raise
+        except UNREADABLE:
+            stored = None
+        if not isinstance(stored, dict) or "value" not in stored:
+            rank0_print(f"note: {path} is damaged; its contents are computed again")
+            return None
+        return stored["value"]
+
+    def write(self, kind: str, content: dict[str, Any], value: Any) -> None:
+        """Keep tensors and plain containers; one process of a distributed run writes."""
+        path = self._path(kind, content)
+        if path is not None and is_main_process():
+            with atomic_write(path, "wb") as stream:
+                torch.save({"value": value}, stream)
+
+    def _path(self, kind: str, content: dict[str, Any]) -> Path | None:
+        if self.folder is None:
+            return None
+        text = json.dumps({"format": FORMAT, "kind": kind, **content}, sort_keys=True)
+        return self.folder / f"{kind}-{hashlib.sha256(text.encode()).hexdigest()[:32]}.pt"
