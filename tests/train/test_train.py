@@ -335,7 +335,7 @@ def test_a_place_one_may_not_write_to(world, tmp_path, capsys, monkeypatch):
         raise PermissionError(13, "Permission denied", str(tmp_path / "checkpoints"))
 
     monkeypatch.setattr(llava_trainer.LLaVATrainer, "train", lambda *_, **__: pytest.fail("found out too late"))
-    monkeypatch.setattr("llava.utils.tempfile.mkstemp", refuse)
+    monkeypatch.setattr("llava.files.tempfile.mkstemp", refuse)
     line = refusal(world, capsys, world.train_arguments("abd", tmp_path / "llava-x"))
     assert "checkpoints: permission denied; choose a place you may write to" in line
     monkeypatch.undo()
