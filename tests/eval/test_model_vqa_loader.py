@@ -183,6 +183,7 @@ model_vqa_loader.main(sys.argv[1:])
 """
 
 
+@pytest.mark.slow
 def test_sigkill_in_the_middle_of_a_line_and_the_same_command_again(place, tmp_path):
     target = tmp_path / "killed.jsonl"
     command = [sys.executable, "-c", KILLED_AFTER_TWO_BATCHES, *arguments(place, target, "--batch-size", 3)]
