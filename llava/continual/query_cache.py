@@ -7,6 +7,7 @@ whole, in their order, because a batch's make-up shows in the last bit of a pict
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 from pathlib import Path
@@ -15,11 +16,13 @@ from typing import Any
 import torch
 
 from llava.files import atomic_write
-from llava.slots.file import UNREADABLE
 from llava.utils import is_main_process, rank0_print
 
 FORMAT = 1
 """Raised when the same content would give other numbers."""
+
+_DIGEST = 32
+"""A file begins with the SHA-256 of the rest, because torch does not notice every damage."""
 
 
 class QueryCache:
@@ -32,27 +35,29 @@ class QueryCache:
         return self.folder is not None
 
     def read(self, kind: str, content: dict[str, Any]) -> Any:
-        """The entry of this content; None where there is none. A damaged file counts as none, and is said."""
+        """The values of this content; None where there are none. A damaged file counts as none, and is said."""
         path = self._path(kind, content)
         if path is None or not path.is_file():
             return None
-        try:
-            stored = torch.load(path, map_location="cpu", weights_only=True)
-        except PermissionError:
-            raise
-        except UNREADABLE:
-            stored = None
-        if not isinstance(stored, dict) or "value" not in stored:
+        data = path.read_bytes()
+        if hashlib.sha256(data[_DIGEST:]).digest() != data[:_DIGEST]:
             rank0_print(f"note: {path} is damaged; its contents are computed again")
             return None
-        return stored["value"]
+        return torch.load(io.BytesIO(data[_DIGEST:]), map_location="cpu", weights_only=True)["values"]
 
-    def write(self, kind: str, content: dict[str, Any], value: Any) -> None:
-        """Keep tensors and plain containers; one process of a distributed run writes."""
+    def write(self, kind: str, content: dict[str, Any], values: Any) -> None:
+        """Keep a tensor or a list; one process of a distributed run writes. A disk that refuses is said, no more."""
         path = self._path(kind, content)
-        if path is not None and is_main_process():
+        if path is None or not is_main_process():
+            return
+        packed = io.BytesIO()
+        torch.save({"values": values}, packed)
+        try:
             with atomic_write(path, "wb") as stream:
-                torch.save({"value": value}, stream)
+                stream.write(hashlib.sha256(packed.getbuffer()).digest())
+                stream.write(packed.getbuffer())
+        except OSError as error:
+            rank0_print(f"note: {path} cannot be written ({error.strerror}); it is not kept")
 
     def _path(self, kind: str, content: dict[str, Any]) -> Path | None:
         if self.folder is None:

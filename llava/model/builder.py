@@ -281,9 +281,9 @@ def tell_prompt(config, slots: SlotFile, base_name: str) -> None:
     """
     known = slots.prompt or {"conv_mode": conv_mode_for(config, get_model_name_from_path(base_name))}
     config.prompt = dict(known)
-    config.conversation_version = known["conv_mode"]
-    if "aspect_ratio" in known:
-        config.image_aspect_ratio = known["aspect_ratio"]
+    for field, name in (("conv_mode", "conversation_version"), ("aspect_ratio", "image_aspect_ratio")):
+        if field in known:
+            setattr(config, name, known[field])
 
 
 def _check_loading(checkpoint: Checkpoint, report: Mapping[str, Any], with_extra: bool) -> list[str]:

@@ -82,6 +82,8 @@ def train(attn_implementation: str | None = None) -> None:
     rows = read_training_rows(files)
     held_out_rows = read_training_rows([data_args.eval_data_path]) if data_args.eval_data_path else None
     prompt = stage_prompt(model_args, data_args, args, sequence, base, merged.prompt)
+    if previous is not None and (changed := prompt.difference(previous.prompt)):
+        rank0_print(f"note: earlier tasks were trained with another prompt and will be asked with this one: {changed}")
     run = describe_run(model_args, data_args, sequence, args, merged, previous, files)
     if finished_stage(stage, run):
         rank0_print(f"{stage} is finished already; skipped")
