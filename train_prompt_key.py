@@ -11,6 +11,7 @@ import argparse
 import os
 from pathlib import Path
 
+from llava.devices import default_device
 from llava.utils import UserError, quiet_libraries, run_cli
 
 
@@ -22,6 +23,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--sequence", default=os.environ.get("SEQUENCE", "vqa-rad"), help="task sequence, name or file")
     parser.add_argument("--model-base", "--model_base", dest="model_base", help="base model (default: $BASE_MODEL)")
     parser.add_argument("--image_folder", help="picture folder (default: the sequence's)")
+    parser.add_argument("--image_aspect_ratio", help="pad, square or anyres (default: the base's)")
     parser.add_argument("--query_mode", default="text+image", choices=("text", "image", "text+image"))
     parser.add_argument("--text_encoder", default="auto", help="auto, base, minilm, or a sentence encoder's folder")
     parser.add_argument(
@@ -43,14 +45,17 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=int(os.environ.get("SEED", 42)))
     parser.add_argument("--batch_size", type=int, default=16, help="pictures encoded at a time")
     parser.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")
-    parser.add_argument("--cache_dir", default="output/cache/queries", help="where computed queries are kept")
+    parser.add_argument(
+        "--cache_dir",
+        default="output/cache/queries",
+        help="where queries and picture features are kept, for stage 2 too",
+    )
     return parser.parse_args()
 
 
 def main() -> None:
     args = parse_args()
     quiet_libraries()
-    import torch  # after parsing, so that --help and bad flags answer at once
 
     from llava.continual.prompt_keys import KeyOptions, fit_task
     from llava.continual.queries import default_base
@@ -63,7 +68,7 @@ def main() -> None:
     names = {name for name in vars(args) if name in KeyOptions.__dataclass_fields__}
     values = {name: getattr(args, name) for name in names}
     values["targets"] = tuple(args.targets)
-    values["device"] = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    values["device"] = default_device(args.device)
     save_path = Path(args.save_path or f"output/prompt-key/{args.task}.pth")
     slots, fitted = fit_task(
         args.task,
@@ -73,6 +78,9 @@ def main() -> None:
         args.image_folder or sequence.image_folder,
         KeyOptions(**values),
         args.cache_dir or None,
+        answer_suffix=sequence.answer_suffix,
+        answer_style=sequence.answer_style,
+        aspect_ratio=args.image_aspect_ratio,
     )
     write_slot_file(save_path, slots)
     report(slots, fitted, save_path)
