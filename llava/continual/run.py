@@ -7,6 +7,7 @@ answering, ``memory.pth`` (tensors) and ``kept_rows.jsonl`` (rows). It appears u
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 
 from llava.checkpoints.kinds import SLOTS_FILE, TRAINING_FILE
-from llava.continual.record import difference, read_record
+from llava.continual.record import SHORT, difference, read_record
 from llava.data.rows import Row, read_rows, write_jsonl
 from llava.files import atomic_folder, atomic_write
 from llava.slots.adapter import MEMORY_FILE, read_memory
@@ -63,6 +64,17 @@ class Run:
         record = read_record(place / TRAINING_FILE) if (place / TRAINING_FILE).is_file() else {}
         rows = read_rows(place / KEPT_ROWS_FILE) if (place / KEPT_ROWS_FILE).is_file() else []
         return cls(place, record, {}, Pool.read(place / SLOTS_FILE), read_memory(place), rows)
+
+    def contents(self) -> dict[str, Any]:
+        """What a later stage takes from this finished one, as checksums for its record."""
+        memory = hashlib.sha256()
+        for name, tensor in sorted(self.memory.items()):
+            memory.update(f"{name}:{tuple(tensor.shape)}".encode())
+            memory.update(tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        for row in self.kept_rows:
+            memory.update(json.dumps(row.raw, sort_keys=True).encode())
+        kept = {"earlier_memory": memory.hexdigest()[:SHORT]} if self.memory or self.kept_rows else {}
+        return {"earlier_tasks": {task.name: task.checksum() for task in self.pool.tasks}, **kept}
 
     @property
     def work(self) -> Path:

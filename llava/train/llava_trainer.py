@@ -102,6 +102,26 @@ def trainable_state(model) -> dict[str, torch.Tensor]:
         return {name: parameter.detach().float().cpu().clone() for name, parameter in trained.items()}
 
 
+def whole_state(model) -> dict[str, torch.Tensor]:
+    """Every weight of the model but the adapter's, on the CPU of the main process; all processes must call this.
+
+    One tensor at a time, so that ZeRO-3 never holds the whole model on one device.
+    """
+    state = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if name.startswith("retriever."):
+            continue
+        with gathered([tensor]):
+            if is_main_process():
+                state[name] = tensor.detach().cpu().clone()
+    return state
+
+
+def save_whole_state(folder: Path, model, state: dict[str, torch.Tensor]) -> None:
+    """Write the weights that ``whole_state`` gathered, so that the folder needs no base."""
+    model.save_pretrained(folder, state_dict=state)
+
+
 @contextlib.contextmanager
 def gathered(parameters: list[torch.nn.Parameter]):
     """The parameters whole, wherever ZeRO-3 has put their parts."""

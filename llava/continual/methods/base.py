@@ -14,13 +14,14 @@ The trainer's loop is the same for all (``llava.train.train``)::
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from llava.checkpoints.checkpoint import Checkpoint
 from llava.continual.run import Run
 from llava.continual.tasks import TaskSequence
 from llava.data.rows import Row
@@ -43,9 +44,11 @@ class Context:
         run: the stage that comes out of it; what the recipe keeps goes into ``run.memory`` and ``run.kept_rows``.
         previous: the stage before, ``None`` at the first task.
         keys: merged keys and initial offsets of all tasks.
+        base: folder of the frozen base; ``base_name`` is what the command calls it.
         pool: the slots in memory, once ``recipe.pool`` has given them; ``trained`` names the task whose slots train.
         model: the frozen base, once it is loaded.
         state: trained tensors on the CPU by parameter name, after the last step (whole, also under ZeRO-3).
+        more_files: what else puts files into the stage's folder (a LoRA, the base's weights).
     """
 
     sequence: TaskSequence
@@ -55,13 +58,15 @@ class Context:
     run: Run
     previous: Run | None
     keys: Pool
+    base: Checkpoint
+    base_name: str
     pool: Pool | None = None
     trained: str = ""
     model: Any = None
     tokenizer: Any = None
     state: dict[str, Tensor] = field(default_factory=dict)
     log_history: list[dict[str, Any]] = field(default_factory=list)
-    more_files: list[Any] = field(default_factory=list)
+    more_files: list[Callable[[Path], None]] = field(default_factory=list)
 
     def adapter_state(self) -> dict[str, Tensor]:
         """The trained tensors of the adapter, without the model's prefix."""
