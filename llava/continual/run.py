@@ -155,6 +155,6 @@ class Run:
                     else "is new"
                 )
                 raise UserError(
-                    f"{self.folder / SLOTS_FILE}: task {name!r} {what} since the stage was trained; remove the folder to "
-                    "train it again, or evaluate it as it is"
+                    f"{self.folder / SLOTS_FILE}: task {name!r} {what} since the stage was trained; remove the "
+                    "folder to train it again, or evaluate it as it is"
                 )

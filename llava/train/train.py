@@ -1,8 +1,8 @@
 """Train one stage: a recipe decides what is learned on the frozen base; this loop is the same for all recipes.
 
-What happens, in order: everything that can be checked is; the base is loaded and frozen; the recipe attaches its adapter
-and says what trains; transformers' trainer (on DeepSpeed, where asked for) takes the steps; the recipe writes the stage,
-with the slots of earlier tasks passed through untouched.
+What happens, in order: everything that can be checked is; the base is loaded and frozen; the recipe attaches its
+adapter and says what trains; transformers' trainer (on DeepSpeed, where asked for) takes the steps; the recipe writes
+the stage, with the slots of earlier tasks passed through untouched.
 
 A killed run goes on from its last whole checkpoint when the same command is given again; a finished one is skipped.
 """
