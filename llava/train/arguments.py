@@ -34,6 +34,18 @@ def renamed(name: str, old: str) -> Any:
     return field(default=known.default, metadata={**known.metadata, "aliases": spelled(old)})
 
 
+def sequence_field() -> Any:
+    """The task sequence; the prototype's ``--dataset_type``."""
+    about = {"help": "task sequence, name or file", "aliases": spelled("dataset_type")}
+    return field(default_factory=lambda: os.environ.get("SEQUENCE") or "vqa-rad", metadata=about)
+
+
+def task_field() -> Any:
+    """The task to train; the prototype's ``--cl_data_clss``."""
+    about = {"help": "the task to train, as the sequence names it", "aliases": spelled("cl_data_clss")}
+    return field(default=None, metadata=about)
+
+
 @dataclass
 class ModelArguments:
     """The base model. LLaVA's fields."""
@@ -53,14 +65,8 @@ class DataArguments:
     eval_data_path: str | None = field(default=None, metadata={"help": "rows for a validation loss while training"})
     image_folder: str | None = field(default=None, metadata={"help": "picture folder (default: the sequence's)"})
     image_aspect_ratio: str | None = field(default=None, metadata={"help": "default: the checkpoint's"})
-    sequence: str = field(
-        default_factory=lambda: os.environ.get("SEQUENCE") or "vqa-rad",
-        metadata={"help": "task sequence, name or file", "aliases": spelled("dataset_type")},
-    )
-    task: str | None = field(
-        default=None,
-        metadata={"help": "the task to train, as the sequence names it", "aliases": spelled("cl_data_clss")},
-    )
+    sequence: str = sequence_field()
+    task: str | None = task_field()
 
 
 @dataclass
@@ -100,8 +106,8 @@ class EarlyArguments:
     deepspeed: str | None = None
     output_dir: str | None = None
     method: str = TrainingArguments.method
-    sequence: str = DataArguments.__dataclass_fields__["sequence"]  # type: ignore[assignment]
-    task: str | None = DataArguments.__dataclass_fields__["task"]  # type: ignore[assignment]
+    sequence: str = sequence_field()
+    task: str | None = task_field()
 
 
 def early_arguments(argv: Sequence[str]) -> EarlyArguments:
