@@ -5,13 +5,15 @@
 #     SEQUENCE=phantom BASE_MODEL=output/tiny-base bash cv805.sh
 #     CUDA_VISIBLE_DEVICES=0,1,2,3 BASE_MODEL=liuhaotian/llava-v1.5-7b bash cv805.sh
 # Finished work is skipped, interrupted work goes on where it stopped: run the same command again.
+# Relative paths mean the folder in which the command is given.
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")"
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}" TOKENIZERS_PARALLELISM=false
 
 # ---- settings (each can be overridden from the environment) ----------------------------------------------------
-SEQUENCE=${SEQUENCE:-scripts/tasks/vqa-rad.json}    # task sequence: a file, or the name of one in scripts/tasks
-BASE_MODEL=${BASE_MODEL:-output/tiny-base}          # the model that the stages were trained on (--model-base)
-OUTPUT_DIR=${OUTPUT_DIR:-output}                    # holds the stage checkpoints, llava-<sequence>_<task>...
+SEQUENCE=${SEQUENCE:-vqa-rad}                       # task sequence: a file, or the name of one in scripts/tasks
+BASE_MODEL=${BASE_MODEL:-}                          # model under the stages (--model-base); empty: the sequence's
+export OUTPUT_DIR=${OUTPUT_DIR:-output}             # holds the stage checkpoints, llava-<sequence>_<task>...
 METHOD=${METHOD:-retrieval}                         # continual method whose stages are evaluated
 ROUTE=${ROUTE:-}                                    # empty: as trained; oracle: the task is given; or a router
 ZERO_SHOT=${ZERO_SHOT:-1}                           # 1: also evaluate the base model alone
@@ -19,7 +21,9 @@ DEVICES=${CUDA_VISIBLE_DEVICES-${HIP_VISIBLE_DEVICES-all}}   # e.g. 0,1,2,3; all
 CHUNKS=${CHUNKS:-}                                  # processes at a time; empty: one per device
 EVAL_BATCH_SIZE=${EVAL_BATCH_SIZE:-16}            # questions answered at a time
 MAX_NEW_TOKENS=${MAX_NEW_TOKENS:-64}
-CONV_MODE=${CONV_MODE:-}                            # empty: the checkpoint's own conversation template
+CONV_MODE=${CONV_MODE:-}                            # empty: the stage's own conversation template
+IMAGE_ASPECT_RATIO=${IMAGE_ASPECT_RATIO:-}          # empty: the stage's own picture mode; or pad, square, anyres
+#ANSWER_SUFFIX=                                     # unset: the stage's own text after each question
 STALE=${STALE:-replace}                             # answers of other weights or settings: replace, or refuse
 # ----------------------------------------------------------------------------------------------------------------
 
@@ -27,7 +31,6 @@ say() { echo "[cv805] $*"; }
 fail() { echo "error: $*" >&2; exit 2; }
 field() { python -m llava.continual.tasks get "$SEQUENCE" "$1"; }
 
-export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" TOKENIZERS_PARALLELISM=false
 trap 'kill $(jobs -p) 2>/dev/null || true' EXIT     # no chunk outlives this script
 
 name=$(field name)
@@ -55,6 +58,7 @@ fi
 for stage in "${stages[@]}"; do
     [ -d "$stage" ] || fail "stage checkpoint not found: $stage (train it with: bash finetune_continual.sh)"
 done
+BASE_MODEL=${BASE_MODEL:-$(field base_model)}
 
 # answer_chunk INDEX FOLDER MODEL...: one chunk of the questions, on its own device
 answer_chunk() {
@@ -66,8 +70,10 @@ answer_chunk() {
     fi
     python -m llava.eval.model_vqa_loader "$@" --question-file "$questions" --image-folder "$images" \
         --answers-file "$folder/chunks/${CHUNKS}_$index.jsonl" --num-chunks "$CHUNKS" --chunk-idx "$index" \
-        --batch-size "$EVAL_BATCH_SIZE" --max_new_tokens "$MAX_NEW_TOKENS" --temperature 0 --answer-suffix "$suffix" \
-        ${CONV_MODE:+--conv-mode "$CONV_MODE"} ${ROUTE:+--route "$ROUTE"} --stale "$STALE"
+        --batch-size "$EVAL_BATCH_SIZE" --max_new_tokens "$MAX_NEW_TOKENS" --temperature 0 \
+        --default-answer-suffix "$suffix" ${ANSWER_SUFFIX+--answer-suffix "$ANSWER_SUFFIX"} \
+        ${CONV_MODE:+--conv-mode "$CONV_MODE"} ${IMAGE_ASPECT_RATIO:+--image_aspect_ratio "$IMAGE_ASPECT_RATIO"} \
+        ${ROUTE:+--route "$ROUTE"} --stale "$STALE"
 }
 
 # answer FOLDER MODEL...: all chunks at once, each exit code checked, then joined

@@ -68,4 +68,4 @@ for index in "${!tasks[@]}"; do
     # shellcheck disable=SC2086 # EXTRA_ARGS is a list of words
     "${launcher[@]}" "${arguments[@]}" --task "${tasks[$index]}" $EXTRA_ARGS
 done
-echo "== all ${#tasks[@]} tasks are trained; evaluate with: SEQUENCE=$SEQUENCE BASE_MODEL=$BASE_MODEL bash cv805.sh"
+echo "== all ${#tasks[@]} tasks are trained; evaluate with: SEQUENCE=$SEQUENCE ${BASE_MODEL:+BASE_MODEL=$BASE_MODEL }bash cv805.sh"

