@@ -23,6 +23,7 @@ MAY_IMPORT = {
     "utils": {"constants"},
     "files": {"constants", "utils"},
     "registry": {"utils"},
+    "cli": {"utils"},
     "folds": set(),
     "padding": set(),
     "devices": set(),
@@ -33,10 +34,10 @@ MAY_IMPORT = {
     "slots": BELOW_ALL | {"checkpoints"},
     "data": HELPERS,
     "model": HELPERS | {"checkpoints", "slots"},
-    "continual": MODEL | {"model"},
-    "train": MODEL | {"model", "continual"},
-    "eval": MODEL | {"model", "continual"},
-    "serve": MODEL | {"model", "continual", "eval"},
+    "continual": MODEL | {"model", "cli"},
+    "train": MODEL | {"model", "cli", "continual"},
+    "eval": MODEL | {"model", "cli", "continual"},
+    "serve": MODEL | {"model", "cli", "continual", "eval"},
     "toy": MODEL | {"model", "continual", "train", "eval"},
 }
 RAW_READERS = {"toy"}

@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 
+from llava.data.metric_names import METRIC_NAMES
 from llava.data.rows import Row
 from llava.eval.statistics import DRAWS, SEED, Statistic, figure, mean_statistic, missing_figure, resample_weights
 from llava.eval.text_metrics import TextScorer
@@ -42,25 +43,7 @@ FORMULAS = {
     "majority_closed_accuracy": "closed accuracy of always giving the commonest closed training answer of the group",
     "majority_exact_match": "exact match of always giving the commonest training answer of the group",
 }
-METRICS = (
-    "exact_match",
-    "closed_accuracy",
-    "majority_closed_accuracy",
-    "closed_contains",
-    "open_exact_match",
-    "open_recall",
-    "open_f1",
-    "bleu_1",
-    "bleu_2",
-    "bleu_3",
-    "bleu_4",
-    "rouge_l",
-    "meteor",
-    "cider",
-    "majority_exact_match",
-    "route_accuracy",
-    "answer_words",
-)
+METRICS = METRIC_NAMES
 
 _NUMBER_WORDS = {"zero": "0", "one": "1", "two": "2", "three": "3", "four": "4", "five": "5"}
 _NUMBER_WORDS |= {"six": "6", "seven": "7", "eight": "8", "nine": "9", "ten": "10", "none": "0"}

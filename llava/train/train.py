@@ -95,8 +95,6 @@ def plan(
 ) -> tuple[Context, Prompt, list[Row]]:
     """Read and check everything but the base's weights: the stage, how its questions are asked, its rows."""
     sequence = load_sequence(data_args.sequence)
-    if not model_args.model_name_or_path:
-        raise UserError("no base model; give --model_name_or_path")
     base = Checkpoint.open(model_args.model_name_or_path)
     folder = Path(args.output_dir)
     if "llava" not in folder.name.lower():

@@ -40,7 +40,9 @@ def answer(world, stage, question="is there a lesion?"):
     from llava.data.rows import parse_row
 
     place = str(world.base) if stage is None else str(stage)
-    tokenizer, model, processor, _ = load_pretrained_model(place, None if stage is None else str(world.base), device="cpu")
+    tokenizer, model, processor, _ = load_pretrained_model(
+        place, None if stage is None else str(world.base), device="cpu"
+    )
     prompt = Prompt.of(model.config, "tiny-llava-base")
     row = parse_row({"question_id": 1, "image": "abd0.png", "text": f"{question}\n<image>"})
     encoder = PromptEncoder(prompt, tokenizer, processor, model.config, world.folder / "images")

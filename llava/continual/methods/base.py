@@ -93,7 +93,7 @@ class Recipe:
 
     def files(self, sequence: TaskSequence, task: str) -> list[str]:
         """Training files of the stage that ends with ``task``."""
-        return [sequence.task(task).train]
+        return list(sequence.task(task).files)
 
     def rows(self, context: Context, rows: list[Row]) -> list[Row]:
         """The rows to train on, given those of ``files``."""

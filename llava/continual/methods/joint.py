@@ -14,7 +14,7 @@ class Joint(Recipe):
 
     def files(self, sequence: TaskSequence, task: str) -> list[str]:
         names = sequence.task_names
-        return [file for name in names[: names.index(task) + 1] for file in super(Joint, self).files(sequence, name)]
+        return [file for name in names[: names.index(task) + 1] for file in sequence.task(name).files]
 
     def pool(self, context: Context) -> tuple[Pool, str]:
         return single_adapter(context.keys), SHARED
