@@ -34,10 +34,8 @@ def main() -> None:
     args = parse(Arguments, description=__doc__)
     quiet_libraries()
     from llava.continual.places import MERGED, places_of
-    from llava.continual.prompt_keys import routing_accuracy
-    from llava.data.prompt import shared_prompt
-    from llava.slots.file import read_slot_file, write_slot_file
-    from llava.slots.merge import merge_slot_files
+    from llava.slots.fit import routing_accuracy
+    from llava.slots.merge import merge_files
 
     paths = [Path(path) for path in args.key_files]
     places = places_of(args.sequence)
@@ -50,14 +48,12 @@ def main() -> None:
                 f"key file not found: {missing[0]} (make it with train_prompt_key.py --task {missing[0].stem}, or name "
                 "the files to merge)"
             )
-    files = [(path, read_slot_file(path)) for path in paths]
-    merged = merge_slot_files(files)
-    merged.prompt = shared_prompt([(path, file.prompt) for path, file in files])
+    merged = merge_files(paths)
     accuracy = routing_accuracy(merged) if len(merged.tasks) > 1 else {}
     for task in merged.tasks:
         task.held_out = None  # measured now; the merged file goes to every training run and needs no queries
     save_path = Path(args.save_path or folder / MERGED)
-    write_slot_file(save_path, merged)
+    merged.write(save_path)
     print(f"merged {len(merged.tasks)} tasks, {sum(task.count for task in merged.tasks)} slots:")
     for task in merged.tasks:
         right, count = accuracy.get(task.name, (0, 0))

@@ -49,7 +49,6 @@ def main() -> None:
 
     from llava.continual.places import places_of
     from llava.continual.prompt_keys import KeyOptions, fit_task
-    from llava.slots.file import write_slot_file
 
     places = places_of(args.sequence)
     sequence = places.sequence
@@ -75,7 +74,7 @@ def main() -> None:
         answer_style=sequence.answer_style,
         aspect_ratio=args.image_aspect_ratio,
     )
-    write_slot_file(save_path, slots)
+    slots.write(save_path)
     report(slots, fitted, save_path)
 
 
@@ -97,15 +96,15 @@ def report(slots, fitted, save_path: Path) -> None:
 
 
 def _routing_beside(slots, save_path: Path) -> str:
-    from llava.continual.prompt_keys import routing_accuracy
-    from llava.slots.merge import merge_key_files
+    from llava.slots.fit import routing_accuracy
+    from llava.slots.merge import merge_files
 
     task = slots.tasks[0].name
     others = []
     for path in sorted(save_path.parent.glob("*.pth")):
         if path.name not in (save_path.name, "merged_prompt_key.pth"):
             try:
-                merge_key_files([save_path, path])
+                merge_files([save_path, path])
             except UserError:  # made with other settings: not comparable, so it takes no part
                 continue
             others.append(path)
@@ -113,7 +112,7 @@ def _routing_beside(slots, save_path: Path) -> str:
         return "none were held out"
     if not others:
         return "measurable once another task's key file stands beside this one (merge_prompt_key.py reports it)"
-    right, count = routing_accuracy(merge_key_files([save_path, *others]))[task]
+    right, count = routing_accuracy(merge_files([save_path, *others]))[task]
     names = ", ".join(path.stem for path in others)
     return f"{right} of {count} go to {task} ({100 * right / count:.1f} %), against {names}"
 

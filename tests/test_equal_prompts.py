@@ -30,7 +30,7 @@ from llava.mm_utils import process_images
 from llava.model.builder import load_pretrained_model
 from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower
 from llava.serve import cli
-from llava.slots.file import read_slot_file, write_slot_file
+from llava.slots.pool import Pool
 from llava.train import train as train_module
 
 SUFFIX = "Answer with one word."
@@ -148,7 +148,7 @@ def test_a_stage_is_asked_as_it_was_trained(worlds, tmp_path, monkeypatch, famil
     written = json.loads((stage / "config.json").read_text())
     assert (written["image_aspect_ratio"], written["conversation_version"]) == ("square", "llava_v0")
     expected = {"conv_mode": "llava_v0", "answer_suffix": SUFFIX, "answer_style": "lower", "aspect_ratio": "square"}
-    assert read_slot_file(stage / "slots.pth").prompt == {**expected, "max_length": 2048}
+    assert Pool.read(stage / "slots.pth").prompt == {**expected, "max_length": 2048}
 
 
 @pytest.mark.parametrize("family, template", [("llama", "llava_v1"), ("mistral", "mistral_instruct")])
@@ -160,8 +160,8 @@ def test_without_flags_the_base_decides_for_both(worlds, tmp_path, monkeypatch, 
     assert seen.take_pixels() == expected_pixels(world, "pad")
     answer(world, stage, tmp_path / "answers.jsonl")
     assert same_questions(seen)
-    assert read_slot_file(stage / "slots.pth").prompt["conv_mode"] == template
-    assert read_slot_file(world.keys).prompt["conv_mode"] == template
+    assert Pool.read(stage / "slots.pth").prompt["conv_mode"] == template
+    assert Pool.read(world.keys).prompt["conv_mode"] == template
 
 
 def test_a_stage_that_keeps_no_prompt_is_asked_as_its_base(worlds, tmp_path, monkeypatch):
@@ -169,7 +169,7 @@ def test_a_stage_that_keeps_no_prompt_is_asked_as_its_base(worlds, tmp_path, mon
     seen = Seen(monkeypatch)
     slots = world.train("abd", stage)
     slots.prompt = {}
-    write_slot_file(stage / "slots.pth", slots)
+    slots.write(stage / "slots.pth")
     answer(world, stage, tmp_path / "answers.jsonl", "--default-answer-suffix", SUFFIX)
     assert same_questions(seen)
 
@@ -256,7 +256,7 @@ def test_keys_of_another_picture_mode_decide_for_their_stage(worlds, tmp_path):
     for task in TASKS:
         fit(tmp_path, world.base, world.sequence, task, "--image_aspect_ratio", "square")
     keys = merge(tmp_path, world.sequence)
-    pad, square = read_slot_file(world.keys), read_slot_file(keys)
+    pad, square = Pool.read(world.keys), Pool.read(keys)
     assert (pad.prompt["aspect_ratio"], square.prompt["aspect_ratio"]) == ("pad", "square")
     assert not torch.equal(pad.tasks[0].image_keys, square.tasks[0].image_keys)
     slots = world.train("abd", tmp_path / "llava-1", None, "--retriever_state_dict", keys)

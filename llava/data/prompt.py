@@ -149,23 +149,6 @@ def pixels_of(pictures: Sequence[Any], image_processor: Any, config: Any, aspect
     return process_images(list(pictures), image_processor, view)
 
 
-def shared_prompt(files: Sequence[tuple[Any, Mapping[str, Any]]]) -> dict[str, Any]:
-    """The prompt of files that are joined, given each file's name and prompt; empty where none has one.
-
-    Raises:
-        UserError: two were fitted to pictures of different modes, naming both.
-    """
-    known = [(name, prompt) for name, prompt in files if prompt]
-    for name, prompt in known[1:]:
-        mine, theirs = known[0][1].get("aspect_ratio"), prompt.get("aspect_ratio")
-        if mine != theirs:
-            raise UserError(
-                f"{known[0][0]} and {name} were fitted to pictures of different modes, {mine} and {theirs}; fit both "
-                "with the same --image_aspect_ratio"
-            )
-    return dict(known[0][1]) if known else {}
-
-
 class Sample(NamedTuple):
     """A row as model inputs; ``labels`` are ``IGNORE_INDEX`` outside of answers, pixels None without a picture."""
 

@@ -27,9 +27,10 @@ from llava.model.adapters import adapter_base, apply_adapter, load_extra_tensors
 from llava.model.configs import FAMILIES, Config, Model, llava_config
 from llava.model.multimodal_encoder.clip_encoder import shipped_image_processor
 from llava.model.vision.features import load_vision_tower
+from llava.slots.adapter import ADAPTERS, RETRIEVER, read_memory
 from llava.slots.encoders import encoder_from_identity
-from llava.slots.file import SlotFile, read_slot_file, retriever_from
 from llava.slots.offsets import target_features
+from llava.slots.pool import Pool
 from llava.utils import UserError, rank0_print
 
 __all__ = ["SLOTS_FILE", "attach_slots", "load_base", "load_pretrained_model", "load_vision_tower", "llava_config"]
@@ -68,7 +69,7 @@ def load_pretrained_model(
     """
     checkpoint = Checkpoint.open(model_path, model_name)
     kind, folder = checkpoint.kind, checkpoint.folder
-    slots = read_slot_file(folder / SLOTS_FILE) if kind == "stage" else None
+    slots = Pool.read(folder / SLOTS_FILE) if kind == "stage" else None
     base = _base_of(checkpoint, slots, model_base, model_name)
     over_base = f" over base {base}" if base.folder != folder else ""
     rank0_print(f"{folder}: {_DESCRIPTION[kind]}{over_base} ({checkpoint.rule})")
@@ -81,7 +82,7 @@ def load_pretrained_model(
         if quantised:
             rank0_print("LoRA kept beside the base, which is quantised")
     if slots is not None:
-        attach_slots(cast(Model, model), slots, base)
+        attach_slots(cast(Model, model), slots, base, read_memory(folder))
         tell_prompt(model.config, slots, model_base or slots.base.get("path") or str(base))
     context = getattr(model.config, "max_sequence_length", None) or DEFAULT_CONTEXT
     return tokenizer, model.eval(), image_processor, context
@@ -97,7 +98,7 @@ _DESCRIPTION = {
 }
 
 
-def _base_of(checkpoint: Checkpoint, slots: SlotFile | None, model_base: str | None, name: str | None) -> Checkpoint:
+def _base_of(checkpoint: Checkpoint, slots: Pool | None, model_base: str | None, name: str | None) -> Checkpoint:
     """The checkpoint that holds the full weights: itself, or its base, which goes by the same name in ties."""
     if slots is not None and not checkpoint.has_weights:
         model_base = model_base or slots.base.get("path")
@@ -251,8 +252,12 @@ def _ready_tower(model: Model, checkpoint: Checkpoint) -> BaseImageProcessor | N
     return tower.image_processor
 
 
-def attach_slots(model: Model, slots: SlotFile, base: Place, with_encoder: bool = True) -> None:
-    """Give ``model`` the slots of a file made for ``base``; refuses another base or shape by name."""
+def check_slots_fit(model: Model, slots: Pool, base: Place) -> None:
+    """Refuse slots that were made for another base than ``base``, or for a model of other shapes than ``model``.
+
+    Raises:
+        UserError: naming what differs.
+    """
     expected, checkpoint = slots.base.get("fingerprint"), Checkpoint.open(base)
     if expected and expected != checkpoint.fingerprint:
         raise UserError(
@@ -268,13 +273,26 @@ def attach_slots(model: Model, slots: SlotFile, base: Place, with_encoder: bool 
             raise UserError(
                 f"the slots are for {target} of {in_} -> {out} features, the base model has {has_in} -> {has_out}"
             )
-    retriever = retriever_from(slots)
-    if with_encoder and slots.settings.uses_text and slots.settings.encoder:
-        retriever.encode_text = encoder_from_identity(slots.settings.encoder, checkpoint)
-    model.attach_retriever(retriever)
 
 
-def tell_prompt(config, slots: SlotFile, base_name: str) -> None:
+def attach_slots(model: Model, slots: Pool, base: Place, memory: dict[str, torch.Tensor] | None = None) -> None:
+    """Give ``model`` the adapter that the slots of a file ask for, with its text encoder.
+
+    Args:
+        memory: tensors that the slots' stage keeps beside them.
+
+    Raises:
+        UserError: they were made for another base, an unknown adapter, or another text encoder is found here.
+    """
+    checkpoint = Checkpoint.open(base)
+    check_slots_fit(model, slots, checkpoint)
+    adapter = ADAPTERS.get(slots.adapter or RETRIEVER)(slots, memory or {})
+    if slots.settings.uses_text and slots.settings.encoder:
+        adapter.encode_text = encoder_from_identity(slots.settings.encoder, checkpoint)
+    model.attach_adapter(adapter)
+
+
+def tell_prompt(config, slots: Pool, base_name: str) -> None:
     """Put the stage's prompt into the model's config, so that whoever asks it finds it there.
 
     A stage of an older version keeps none: it is asked as its base is, whose name ``base_name`` ends with.

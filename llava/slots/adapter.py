@@ -17,12 +17,15 @@ from torch import Tensor
 
 from llava.registry import Registry
 from llava.slots.offsets import WeightOffset
-from llava.slots.pool import Pool, Route
+from llava.slots.pool import Pool
 from llava.slots.queries import Query
+from llava.slots.route import Route
 from llava.slots.settings import RetrieverSettings
 from llava.utils import UserError
 
 MEMORY_FILE = "memory.pth"
+RETRIEVER = "retriever"
+"""The adapter of slot files that name none."""
 
 
 @dataclass(frozen=True)

@@ -1,50 +1,54 @@
-"""Join key files or slot files that were made independently, and give new tasks their initial offsets."""
+"""Join pools that were made independently, and give new tasks their initial offsets."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import combinations
 from pathlib import Path
 
 import torch
 
-from llava.slots.file import SlotFile, TaskSlots, read_slot_file
 from llava.slots.fit import seed_of
-from llava.slots.pool import SlotBlock
+from llava.slots.pool import Pool
 from llava.slots.settings import RetrieverSettings
+from llava.slots.task_slots import TaskSlots
 from llava.utils import UserError
 
 
-def merge_key_files(paths: list[Path]) -> SlotFile:
-    """Join key files into one, in slot order, and give every task its initial weight offsets.
+def merge_files(paths: Sequence[Path]) -> Pool:
+    """Join key files into one pool, in slot order, and give every task its initial weight offsets.
 
     Raises:
         UserError: naming the two files, when they hold the same task, overlapping slots, or were made with different
             encoders, dimensions or base models.
     """
-    return merge_slot_files([(path, read_slot_file(path)) for path in paths])
+    return merge_pools([(path, Pool.read(path)) for path in paths])
 
 
-def merge_slot_files(files: list[tuple[Path, SlotFile]]) -> SlotFile:
-    """The same for files that were read already; ``UserError`` as in ``merge_key_files``."""
-    for (path_a, a), (path_b, b) in combinations(files, 2):
-        _check_mergeable(path_a, a, path_b, b)
-    tasks = sorted((task for _, file in files for task in file.tasks), key=lambda task: task.start)
-    merged = SlotFile(files[0][1].settings, tasks, files[0][1].base)
-    for task in tasks:
-        if not task.B:
-            init_task_offsets(task, merged.settings)
-    return merged
+def merge_pools(pools: Sequence[tuple[Path, Pool]]) -> Pool:
+    """The same for pools that were read already, each with the place it is from; they stay as they are."""
+    for (path_a, a), (path_b, b) in combinations(pools, 2):
+        check_mergeable(path_a, a, path_b, b)
+        _check_pictures(path_a, a, path_b, b)
+    first = pools[0][1]
+    tasks = [with_offsets(task, first.settings) for _, pool in pools for task in pool.tasks]
+    prompt = next((pool.prompt for _, pool in pools if pool.prompt), None)
+    return Pool(first.settings, tasks, first.base, prompt)
 
 
-def init_task_offsets(task: TaskSlots, settings: RetrieverSettings) -> None:
-    """Initial offsets of a task: ``A = 0``, ``B`` random from a seed that depends on the task alone."""
-    block = SlotBlock(settings, task.count)
-    block.init_offsets(torch.Generator().manual_seed(seed_of(task.name, task.info.get("seed", 0), "offsets")))
-    task.A = {target: tensor.detach() for target, tensor in block.A.items()}
-    task.B = {target: tensor.detach() for target, tensor in block.B.items()}
+def with_offsets(task: TaskSlots, settings: RetrieverSettings) -> TaskSlots:
+    """The task itself if it has offsets, else a copy with initial ones: ``A = 0``, ``B`` random from a seed that
+    depends on the task alone."""
+    if task.B:
+        return task
+    begun = task.copy()
+    seed = seed_of(task.name, task.info.get("seed", 0), "offsets")
+    begun.init_offsets(settings, torch.Generator().manual_seed(seed))
+    return begun
 
 
-def _check_mergeable(path_a: Path, a: SlotFile, path_b: Path, b: SlotFile) -> None:
+def check_mergeable(path_a: Path | str, a: Pool, path_b: Path | str, b: Pool) -> None:
+    """``UserError``, naming the two places, where their tasks cannot stand in one pool."""
     pair = f"{path_a} and {path_b}"
     for one in a.tasks:
         for other in b.tasks:
@@ -64,3 +68,13 @@ def _check_mergeable(path_a: Path, a: SlotFile, path_b: Path, b: SlotFile) -> No
     if different:
         name = different[0]
         raise UserError(f"{pair} differ in {name}: {mine[name]} and {theirs[name]}; fit both with the same settings")
+
+
+def _check_pictures(path_a: Path, a: Pool, path_b: Path, b: Pool) -> None:
+    """Keys of pictures that were cut differently have no common query space."""
+    mine, theirs = a.prompt.get("aspect_ratio"), b.prompt.get("aspect_ratio")
+    if mine and theirs and mine != theirs:
+        raise UserError(
+            f"{path_a} and {path_b} were fitted to pictures of different modes, {mine} and {theirs}; fit both with the "
+            "same --image_aspect_ratio"
+        )

@@ -19,6 +19,8 @@ import torch
 import transformers
 from torch.nn import functional
 
+from llava.slots.pool import Pool
+
 RECORD = Path(__file__).with_name("tiny_run.json")
 METHODS = ("retrieval", "sequential", "joint")
 TASKS = ("abd", "chest")
@@ -75,7 +77,7 @@ def tiny_run(folder) -> dict:
     try:
         found = {"probe": probe()}
         world = tiny_world.make_world(folder, TASKS)
-        results = {"keys": outcome(tiny_world.read_slot_file(world.keys))}
+        results = {"keys": outcome(Pool.read(world.keys))}
         for method in METHODS:
             stage = None
             for task in TASKS:

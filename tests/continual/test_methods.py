@@ -90,7 +90,7 @@ def test_the_base_stays_as_it_is(world, runs, method):
         assert torch.equal(with_stage.state_dict()[name], tensor), name
 
 
-# -- replay --------------------------------------------------------------------------------------------------------------
+# -- replay ------------------------------------------------------------------------------------------------------------
 
 
 def test_replay_keeps_rows_of_each_task_and_trains_on_them(world, tmp_path):
@@ -119,7 +119,7 @@ def test_replay_of_questions_keeps_no_picture(world, tmp_path):
     assert without_picture(row).answer == row.answer
 
 
-# -- EWC -----------------------------------------------------------------------------------------------------------------
+# -- EWC ---------------------------------------------------------------------------------------------------------------
 
 
 def test_ewc_holds_the_adapter_where_it_was(world, tmp_path):
@@ -149,7 +149,7 @@ def test_the_fisher_information_of_tasks_adds_up(world, tmp_path):
     torch.testing.assert_close(second.memory["fisher.A.o_proj"], here + 0.5 * first.memory["fisher.A.o_proj"])
 
 
-# -- L2P -----------------------------------------------------------------------------------------------------------------
+# -- L2P ---------------------------------------------------------------------------------------------------------------
 
 
 def test_l2p_learns_prompts_and_no_offsets(runs):
@@ -172,7 +172,7 @@ def test_l2p_puts_the_selected_prompts_in_front(world, runs):
     torch.testing.assert_close(out.logits[:1], alone.logits, rtol=1e-4, atol=1e-4)
 
 
-# -- MoELoRA -------------------------------------------------------------------------------------------------------------
+# -- MoELoRA -----------------------------------------------------------------------------------------------------------
 
 
 def test_moelora_trains_its_gate_and_weighs_every_expert(world, runs):

@@ -19,7 +19,8 @@ from llava.continual.methods import METHODS, Context, Recipe
 from llava.model.language_model.retriever import Retriever
 from llava.slots.adapter import ADAPTERS, Action
 from llava.slots.fit import seed_of
-from llava.slots.pool import Pool, Route
+from llava.slots.pool import Pool
+from llava.slots.route import Route
 from llava.utils import UserError
 
 PREFIX = "prefix.table"

@@ -20,8 +20,9 @@ from llava.continual.methods.sequential import SHARED
 from llava.model.language_model.retriever import Retriever
 from llava.slots.adapter import ADAPTERS
 from llava.slots.fit import seed_of
-from llava.slots.pool import Pool, Route
+from llava.slots.pool import Pool
 from llava.slots.queries import MODALITY_DIM, Query
+from llava.slots.route import Route
 from llava.slots.settings import RetrieverSettings
 from llava.slots.task_slots import TaskSlots
 from llava.utils import UserError

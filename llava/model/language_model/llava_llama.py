@@ -27,7 +27,7 @@ class LlavaLlamaModel(LlavaMetaModel, LlamaModel):
 class LlavaLlamaForCausalLM(LlavaMetaForCausalLM, LlamaForCausalLM):
     """The causal language model with images, questions and per-question weight offsets.
 
-    ``retriever`` is ``None`` until ``attach_retriever``; without a trained slot the logits are the base model's.
+    ``retriever`` is ``None`` until ``attach_adapter``; without a trained slot the logits are the base model's.
     """
 
     config_class = LlavaConfig
