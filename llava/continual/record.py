@@ -27,7 +27,7 @@ _PROMPT = "is part of the prompt, which is recorded as a whole"
 _SAYS = "decides what is said and logged"
 _SAVES = "decides when and where a run can be resumed from"
 _CHECKS = "belongs to evaluation while training, which trains nothing"
-_HUB = "belongs to uploads"
+_HUB = "belongs to uploads of the result"
 _MACHINE = "spreads the same steps over devices, memory and processes"
 
 IGNORED: dict[str, str] = {
@@ -155,11 +155,9 @@ def read_record(path: Path) -> dict[str, Any]:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise UserError(
-            f"{path}: the record of the run is damaged ({error}); remove its folder to train again"
-        ) from error
+        raise UserError(f"{path}: the run's record is damaged ({error}); remove its folder to train again") from error
     if not isinstance(values, dict):
-        raise UserError(f"{path}: the record of the run is damaged; remove its folder to train again")
+        raise UserError(f"{path}: the run's record is damaged; remove its folder to train again")
     return values
 
 

@@ -2,12 +2,11 @@
 
 import json
 import math
-import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from tiny_world import PICTURES, ROWS, SLOTS, TOP_K, refusal, same
+from tiny_world import SLOTS, TOP_K, refusal, same
 
 from llava.continual.methods import METHODS
 from llava.continual.methods.replay import without_picture
@@ -34,8 +33,6 @@ def runs(world, tmp_path_factory):
 
 def answer(world, stage, question="is there a lesion?"):
     """Greedy token ids of a stage (or the base, ``None``) about one picture."""
-    from PIL import Image
-
     from llava.data.prompt import Prompt, PromptEncoder
     from llava.data.rows import parse_row
 
@@ -47,9 +44,8 @@ def answer(world, stage, question="is there a lesion?"):
     row = parse_row({"question_id": 1, "image": "abd0.png", "text": f"{question}\n<image>"})
     encoder = PromptEncoder(prompt, tokenizer, processor, model.config, world.folder / "images")
     sample = encoder.encode(row, answer=False)
-    assert Image.open(world.folder / "images" / "abd0.png").size
     ids = torch.tensor([sample.input_ids])
-    out = model.generate(ids, images=[sample.image], questions=[question], max_new_tokens=6, do_sample=False)
+    out = model.generate(ids, images=[sample.pixels], questions=[question], max_new_tokens=6, do_sample=False)
     return out[0].tolist(), model
 
 
@@ -124,12 +120,14 @@ def test_replay_of_questions_keeps_no_picture(world, tmp_path):
 
 def test_ewc_holds_the_adapter_where_it_was(world, tmp_path):
     def moved(penalty):
-        first, second = two_stages(world, tmp_path / str(penalty), "ewc", "--ewc_lambda", penalty)
-        return (second.pool.tasks[0].A["o_proj"] - first.pool.tasks[0].A["o_proj"]).norm(), second
+        more = ("--ewc_lambda", penalty, "--max_steps", 12)
+        first, second = two_stages(world, tmp_path / str(penalty), "ewc", *more)
+        step = (second.pool.tasks[0].A["o_proj"] - first.pool.tasks[0].A["o_proj"]).square()
+        return (first.memory["fisher.A.o_proj"] * step).sum(), second
 
     free, _ = moved(0)
-    held, second = moved(1e9)
-    assert held < 0.6 * free
+    held, second = moved(1e6)
+    assert held < 0.5 * free
     fisher = second.memory["fisher.A.o_proj"]
     assert fisher.shape == second.pool.tasks[0].A["o_proj"].shape and fisher.min() >= 0 and fisher.max() > 0
 
@@ -206,5 +204,3 @@ def test_an_option_of_the_method_is_part_of_the_record(world, tmp_path, capsys):
     assert json.loads((stage / "training.json").read_text())["experts"] == 2
     line = refusal(world, capsys, world.train_arguments("abd", stage, None, "--method", "moelora", "--experts", 3))
     assert "experts = 2, now it is 3" in line
-    assert PICTURES and ROWS
-    shutil.rmtree(stage)

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 from tiny_world import LORA, RANK, SLOTS, refusal, same, write_sequence
 
+from llava.continual.record import checksums
 from llava.data.rows import write_jsonl
 from llava.slots.pool import Pool
 from llava.train import llava_trainer
@@ -129,8 +130,9 @@ def test_the_baselines_run_through_the_same_loop(world, tmp_path, method):
         (shared,) = slots.tasks
         assert shared.name == "shared" and shared.trained and shared.count == 1
     assert not same(first.tasks[0].A, second.tasks[0].A)
-    seen = json.loads((tmp_path / f"llava-{method}_2" / "training.json").read_text())["data"]
-    assert list(seen) == (["train_chest.jsonl"] if method == "sequential" else ["train_abd.jsonl", "train_chest.jsonl"])
+    seen = json.loads((tmp_path / f"llava-{method}_2" / "training.json").read_text())["training_files"]
+    names = ["train_chest.jsonl"] if method == "sequential" else ["train_abd.jsonl", "train_chest.jsonl"]
+    assert seen == checksums([world.folder / name for name in names])
 
 
 # -- run again ---------------------------------------------------------------------------------------------------------
@@ -152,8 +154,8 @@ def test_a_finished_stage_is_skipped_without_loading_anything(stage, world, monk
         (("--max_steps", "9"), "max_steps = 5, now it is 9"),
         (("--method", "joint"), "method = retrieval, now it is joint"),
         (("--adam_beta2", "0.9"), "adam_beta2 = 0.999, now it is 0.9"),
-        (("--version", "plain"), "version = None, now it is plain"),
-        (("--image_aspect_ratio", "square"), "image_aspect_ratio = None, now it is square"),
+        (("--version", "plain"), "prompt.conv_mode = vicuna_v1, now it is plain"),
+        (("--image_aspect_ratio", "square"), "prompt.aspect_ratio = pad, now it is square"),
     ],
 )
 def test_a_finished_stage_with_other_settings_is_refused(stage, world, capsys, more, message):
@@ -166,7 +168,7 @@ def test_a_finished_stage_on_other_data_is_refused(stage, world, capsys, tmp_pat
     data = tmp_path / "train_abd.jsonl"
     data.write_text((world.folder / "train_abd.jsonl").read_text().replace("lesion", "shadow"))
     line = refusal(world, capsys, world.train_arguments("abd", stage, None, *EACH_STEP, "--data_path", data))
-    assert "was trained with data = " in line
+    assert "was trained with training_files = " in line
 
 
 def test_a_stage_over_earlier_slots_that_have_changed_is_refused(world, capsys, tmp_path):
@@ -256,7 +258,10 @@ def test_a_checkpoint_of_two_processes_is_not_resumed_with_one(tmp_path):
     [
         (("--task", "foot"), "unknown task 'foot'; sequence 'tiny' has abd, chest, head, knee"),
         (("--sequence", "absent"), "task sequence not found"),
-        (("--method", "magic"), "unknown method 'magic'; known: joint, retrieval, sequential"),
+        (
+            ("--method", "magic"),
+            "unknown method 'magic'; known: ewc, joint, l2p, moelora, replay, retrieval, sequential",
+        ),
         (("--model_name_or_path", "./absent"), "checkpoint folder not found: ./absent"),
         (("--retriever_state_dict", "absent.pth"), "slot file not found: absent.pth"),
         (("--previous_stage", "llava-absent"), "stage checkpoint not found: llava-absent"),

@@ -43,7 +43,7 @@ class EWC(Sequential):
         if context.previous is not None:
             device = context.model.device
             before = context.previous.pool.task(SHARED)
-            self.anchor = [tensor.to(device) for tensor in before(context.pool.settings.targets)]
+            self.anchor = [tensor.detach().to(device) for tensor in before(context.pool.settings.targets)]
             self.fisher = [context.previous.memory[name].to(device) for name in _names(context)]
         return parameters
 

@@ -9,6 +9,7 @@ Gate and experts go on from task to task. Nothing of the data is kept and nothin
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
@@ -63,7 +64,8 @@ class MoELoRA(Recipe):
 
     def pool(self, context: Context) -> tuple[Pool, str]:
         if context.previous is not None:
-            return context.previous.pool, SHARED
+            before = context.previous.pool
+            return before.with_tasks([copy.deepcopy(before.task(SHARED))]), SHARED
         count = context.options.experts
         if count < 1:
             raise UserError(f"--experts is {count}; give 1 or more")

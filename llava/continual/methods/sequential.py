@@ -6,6 +6,7 @@ weight 1: a LoRA. Each stage goes on from the one before.
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 
 import torch
@@ -25,7 +26,7 @@ class Sequential(Recipe):
     def pool(self, context: Context) -> tuple[Pool, str]:
         if context.previous is not None:
             before = context.previous.pool
-            return before.with_tasks([before.task(SHARED)]), SHARED
+            return before.with_tasks([copy.deepcopy(before.task(SHARED))]), SHARED  # the stage before stays as it was
         return single_adapter(context.keys), SHARED
 
 
