@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -86,6 +87,24 @@ def test_what_is_missing_is_named(place):
     done = run(place, SEQUENCE="no-such-sequence")
     assert done.returncode == 2
     assert "no-such-sequence" in done.stderr
+
+
+def test_a_stages_own_prompt_wins_unless_the_user_says_otherwise(place, tmp_path):
+    """The sequence's suffix serves a model that keeps none; only the environment overrides what a stage keeps."""
+    real, log = shutil.which("python"), tmp_path / "log"
+    wrapper = tmp_path / "python"
+    wrapper.write_text(f'#!/bin/sh\ncase "$2" in *loader) echo "$@" >> {log}; exit 2;; esac\nexec {real} "$@"\n')
+    wrapper.chmod(0o755)
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    sequence = json.loads((place / "tiny.json").read_text()) | {"answer_suffix": "Briefly."}
+    (tmp_path / "tiny.json").write_text(json.dumps(sequence))
+    run(place, PATH=path, SEQUENCE=str(tmp_path / "tiny.json"))
+    asked = {"ANSWER_SUFFIX": "", "CONV_MODE": "llava_v0", "IMAGE_ASPECT_RATIO": "square"}
+    run(place, PATH=path, SEQUENCE=str(tmp_path / "tiny.json"), **asked)
+    plain, told = log.read_text().splitlines()
+    assert "--default-answer-suffix Briefly." in plain and "--default-answer-suffix Briefly." in told
+    assert not any(flag in plain for flag in (" --answer-suffix", "--conv-mode", "--image_aspect_ratio"))
+    assert "--answer-suffix  --conv-mode llava_v0 --image_aspect_ratio square" in told
 
 
 @pytest.mark.slow
