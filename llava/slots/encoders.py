@@ -109,7 +109,7 @@ class SentenceEncoder(TextEncoder):
     @torch.inference_mode()
     def encode_one(self, question: str) -> Tensor:
         batch = self.tokenizer(question.strip(), return_tensors="pt", truncation=True)
-        hidden = self.model(**batch).last_hidden_state[0]  # [tokens, dim]
+        hidden: Tensor = self.model(**batch).last_hidden_state[0]  # [tokens, dim]
         return hidden.mean(0).clone()
 
 
