@@ -27,10 +27,9 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     quiet_libraries()
-    from llava.continual.prompt_keys import routing_accuracy
     from llava.continual.tasks import load_sequence
-    from llava.slots.file import write_slot_file
-    from llava.slots.merge import merge_key_files
+    from llava.slots.fit import routing_accuracy
+    from llava.slots.merge import merge_files
 
     paths = [Path(path) for path in args.key_files]
     if not paths:
@@ -41,12 +40,12 @@ def main() -> None:
                 f"key file not found: {missing[0]} (make it with train_prompt_key.py --task {missing[0].stem}, or name "
                 "the files to merge)"
             )
-    merged = merge_key_files(paths)
+    merged = merge_files(paths)
     accuracy = routing_accuracy(merged) if len(merged.tasks) > 1 else {}
     for task in merged.tasks:
         task.held_out = None  # measured now; the merged file goes to every training run and needs no queries
     save_path = Path(args.save_path or Path(args.key_dir) / "merged_prompt_key.pth")
-    write_slot_file(save_path, merged)
+    merged.write(save_path)
     print(f"merged {len(merged.tasks)} tasks, {sum(task.count for task in merged.tasks)} slots:")
     for task in merged.tasks:
         right, count = accuracy.get(task.name, (0, 0))

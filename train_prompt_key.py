@@ -55,7 +55,6 @@ def main() -> None:
     from llava.continual.prompt_keys import KeyOptions, fit_task
     from llava.continual.queries import default_base
     from llava.continual.tasks import load_sequence
-    from llava.slots.file import write_slot_file
 
     if not 0 <= args.held_out < 1:
         raise UserError(f"--held_out is {args.held_out}; give a share of 0 or more and below 1")
@@ -74,7 +73,7 @@ def main() -> None:
         KeyOptions(**values),
         args.cache_dir or None,
     )
-    write_slot_file(save_path, slots)
+    slots.write(save_path)
     report(slots, fitted, save_path)
 
 
@@ -96,15 +95,15 @@ def report(slots, fitted, save_path: Path) -> None:
 
 
 def _routing_beside(slots, save_path: Path) -> str:
-    from llava.continual.prompt_keys import routing_accuracy
-    from llava.slots.merge import merge_key_files
+    from llava.slots.fit import routing_accuracy
+    from llava.slots.merge import merge_files
 
     task = slots.tasks[0].name
     others = []
     for path in sorted(save_path.parent.glob("*.pth")):
         if path.name not in (save_path.name, "merged_prompt_key.pth"):
             try:
-                merge_key_files([save_path, path])
+                merge_files([save_path, path])
             except UserError:  # made with other settings: not comparable, so it takes no part
                 continue
             others.append(path)
@@ -112,7 +111,7 @@ def _routing_beside(slots, save_path: Path) -> str:
         return "none were held out"
     if not others:
         return "measurable once another task's key file stands beside this one (merge_prompt_key.py reports it)"
-    right, count = routing_accuracy(merge_key_files([save_path, *others]))[task]
+    right, count = routing_accuracy(merge_files([save_path, *others]))[task]
     names = ", ".join(path.stem for path in others)
     return f"{right} of {count} go to {task} ({100 * right / count:.1f} %), against {names}"
 

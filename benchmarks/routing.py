@@ -19,31 +19,31 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from llava.slots.pool import Retriever  # noqa: E402
-from llava.slots.routers import Query, TaskStatistics  # noqa: E402
+from llava.slots.pool import Pool  # noqa: E402
+from llava.slots.queries import Query, TaskStatistics  # noqa: E402
 from llava.slots.settings import RetrieverSettings  # noqa: E402
 from llava.slots.unknown import TaskExtent  # noqa: E402
 
 SLOTS = 8
 
 
-def random_pool(tasks: int, router: str, text_dim: int, image_dim: int) -> Retriever:
+def random_pool(tasks: int, router: str, text_dim: int, image_dim: int) -> Pool:
     """A trained pool of ``tasks`` times eight slots with random keys and statistics."""
     settings = RetrieverSettings(1, {"o_proj": (8, 8)}, text_dim, image_dim, rank=1, router=router)
-    retriever, generator = Retriever(settings), torch.Generator().manual_seed(0)
+    pool, generator = Pool(settings), torch.Generator().manual_seed(0)
     dim = Query(torch.zeros(1, text_dim), torch.zeros(1, image_dim)).joint().shape[1]
     scatter, waves = torch.eye(dim), torch.eye(1024)  # shared: a route reads only what is solved from their sums
     seen = Query(image=torch.zeros(1, image_dim)).evidence().shape[1]
     extent = (torch.randn(64, seen) / seen**0.5, torch.ones(64), torch.tensor(1.0), torch.linspace(1, 50, 200))
     for number in range(tasks):
-        block = retriever.add_task(f"task{number:05d}", SLOTS)
+        block = pool.append(f"task{number:05d}", SLOTS)
         block.text_keys.normal_(generator=generator)
         block.image_keys.normal_(generator=generator)
         block.statistics = TaskStatistics(100, torch.randn(dim, generator=generator), scatter)
         block.feature_statistics = TaskStatistics(100, torch.randn(1024, generator=generator) / 32, waves)
         block.extent, block.trained = TaskExtent(block.statistics.mean[-seen:], *extent), True
-    retriever.changed()
-    return retriever
+    pool.changed()
+    return pool
 
 
 def speed(arguments: argparse.Namespace) -> None:
@@ -56,16 +56,16 @@ def speed(arguments: argparse.Namespace) -> None:
         for tasks in (3, 125, 1250):
             made = random_pool(tasks, router, arguments.text_dim, arguments.image_dim)
             queries = [
-                (torch.randn(1, arguments.text_dim), torch.randn(1, arguments.image_dim))
+                Query(torch.randn(1, arguments.text_dim), torch.randn(1, arguments.image_dim))
                 for _ in range(arguments.repeats)
             ]
-            made.route(*queries[0])  # factors are made once
-            for text, image in queries:
-                made.route(text, image)
+            made.route(queries[0])  # factors are made once
+            for query in queries:
+                made.route(query)
             times = []
-            for text, image in queries:
+            for query in queries:
                 start = time.perf_counter()
-                made.route(text, image)
+                made.route(query)
                 times.append(1000 * (time.perf_counter() - start))
             median = statistics.median(times)
             base = base or median
@@ -76,10 +76,10 @@ def speed(arguments: argparse.Namespace) -> None:
             )
 
 
-def allocated(retriever: Retriever, query) -> int:
+def allocated(pool: Pool, query: Query) -> int:
     """Bytes that one route allocates in all."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        retriever.route(*query)
+        pool.route(query)
     return sum(max(event.self_cpu_memory_usage, 0) for event in profile.events())
 
 

@@ -29,9 +29,9 @@ from llava.continual.queries import compute_queries, default_base  # noqa: E402
 from llava.data.rows import Row, read_rows  # noqa: E402
 from llava.eval.route_scores import auroc, wilson  # noqa: E402
 from llava.slots.fit import fit_keys, seed_of  # noqa: E402
-from llava.slots.pool import Retriever, Route  # noqa: E402
-from llava.slots.queries import Queries  # noqa: E402
-from llava.slots.routers import Query, TaskStatistics  # noqa: E402
+from llava.slots.pool import Pool  # noqa: E402
+from llava.slots.queries import Queries, Query, TaskStatistics  # noqa: E402
+from llava.slots.route import Route  # noqa: E402
 from llava.slots.settings import RetrieverSettings  # noqa: E402
 from llava.slots.unknown import TaskExtent  # noqa: E402
 
@@ -68,32 +68,29 @@ def _folder(variable: str, name: str) -> Path:
     return folder
 
 
-def fit(queries: Queries, rows: list[Row], mode: str, kind: str) -> Retriever:
+def fit(queries: Queries, rows: list[Row], mode: str, kind: str) -> Pool:
     """Slots for every domain of the rows, each fitted to its own rows alone, as stage 1 does."""
     dims = [None if part is None else part.shape[1] for part in (queries.text, queries.image)]
     settings = RetrieverSettings(1, {"o_proj": (8, 8)}, *dims, mode, kind, groups=GROUPS, rank=1)
-    retriever = Retriever(settings)
+    pool = Pool(settings)
     for task in sorted({row.domain for row in rows}):
         mine = [place for place, row in enumerate(rows) if row.domain == task]
         own = queries.select(torch.tensor(mine))
         weight = {"text": 0.0, "image": 1.0}.get(mode, settings.image_weight)
         keys = fit_keys(own, SLOTS, GROUPS, settings.top_k, weight, seed_of(task, 42, "keys"))
-        block, query = retriever.add_task(task, SLOTS), Query(own.text, own.image)
-        for buffer, value in ((block.text_keys, keys.text), (block.image_keys, keys.image)):
-            if buffer is not None:
-                buffer.copy_(value)
+        block, query = pool.append(task, SLOTS), Query(own.text, own.image)
+        block.text_keys, block.image_keys = keys.text, keys.image
         block.statistics = TaskStatistics.of(query.joint())
         block.feature_statistics = TaskStatistics.of(query.random_features())
         block.extent = TaskExtent.of(query.evidence(), [rows[place].image for place in mine])
         block.trained = True
-    retriever.changed()
-    return retriever
+    pool.changed()
+    return pool
 
 
-def route(retriever: Retriever, router: str, queries: Queries) -> Route:
+def route(pool: Pool, router: str, queries: Queries) -> Route:
     """The routes by one router."""
-    retriever.router_name = router
-    return retriever.route(queries.text, queries.image)
+    return pool.route(Query(queries.text, queries.image), router=router)
 
 
 def right(found: Route, rows: list[Row]) -> list[bool]:
@@ -159,7 +156,7 @@ def unknown_inputs(data: Data) -> None:
         made = fit(queries.select(first), known, mode, kind)
         own = route(made, "gaussian", queries.select(torch.arange(len(known), len(known + test)))).novelty
         theirs = route(made, "gaussian", data.queries("slake", strange, mode, kind)).novelty
-        held_out = made.block("abd").extent.distances / made.unknown_gate().limits["abd"]
+        held_out = made.task("abd").extent.distances / made.unknown_gate().limits["abd"]
         name = f"{mode} ({kind})" if "image" in mode else mode
         print(
             f"{name:<26}{auroc(own, theirs):>13.4f}{auroc(held_out, theirs):>21.4f}"

@@ -21,7 +21,7 @@ from llava.mm_utils import process_images
 from llava.model.builder import attach_slots, load_pretrained_model
 from llava.slots.edit import merge as merge_slots
 from llava.slots.edit import remove as remove_tasks
-from llava.slots.file import SlotFile, read_slot_file, write_slot_file
+from llava.slots.pool import Pool
 
 ORDERS = list(itertools.permutations(TASKS))
 NEW_TOKENS = 6
@@ -36,7 +36,7 @@ class Stages:
     def folder_of(self, order):
         return self.folder / ("llava-tiny_" + "_".join(order))
 
-    def slots(self, *order) -> SlotFile:
+    def slots(self, *order) -> Pool:
         stage = self.folder_of(order)
         if not stage.exists():
             previous = None
@@ -44,7 +44,7 @@ class Stages:
                 self.slots(*order[:-1])
                 previous = self.folder_of(order[:-1])
             self.world.train(order[-1], stage, previous)
-        return read_slot_file(stage / "slots.pth")
+        return Pool.read(stage / "slots.pth")
 
     def bytes(self, *order) -> bytes:
         self.slots(*order)
@@ -128,7 +128,7 @@ def trained(world, stages):
 
 
 def test_training_a_task_leaves_every_other_task_as_it_was(stages, world):
-    initial = read_slot_file(world.keys)
+    initial = Pool.read(world.keys)
     for end in range(1, len(TASKS) + 1):
         after = stages.slots(*TASKS[:end])
         assert [task.name for task in after.tasks] == list(TASKS[:end])
@@ -168,7 +168,7 @@ def test_every_order_of_tasks_ends_in_the_same_bytes(stages, order):
 def test_a_removed_task_was_never_there(stages, gone, world, rows, tmp_path):
     others = tuple(task for task in TASKS if task != gone)
     left = remove_tasks(stages.slots(*TASKS), [gone])
-    write_slot_file(tmp_path / "left.pth", left)
+    left.write(tmp_path / "left.pth")
     assert (tmp_path / "left.pth").read_bytes() == stages.bytes(*others)
 
 
@@ -177,7 +177,7 @@ def test_a_task_removed_from_a_loaded_model_leaves_no_trace(stages, world, rows)
     stages.slots(*TASKS), stages.slots(*others)
     model, never = Model(world, stages.folder_of(TASKS)), Model(world, stages.folder_of(others))
     before = model.answer(rows)
-    model.model.retriever.remove_task("chest")
+    model.model.retriever.pool.remove("chest")
     after, expected = model.answer(rows), never.answer(rows)
     assert same(after, expected)
     assert not same(before, expected)
@@ -209,7 +209,7 @@ def test_tasks_trained_apart_and_merged_equal_the_sequence(stages, world, tmp_pa
     assert [task.name for task in merged.tasks] == list(TASKS)
     assert all(same_slots(merged.task(task), sequence.task(task)) for task in TASKS)
     merged.base = sequence.base  # the same base under another path
-    write_slot_file(tmp_path / "merged.pth", merged)
+    merged.write(tmp_path / "merged.pth")
     assert (tmp_path / "merged.pth").read_bytes() == stages.bytes(*TASKS)
 
 
@@ -251,7 +251,7 @@ def _answers_alone(trained, rows):
 
 def test_without_a_trained_slot_the_base_answers(world, rows):
     plain, empty = Model(world, world.base), Model(world, world.base)
-    attach_slots(empty.model, read_slot_file(world.keys), world.base)
+    attach_slots(empty.model, Pool.read(world.keys), world.base)
     assert empty.model.retriever.pool_size > 0 and not empty.model.retriever.active
     assert same(empty.answer(rows), plain.answer(rows))
     assert empty.model.last_route is None
@@ -259,7 +259,7 @@ def test_without_a_trained_slot_the_base_answers(world, rows):
 
 def test_a_slot_before_its_first_step_changes_no_logit(world, rows):
     plain, begun = Model(world, world.base), Model(world, world.base)
-    attach_slots(begun.model, read_slot_file(world.keys), world.base)
+    attach_slots(begun.model, Pool.read(world.keys), world.base)
     begun.model.retriever.train_only("head")
     for (tokens, logits, route), (base_tokens, base_logits, _) in zip(
         begun.answer(rows), plain.answer(rows), strict=True

@@ -11,7 +11,7 @@ from tiny_llava import write_base, write_images
 
 from llava.data.rows import read_answers, read_rows
 from llava.eval import model_vqa_loader
-from llava.slots.file import read_slot_file
+from llava.slots.pool import Pool
 from llava.toy.phantom import PhantomConfig, make_phantom
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -95,7 +95,7 @@ def test_every_step_says_what_it_did(pipeline):
 
 
 def test_each_stage_has_its_tasks_and_leaves_the_earlier_ones_alone(pipeline):
-    slots = [read_slot_file(pipeline.output / stage / "slots.pth") for stage in STAGES]
+    slots = [Pool.read(pipeline.output / stage / "slots.pth") for stage in STAGES]
     assert [[task.name for task in stage.tasks] for stage in slots] == [["abd"], ["abd", "chest"], list(TASKS)]
     for before, after in zip(slots, slots[1:]):
         for task in before.tasks:

@@ -9,9 +9,10 @@ from llava.checkpoints.weights import fingerprint
 from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
 from llava.model.language_model.llava_mistral import LlavaMistralConfig, LlavaMistralForCausalLM
 from llava.slots.encoders import BaseEmbeddingEncoder
-from llava.slots.file import SlotFile, TaskSlots, write_slot_file
-from llava.slots.pool import RetrieverSettings
-from llava.slots.routers import TaskStatistics
+from llava.slots.pool import Pool
+from llava.slots.queries import TaskStatistics
+from llava.slots.settings import RetrieverSettings
+from llava.slots.task_slots import TaskSlots
 
 HIDDEN, LAYERS, PIXELS, VISION = 32, 2, 16, 16
 GROUPS, SLOTS, RANK = 4, 4, 2
@@ -98,7 +99,7 @@ def write_stage(folder, base, tasks=("abd", "chest"), seed=1):
     slots = [_task_slots(name, number * SLOTS, generator) for number, name in enumerate(tasks)]
     folder.mkdir(parents=True, exist_ok=True)
     base_identity = {"path": str(base), "fingerprint": fingerprint(base)}
-    write_slot_file(folder / "slots.pth", SlotFile(settings, slots, base_identity))
+    Pool(settings, slots, base_identity).write(folder / "slots.pth")
     return folder
 
 

@@ -14,7 +14,7 @@ import torch
 from tiny_llava import write_base, write_images
 
 from llava.data.rows import question_row, write_jsonl
-from llava.slots.file import SlotFile, read_slot_file
+from llava.slots.pool import Pool
 from llava.train import train as train_module
 from llava.utils import run_cli
 
@@ -42,13 +42,13 @@ class World:
         arguments += ["--previous_stage", previous] if previous else []
         return [str(word) for word in [*arguments, *more]]
 
-    def train(self, task, stage, previous=None, *more) -> SlotFile:
+    def train(self, task, stage, previous=None, *more) -> Pool:
         """Run stage 2; returns the stage checkpoint's slots."""
         from llava.train.train import train
 
         with arguments(self.train_arguments(task, stage, previous, *more)):
             train()
-        return read_slot_file(Path(stage) / "slots.pth")
+        return Pool.read(Path(stage) / "slots.pth")
 
 
 @contextmanager
@@ -136,6 +136,8 @@ def same(one, other) -> bool:
     """Deep equality, tensors bit for bit and with their types."""
     if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
         return one.dtype == other.dtype and torch.equal(one, other)
+    if isinstance(one, torch.nn.ParameterDict) and isinstance(other, torch.nn.ParameterDict):
+        return same(dict(one.items()), dict(other.items()))
     if isinstance(one, dict) and isinstance(other, dict):
         return list(one) == list(other) and all(same(one[key], other[key]) for key in one)
     if isinstance(one, (list, tuple)) and isinstance(other, (list, tuple)):

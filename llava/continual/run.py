@@ -11,7 +11,7 @@ from pathlib import Path
 
 from llava.checkpoints.kinds import SLOTS_FILE, TRAINING_FILE
 from llava.files import atomic_folder, atomic_write
-from llava.slots.file import SlotFile, read_slot_file, write_slot_file
+from llava.slots.pool import Pool
 from llava.utils import UserError
 
 
@@ -42,7 +42,7 @@ def check_same_run(path: Path, run: dict, mend: str) -> None:
 
 def write_stage(
     folder: Path,
-    slots: SlotFile,
+    slots: Pool,
     config,
     tokenizer,
     run: dict,
@@ -65,11 +65,11 @@ def write_stage(
                 json.dump(value, stream, indent=1)
         if write_more is not None:
             write_more(partial)
-        write_slot_file(partial / SLOTS_FILE, slots)
+        slots.write(partial / SLOTS_FILE)
 
 
-def read_stage_slots(folder: Path) -> SlotFile:
+def read_stage_slots(folder: Path) -> Pool:
     """Slots of a finished stage."""
     if not (folder / SLOTS_FILE).is_file():
         raise UserError(f"stage checkpoint not found: {folder} (train the stage before this one first)")
-    return read_slot_file(folder / SLOTS_FILE)
+    return Pool.read(folder / SLOTS_FILE)

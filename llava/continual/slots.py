@@ -68,10 +68,10 @@ def main() -> None:
 
 
 def show_list(args) -> None:
-    from llava.slots.edit import read_slots
+    from llava.slots.edit import read_place
 
     for place in args.places:
-        slots = read_slots(place)
+        slots = read_place(place)
         settings = slots.settings
         print(f"{place}: base {slots.base.get('path')} ({slots.base.get('fingerprint')})")
         encoder = settings.encoder.get("name", "none")
@@ -80,7 +80,7 @@ def show_list(args) -> None:
             end="",
         )
         print(f"rank {settings.rank}, targets {', '.join(settings.targets)}")
-        for task in sorted(slots.tasks, key=lambda task: task.start):
+        for task in slots.tasks:
             state = "trained" if task.trained else "not trained"
             weights = sum(tensor.numel() for tensors in (task.A, task.B) for tensor in tensors.values())
             rows = f"{task.info['rows']} rows" if "rows" in task.info else ""
@@ -91,41 +91,41 @@ def show_list(args) -> None:
 
 
 def do_merge(args) -> None:
-    from llava.slots.edit import merge, write_slots
+    from llava.slots.edit import merge, write_place
 
     slots = merge(args.places, args.pack)
-    path = write_slots(slots, args.output, args.places, f"merge of {' '.join(Path(p).name for p in args.places)}")
-    print(f"merged {len(slots.tasks)} tasks ({', '.join(task.name for task in slots.tasks)}); written to {path}")
+    path = write_place(slots, args.output, args.places, f"merge of {' '.join(Path(p).name for p in args.places)}")
+    print(f"merged {len(slots.tasks)} tasks ({', '.join(slots.names)}); written to {path}")
 
 
 def do_remove(args) -> None:
-    from llava.slots.edit import read_slots, remove, write_slots
+    from llava.slots.edit import read_place, remove, write_place
 
-    slots = remove(read_slots(args.place), args.tasks)
-    path = write_slots(slots, args.output or args.place, [args.place], f"removal of {' '.join(args.tasks)}")
-    print(f"removed {', '.join(args.tasks)}; left: {', '.join(task.name for task in slots.tasks)}; written to {path}")
+    slots = remove(read_place(args.place), args.tasks)
+    path = write_place(slots, args.output or args.place, [args.place], f"removal of {' '.join(args.tasks)}")
+    print(f"removed {', '.join(args.tasks)}; left: {', '.join(slots.names)}; written to {path}")
 
 
 def do_rename(args) -> None:
-    from llava.slots.edit import read_slots, rename, write_slots
+    from llava.slots.edit import read_place, rename, write_place
 
-    slots = rename(read_slots(args.place), args.old, args.new)
-    path = write_slots(slots, args.output or args.place, [args.place], f"renaming {args.old} to {args.new}")
+    slots = rename(read_place(args.place), args.old, args.new)
+    path = write_place(slots, args.output or args.place, [args.place], f"renaming {args.old} to {args.new}")
     print(f"{args.old} is now {args.new}; written to {path}")
 
 
 def do_export(args) -> None:
-    from llava.slots.edit import read_slots
+    from llava.slots.edit import read_place
     from llava.slots.peft_export import export_peft
 
-    mixture = export_peft(read_slots(args.place), args.task, args.output, args.weights)
+    mixture = export_peft(read_place(args.place), args.task, args.output, args.weights)
     parts = ", ".join(f"{weight:.4f} of slot {slot}" for slot, weight in mixture.items())
     print(f"task {args.task}: {parts}; adapter written to {args.output}")
 
 
 def do_import(args) -> None:
     from llava.checkpoints.weights import resolve_checkpoint
-    from llava.slots.edit import write_slots
+    from llava.slots.edit import write_place
     from llava.slots.prototype import import_prototype
     from llava.slots.settings import check_task_name
 
@@ -137,7 +137,7 @@ def do_import(args) -> None:
     ranges = {name: (number * size, (number + 1) * size) for number, name in enumerate(args.tasks)}
     base = resolve_checkpoint(args.model_base)
     slots = import_prototype(args.source, ranges, base, args.model_base, args.text_encoder, args.top_k)
-    path = write_slots(slots, args.output, [], "")
+    path = write_place(slots, args.output, [], "")
     trained = [task.name for task in slots.tasks if task.trained]
     print(f"imported {len(slots.tasks)} tasks (trained: {', '.join(trained) or 'none'}); written to {path}")
     if args.text_encoder is None:
@@ -146,9 +146,9 @@ def do_import(args) -> None:
 
 def do_verify(args) -> None:
     from llava.checkpoints.weights import resolve_checkpoint
-    from llava.slots.edit import read_slots, verify
+    from llava.slots.edit import read_place, verify
 
-    slots = read_slots(args.place)
+    slots = read_place(args.place)
     recorded = slots.base.get("path")
     base = None
     if args.model_base:

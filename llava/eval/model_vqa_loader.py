@@ -255,26 +255,12 @@ class Speaker:
         self, batch: dict[str, Any], arguments: argparse.Namespace, **options: Any
     ) -> list[tuple[str, dict | None]]:
         """Texts and routes of a collated batch; ``options`` go to ``generate``."""
-        tasks = given_tasks(batch["rows"], arguments)
-        known = known_tasks(self.model)
-        if tasks is None or not known:
-            return self._generate(batch, arguments, None, **options)
-        replies: dict[int, tuple[str, dict | None]] = {}
-        for given in (True, False):  # tasks that the model has not learned yet are routed freely
-            numbers = [number for number, task in enumerate(tasks) if (task in known) == given]
-            if numbers:
-                chosen = [tasks[number] for number in numbers] if given else None
-                part = self._generate(_select(batch, numbers), arguments, chosen, **options)
-                replies.update(zip(numbers, part, strict=True))
-        return [replies[number] for number in range(len(tasks))]
-
-    def _generate(
-        self, batch: dict[str, Any], arguments: argparse.Namespace, tasks: list[str] | None, **options: Any
-    ) -> list[tuple[str, dict | None]]:
+        known = known_tasks(self.model)  # tasks that the model has not learned yet are routed freely
+        tasks = [task if task in known else None for task in given_tasks(batch["rows"], arguments) or []]
         from llava.mm_utils import KeywordsStoppingCriteria
 
         model, rows = self.model, batch["rows"]
-        more: dict[str, Any] = options if tasks is None else {**options, "tasks": tasks}
+        more: dict[str, Any] = {**options, "tasks": tasks} if any(tasks) else dict(options)
         if self.stop and self.stop.strip() and self.stop != self.tokenizer.eos_token:
             more["stopping_criteria"] = [KeywordsStoppingCriteria([self.stop], self.tokenizer, batch["input_ids"])]
         if arguments.temperature > 0:
@@ -294,8 +280,6 @@ class Speaker:
         texts = self.tokenizer.batch_decode(output, skip_special_tokens=True)
         route = getattr(model, "last_route", None)
         routes = [None if route is None else route.describe(number) for number in range(len(rows))]
-        if tasks is not None:
-            routes = [None if found is None else {**found, "task_given": True} for found in routes]
         refuse = vars(arguments).get("refuse_unknown")
         return [
             (REFUSAL if refuse and found and found.get("unknown") else self.clean(text), found)
@@ -326,7 +310,7 @@ def given_tasks(rows: Sequence[Row], arguments: argparse.Namespace) -> list[str]
 def known_tasks(model: Any) -> list[str]:
     """Tasks that the model has trained slots for, in slot order; none for a base model."""
     retriever = getattr(model, "retriever", None)
-    return [] if retriever is None else list(dict.fromkeys(retriever.layout().allowed_tasks))
+    return [] if retriever is None else [task.name for task in retriever.pool.selectable]
 
 
 def choose_router(model: Any, route: str | None) -> None:
@@ -342,21 +326,11 @@ def choose_router(model: Any, route: str | None) -> None:
     if route == NO_ROUTE:
         model.retriever = None
         return
-    if route not in ROUTERS:
-        raise UserError(f"--route {route!r} is not a router (choose from {', '.join([*ROUTERS, NO_ROUTE])})")
+    if route not in ROUTERS.names():
+        known = ", ".join([*ROUTERS.names(), ORACLE, NO_ROUTE])
+        raise UserError(f"--route {route!r} is not a router (choose from {known})")
     if model.retriever is not None:  # a base model has none
         model.retriever.router_name = route
-        model.retriever.changed()
-
-
-def _select(batch: dict[str, Any], numbers: Sequence[int]) -> dict[str, Any]:
-    """Some rows of a collated batch."""
-    picked = {name: [value[number] for number in numbers] for name, value in batch.items() if isinstance(value, list)}
-    tensors = {name: batch[name][list(numbers)] for name in ("input_ids", "attention_mask")}
-    images = batch["images"]
-    if not isinstance(images, list):
-        picked["images"] = None if images is None else images[list(numbers)]
-    return {**picked, **tensors}
 
 
 def _stack_images(images: list[Any]) -> Any:

@@ -43,16 +43,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     from llava.eval.route_picture import draw
     from llava.eval.route_scores import score_routes, worst_mistakes
 
-    retriever, base, slots = load_retriever(arguments.slots, arguments.model_base)
-    rows, queries = read_queries(arguments, slots, base)
-    if not {row.domain for row in rows} & set(retriever.tasks):
-        raise UserError(f"{arguments.question_file}: no row's domain is a task of the slots ({retriever.tasks})")
-    routers = arguments.routers or list(dict.fromkeys([slots.settings.router, "keys", "gaussian", "ridge"]))
-    routes = {name: route_rows(retriever, name, rows, queries) for name in routers}
+    pool, base = load_pool(arguments.slots, arguments.model_base)
+    rows, queries = read_queries(arguments, pool, base)
+    if not {row.domain for row in rows} & set(pool.names):
+        raise UserError(f"{arguments.question_file}: no row's domain is a task of the slots ({pool.names})")
+    routers = arguments.routers or list(dict.fromkeys([pool.settings.router, "keys", "gaussian", "ridge"]))
+    routes = {name: route_rows(pool, name, rows, queries) for name in routers}
     scores = {name: score_routes(found) for name, found in routes.items()}
     first = routers[0]
     mistakes = [_mistake(rows[row], routes[first], row) for row in worst_mistakes(routes[first], arguments.mistakes)]
-    settings = slots.settings
+    settings = pool.settings
     report = {
         "slots": str(arguments.slots),
         "question_file": arguments.question_file,
@@ -66,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     with atomic_write(folder / "route_report.json") as stream:
         json.dump(report, stream, indent=1)
     title = f"{first} router, queries {settings.query_mode}: {100 * scores[first]['accuracy']['value']:.1f} % right"
-    points, keys = joint_points(retriever, queries)
+    points, keys = joint_points(pool, queries)
     written = f"written to {folder / 'route_report.json'}"
     if draw(routes[first], scores[first], points, keys, title, folder / "route_report.png"):
         print(f"{written} and {folder / 'route_report.png'}")
@@ -74,13 +74,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"{written}; no picture: matplotlib is not installed (pip install matplotlib)")
 
 
-def load_retriever(place: str, model_base: str | None) -> tuple[Any, Path, Any]:
-    """The pool, its base model's folder and the slot file. Where no task is trained (key files), all take part."""
+def load_pool(place: str, model_base: str | None) -> tuple[Any, Path]:
+    """The pool and its base model's folder. Where no task is trained (key files), all take part."""
     from llava.checkpoints.weights import fingerprint, resolve_checkpoint
-    from llava.slots.edit import read_slots
-    from llava.slots.file import retriever_from
+    from llava.slots.edit import read_place
 
-    slots = read_slots(place)
+    slots = read_place(place)
     name = model_base or slots.base.get("path")
     if not name:
         raise UserError(f"{place} names no base model; give --model-base")
@@ -90,7 +89,9 @@ def load_retriever(place: str, model_base: str | None) -> tuple[Any, Path, Any]:
     if not any(task.trained for task in slots.tasks):
         for task in slots.tasks:
             task.trained = True
-    return retriever_from(slots), base, slots
+    slots.check_shapes()
+    slots.changed()
+    return slots, base
 
 
 def read_queries(arguments: argparse.Namespace, slots: Any, base: Path) -> tuple[list, Any]:
@@ -132,18 +133,16 @@ def read_queries(arguments: argparse.Namespace, slots: Any, base: Path) -> tuple
     return rows, Queries(*joined, parts[0].encoder)
 
 
-def route_rows(retriever: Any, router: str, rows: Sequence, queries: Any) -> Any:
+def route_rows(pool: Any, router: str, rows: Sequence, queries: Any) -> Any:
     """What ``router`` makes of the rows."""
     from llava.eval.route_scores import RoutedRows
+    from llava.slots.queries import Query
     from llava.slots.routers import ROUTERS
 
-    if router not in ROUTERS or router == "oracle":
-        known = ", ".join(name for name in ROUTERS if name != "oracle")
-        raise UserError(f"--routers: {router!r} cannot be measured; choose from {known}")
-    retriever.router_name = router
-    route = retriever.route(queries.text, queries.image)
-    layout = retriever.layout()
-    slot_tasks = [task for task, slots in layout.ranges.items() for _ in slots]
+    if router not in ROUTERS.names():
+        raise UserError(f"--routers: {router!r} cannot be measured; choose from {', '.join(ROUTERS.names())}")
+    route = pool.route(Query(queries.text, queries.image), router=router)
+    slot_tasks = [task.name for task in pool.tasks for _ in range(task.count)]
     return RoutedRows(
         route.tasks,
         [row.domain for row in rows],
@@ -154,15 +153,14 @@ def route_rows(retriever: Any, router: str, rows: Sequence, queries: Any) -> Any
     )
 
 
-def joint_points(retriever: Any, queries: Any) -> tuple[Any, Any]:
+def joint_points(pool: Any, queries: Any) -> tuple[Any, Any]:
     """Queries ``[rows, dim]`` and keys ``[pool, dim]`` in the space of the closed-form routers."""
-    import torch
-
-    from llava.slots.routers import Query
+    from llava.slots.key_scores import joined
+    from llava.slots.queries import Query
 
     def flat(kind: str):
-        keys = [getattr(retriever.block(task), f"{kind}_keys") for task in retriever.tasks]
-        return None if keys[0] is None else torch.cat(keys, 1).permute(1, 0, 2).flatten(1)
+        keys = joined([getattr(task, f"{kind}_keys") for task in pool.tasks])
+        return None if keys is None else keys.permute(1, 0, 2).flatten(1)
 
     keys = Query(flat("text"), flat("image")).joint()
     return Query(queries.text, queries.image).joint().numpy(), keys.numpy()

@@ -15,11 +15,12 @@ from llava.checkpoints.tokenizer import load_tokenizer
 from llava.checkpoints.weights import fingerprint, read_config, resolve_checkpoint, weight_files
 from llava.model.adapters import adapter_base, apply_adapter, load_extra_tensors
 from llava.model.configs import FAMILIES, llava_config
+from llava.model.language_model.retriever import Retriever
 from llava.model.multimodal_encoder.clip_encoder import shipped_image_processor
 from llava.model.vision.features import load_vision_tower
 from llava.slots.encoders import encoder_from_identity
-from llava.slots.file import SlotFile, read_slot_file, retriever_from
 from llava.slots.offsets import target_features
+from llava.slots.pool import Pool
 from llava.utils import UserError, rank0_print
 
 __all__ = ["SLOTS_FILE", "attach_slots", "load_base", "load_pretrained_model", "load_vision_tower", "llava_config"]
@@ -60,7 +61,7 @@ def load_pretrained_model(
     """
     folder = resolve_checkpoint(model_path)
     kind, rule = checkpoint_kind(folder, model_name)
-    slots = read_slot_file(folder / SLOTS_FILE) if kind == "stage" else None
+    slots = Pool.read(folder / SLOTS_FILE) if kind == "stage" else None
     base = _base_of(folder, kind, slots, model_base)
     rank0_print(f"{folder}: {_DESCRIPTION[kind]}{f' over base {base}' if base != folder else ''} ({rule})")
     options = loading_options(load_8bit, load_4bit, device_map, device, use_flash_attn, attn_implementation, dtype)
@@ -87,7 +88,7 @@ _DESCRIPTION = {
 }
 
 
-def _base_of(folder: Path, kind: str, slots: SlotFile | None, model_base: str | None) -> Path:
+def _base_of(folder: Path, kind: str, slots: Pool | None, model_base: str | None) -> Path:
     """The folder that holds the full weights: the checkpoint itself, or its base."""
     if kind == "stage" and not weight_files(folder):
         return stage_base(folder, slots, model_base)
@@ -240,7 +241,7 @@ def _ready_tower(model, folder: Path):
     return tower.image_processor
 
 
-def stage_base(folder: Path, slots: SlotFile, model_base: str | None) -> Path:
+def stage_base(folder: Path, slots: Pool, model_base: str | None) -> Path:
     """The base of a light stage checkpoint: ``model_base``, else the path it was trained with."""
     name = model_base or slots.base.get("path")
     if not name:
@@ -248,7 +249,7 @@ def stage_base(folder: Path, slots: SlotFile, model_base: str | None) -> Path:
     return resolve_checkpoint(name)
 
 
-def attach_slots(model, slots: SlotFile, base: Path, with_encoder: bool = True) -> None:
+def attach_slots(model, slots: Pool, base: Path, with_encoder: bool = True) -> None:
     """Give ``model`` the slots of a file made for ``base``; refuses another base or shape by name."""
     expected = slots.base.get("fingerprint")
     if expected and expected != fingerprint(base):
@@ -265,7 +266,7 @@ def attach_slots(model, slots: SlotFile, base: Path, with_encoder: bool = True) 
             raise UserError(
                 f"the slots are for {target} of {in_} -> {out} features, the base model has {has_in} -> {has_out}"
             )
-    retriever = retriever_from(slots)
+    retriever = Retriever(slots)
     if with_encoder and slots.settings.uses_text and slots.settings.encoder:
         retriever.encode_text = encoder_from_identity(slots.settings.encoder, base)
     model.attach_retriever(retriever)

@@ -22,12 +22,13 @@ from llava.constants import (
     IGNORE_INDEX,
     IMAGE_TOKEN_INDEX,
 )
+from llava.model.language_model.retriever import Retriever
 from llava.model.multimodal_encoder.builder import build_vision_tower
 from llava.model.multimodal_projector.builder import build_vision_projector, load_projector
 from llava.model.vision.tiles import merge_tiles, unpad_image
 from llava.slots.offsets import install_offset_hooks
 from llava.slots.picture_query import image_queries
-from llava.slots.pool import Retriever, Route
+from llava.slots.route import Route
 
 __all__ = ["LlavaMetaForCausalLM", "LlavaMetaModel", "unpad_image"]
 
@@ -310,7 +311,7 @@ class LlavaMetaForCausalLM:
         image_sizes: list[tuple[int, int]] | None = None,
         questions: Sequence[str] | None = None,
         text_query: Tensor | None = None,
-        tasks: Sequence[str] | None = None,
+        tasks: Sequence[str | None] | None = None,
         **kwargs,
     ) -> Tensor:
         """Answer token ids ``[batch, new tokens]`` (only the new ones).
@@ -320,7 +321,8 @@ class LlavaMetaForCausalLM:
                 ``input_ids``), padded on either side and described by ``attention_mask``.
             questions: the plain questions; encoded into the text query when the model has slots that route on text.
             text_query: ``[batch, text_dim]`` the same, already encoded.
-            tasks: the true task of each question; given, only that task's slots compete (oracle routing).
+            tasks: the true task of each question; given, only that task's slots compete (oracle routing); ``None`` in a
+                row: the router decides.
 
         The route used is kept as ``last_route`` (``None`` when the base model answered).
         """

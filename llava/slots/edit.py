@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -16,9 +17,10 @@ import torch
 from llava.checkpoints.kinds import SLOTS_FILE, TRAINING_FILE
 from llava.checkpoints.weights import fingerprint
 from llava.files import atomic_write
-from llava.slots.file import SlotFile, TaskSlots, read_slot_file, retriever_from, write_slot_file
-from llava.slots.merge import merge_slot_files
+from llava.slots.merge import merge_pools
+from llava.slots.pool import Pool
 from llava.slots.settings import check_task_name
+from llava.slots.task_slots import TaskSlots
 from llava.utils import UserError
 
 NOT_COPIED = (SLOTS_FILE, TRAINING_FILE, "log_history.json")
@@ -34,20 +36,20 @@ def slots_path(place: str | Path) -> Path:
     return path
 
 
-def read_slots(place: str | Path) -> SlotFile:
-    """The slots at a place."""
-    return read_slot_file(slots_path(place))
+def read_place(place: str | Path) -> Pool:
+    """The pool at a place."""
+    return Pool.read(slots_path(place))
 
 
-def write_slots(slots: SlotFile, output: str | Path, like: list[str | Path], done: str) -> Path:
-    """Write slots to ``output``: a ``.pth`` file, or a stage folder with the config and tokenizer of the first stage
+def write_place(pool: Pool, output: str | Path, like: Sequence[str | Path], done: str) -> Path:
+    """Write a pool to ``output``: a ``.pth`` file, or a stage folder with the config and tokenizer of the first stage
     folder among ``like``. ``done`` is recorded as the folder's origin. Returns the slot file's path."""
     target = Path(output)
     if target.suffix == ".pth":
-        write_slot_file(target, slots)
+        pool.write(target)
         return target
     if (target / SLOTS_FILE).is_file():  # in place: the folder's other files stay
-        write_slot_file(target / SLOTS_FILE, slots)
+        pool.write(target / SLOTS_FILE)
         return target / SLOTS_FILE
     folders = [Path(place) for place in like if Path(place).is_dir()]
     if not folders:
@@ -59,12 +61,12 @@ def write_slots(slots: SlotFile, output: str | Path, like: list[str | Path], don
         if file.is_file() and file.name not in NOT_COPIED:
             shutil.copyfile(file, target / file.name)
     with atomic_write(target / TRAINING_FILE) as stream:
-        json.dump({"made_by": done, "tasks": [task.name for task in slots.tasks]}, stream, indent=1)
-    write_slot_file(target / SLOTS_FILE, slots)
+        json.dump({"made_by": done, "tasks": pool.names}, stream, indent=1)
+    pool.write(target / SLOTS_FILE)
     return target / SLOTS_FILE
 
 
-def merge(places: list[str | Path], pack: bool = False) -> SlotFile:
+def merge(places: Sequence[str | Path], pack: bool = False) -> Pool:
     """Join the tasks of several places; the result does not depend on the order of ``places``.
 
     A task that stands in two places with the very same numbers (an earlier task that later stages carry along) is taken
@@ -75,12 +77,12 @@ def merge(places: list[str | Path], pack: bool = False) -> SlotFile:
         UserError: naming the two places: the same task with other numbers, overlapping slot ranges, different
             encoders, dimensions, settings or base models.
     """
-    files = [(Path(place), read_slots(place)) for place in places]
+    pools: list[tuple[Path, Pool]] = []
     seen: dict[str, tuple[str, Path]] = {}
-    place_of_next = 0
-    for path, file in files:
-        kept = []
-        for task in file.tasks:
+    next_start = 0
+    for path in map(Path, places):
+        pool, kept = read_place(path), []
+        for task in pool.tasks:
             checksum = task.checksum()
             if seen.get(task.name, ("", path))[0] == checksum:
                 continue
@@ -91,36 +93,36 @@ def merge(places: list[str | Path], pack: bool = False) -> SlotFile:
                 )
             seen[task.name] = (checksum, path)
             if pack:
-                task = replace(task, start=place_of_next, stop=place_of_next + task.count)
-                place_of_next = task.stop
+                task = task.copy(start=next_start, stop=next_start + task.count)
+                next_start = task.stop
             kept.append(task)
-        file.tasks = kept
-    files = [(path, file) for path, file in files if file.tasks]
-    files.sort(key=lambda entry: min(task.start for task in entry[1].tasks))
-    return merge_slot_files(files)
+        if kept:
+            pools.append((path, pool.with_tasks(kept)))
+    pools.sort(key=lambda entry: min(task.start for task in entry[1].tasks))
+    return merge_pools(pools)
 
 
-def remove(slots: SlotFile, names: list[str]) -> SlotFile:
-    """The slots without the named tasks: bit for bit those of a model that never saw them.
+def remove(pool: Pool, names: Sequence[str]) -> Pool:
+    """The pool without the named tasks: bit for bit that of a model that never saw them.
 
     Raises:
         UserError: an unknown task, or no task would be left.
     """
     for name in names:
-        slots.task(name)
-    left = [task for task in slots.tasks if task.name not in names]
+        pool.task(name)
+    left = [task for task in pool.tasks if task.name not in names]
     if not left:
         raise UserError(f"removing {', '.join(names)} would leave no slots; delete the file instead")
-    return replace(slots, tasks=left)
+    return pool.with_tasks(left)
 
 
-def rename(slots: SlotFile, old: str, new: str) -> SlotFile:
-    """The slots with task ``old`` called ``new``; its numbers stay as they are."""
-    slots.task(old)
+def rename(pool: Pool, old: str, new: str) -> Pool:
+    """The pool with task ``old`` called ``new``; its numbers stay as they are."""
+    pool.task(old)
     check_task_name(new)
-    if new in [task.name for task in slots.tasks]:
+    if new in pool.names:
         raise UserError(f"there is a task {new!r} already; choose another name")
-    return replace(slots, tasks=[replace(task, name=new) if task.name == old else task for task in slots.tasks])
+    return pool.with_tasks([task.copy(name=new) if task.name == old else task for task in pool.tasks])
 
 
 @dataclass
@@ -132,18 +134,18 @@ class Finding:
     found: str
 
 
-def verify(slots: SlotFile, base: Path | None) -> list[Finding]:
+def verify(pool: Pool, base: Path | None) -> list[Finding]:
     """Check every task's checksum, finiteness, slot range and shapes, and the base model's fingerprint."""
-    findings = [_check_task(task) for task in sorted(slots.tasks, key=lambda task: task.start)]
-    findings.append(_check_ranges(slots.tasks))
+    findings = [_check_task(task) for task in pool.tasks]
+    findings.append(_check_ranges(pool.tasks))
     try:
-        retriever_from(slots)
-        findings.append(Finding("shapes", True, f"fit the settings ({slots.settings.num_layers} layers)"))
-    except (UserError, RuntimeError, KeyError) as error:
-        findings.append(Finding("shapes", False, str(error).splitlines()[0]))
-    recorded = slots.base.get("fingerprint")
+        pool.check_shapes()
+        findings.append(Finding("shapes", True, f"fit the settings ({pool.settings.num_layers} layers)"))
+    except UserError as error:
+        findings.append(Finding("shapes", False, str(error)))
+    recorded = pool.base.get("fingerprint")
     if not recorded or base is None:
-        findings.append(Finding("base", None, f"not checked ({slots.base.get('path') or 'no base'} recorded)"))
+        findings.append(Finding("base", None, f"not checked ({pool.base.get('path') or 'no base'} recorded)"))
     else:
         here = fingerprint(base)
         words = f"is {recorded}" if here == recorded else f"is {here}, but the slots belong to {recorded}"
@@ -164,8 +166,7 @@ def _check_task(task: TaskSlots) -> Finding:
 
 
 def _check_ranges(tasks: list[TaskSlots]) -> Finding:
-    ordered = sorted(tasks, key=lambda task: task.start)
-    for one, other in zip(ordered, ordered[1:], strict=False):
+    for one, other in zip(tasks, tasks[1:], strict=False):
         if other.start < one.stop:
             return Finding("slot ranges", False, f"{one.name} and {other.name} overlap")
     return Finding("slot ranges", True, f"{sum(task.count for task in tasks)} slots, none shared")

@@ -1,4 +1,4 @@
-"""Stage 1: fit a task's prompt keys to the queries of its questions, from that task's data alone.
+"""Stage 1: fit a task's slots to the queries of its questions, from that task's data alone.
 
 Every slot has a key per group and modality. Similarity of query ``q`` and slot ``p``::
 
@@ -12,15 +12,22 @@ task's queries instead of collapsing to their mean, which the reference's loss `
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from llava.slots.queries import Queries
-from llava.utils import is_main_process
+from llava.slots.pool import Pool
+from llava.slots.queries import Queries, Query, TaskStatistics
+from llava.slots.routers import build_router
+from llava.slots.settings import RetrieverSettings
+from llava.slots.task_slots import TaskSlots
+from llava.slots.unknown import TaskExtent
+from llava.utils import UserError, is_main_process
 
 MIN_SHARE = 0.05
 """A key that is nearest to a smaller share of the queries (of an even share, if that is less) is re-seeded."""
@@ -57,6 +64,74 @@ def seed_of(task: str, seed: int, purpose: str) -> int:
     """A seed that depends on the task's name, not on its place in a sequence."""
     digest = hashlib.sha256(f"{purpose}:{task}:{seed}".encode()).digest()
     return int.from_bytes(digest[:7], "little")
+
+
+def fit_task_slots(
+    name: str,
+    slots: range,
+    queries: Queries,
+    kept: Tensor,
+    held: Tensor,
+    pictures: Sequence[object],
+    settings: RetrieverSettings,
+    seed: int,
+    iterations: int = 50,
+    info: dict[str, Any] | None = None,
+) -> tuple[TaskSlots, FittedKeys]:
+    """A task's keys and router statistics from the queries of its rows; its offsets come when it is merged.
+
+    Args:
+        slots: the task's in the task sequence. kept, held: rows to fit to, and rows to measure routing with.
+        pictures: what each row is about. info: plain values to keep with the slots.
+
+    Raises:
+        UserError: fewer rows than slots, or more slots a question than there are.
+    """
+    count = len(slots)
+    if len(kept) < count:
+        raise UserError(f"task {name!r} has {len(kept)} rows to fit {count} keys to; give more rows or fewer slots")
+    if settings.top_k > count:
+        raise UserError(f"top_k is {settings.top_k}, but task {name!r} has {count} slots; lower --top_k")
+    mine, others = queries.select(kept), queries.select(held)
+    query = Query(mine.text, mine.image)
+    weight = {"text": 0.0, "image": 1.0}.get(settings.query_mode, settings.image_weight)
+    key_seed = seed_of(name, seed, "keys")
+    fitted = fit_keys(mine, count, settings.groups, settings.top_k, weight, key_seed, iterations)
+    held_out = {part: value for part, value in (("text", others.text), ("image", others.image)) if value is not None}
+    task = TaskSlots(
+        name,
+        slots.start,
+        slots.stop,
+        text_keys=fitted.text,
+        image_keys=fitted.image,
+        statistics=TaskStatistics.of(query.joint()),
+        feature_statistics=TaskStatistics.of(query.random_features()) if settings.router == "ridge" else None,
+        extent=TaskExtent.of(Query(queries.text, queries.image).evidence(), pictures),
+        held_out=held_out if len(held) else None,
+        info={**(info or {}), "seed": seed},
+    )
+    task.info["mixture"] = mean_weights(Pool(settings, [task]), query)
+    return task, fitted
+
+
+def mean_weights(pool: Pool, query: Query) -> list[float]:
+    """The weight each slot of a pool gets on average over some questions, by the keys; they sum to 1."""
+    scores = build_router("keys", pool.settings, pool.tasks).scores(query)
+    best, chosen = scores.topk(pool.settings.top_k, dim=-1)
+    return torch.zeros_like(scores).scatter(1, chosen, best.softmax(-1)).mean(0).tolist()
+
+
+def routing_accuracy(pool: Pool, router: str | None = None) -> dict[str, tuple[int, int]]:
+    """Per task: held-out questions routed to it, and their number. Tasks without held-out queries are left out."""
+    chooser = build_router(router or pool.settings.router, pool.settings, pool.tasks)
+    result = {}
+    for task in pool.tasks:
+        if not task.held_out:
+            continue
+        query = Query(task.held_out.get("text"), task.held_out.get("image"))
+        best = chooser.scores(query).argmax(-1).tolist()
+        result[task.name] = (sum(chooser.slot_tasks[slot] == task.name for slot in best), len(best))
+    return result
 
 
 def fit_keys(

@@ -18,12 +18,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from llava.files import atomic_write
-from llava.slots.file import SlotFile, TaskSlots
 from llava.slots.offsets import ATTENTION_TARGETS
+from llava.slots.pool import Pool
+from llava.slots.task_slots import TaskSlots
 from llava.utils import UserError
 
 
-def fixed_mixture(slots: SlotFile, task: TaskSlots, weights: list[float] | None = None) -> dict[int, float]:
+def fixed_mixture(pool: Pool, task: TaskSlots, weights: list[float] | None = None) -> dict[int, float]:
     """Weight per slot of the task (counted from 0); slots without weight are left out.
 
     Without ``weights``: the mean weights of the task's own questions as stage 1 recorded them (equal ones where it did
@@ -40,18 +41,18 @@ def fixed_mixture(slots: SlotFile, task: TaskSlots, weights: list[float] | None 
             raise UserError("all weights are 0: there is nothing to export")
         return chosen
     mean = task.info.get("mixture") or [1 / task.count] * task.count
-    heaviest = sorted(range(task.count), key=lambda slot: (-mean[slot], slot))[: slots.settings.top_k]
+    heaviest = sorted(range(task.count), key=lambda slot: (-mean[slot], slot))[: pool.settings.top_k]
     total = sum(mean[slot] for slot in heaviest)
     return {slot: mean[slot] / total for slot in sorted(heaviest)}
 
 
-def adapter_tensors(slots: SlotFile, task: TaskSlots, mixture: dict[int, float]) -> dict[str, Tensor]:
+def adapter_tensors(pool: Pool, task: TaskSlots, mixture: dict[int, float]) -> dict[str, Tensor]:
     """The adapter's weights under the names that PEFT expects, float32."""
     chosen = list(mixture)
-    weight = torch.tensor([mixture[slot] * slots.settings.scale for slot in chosen])[:, None, None]
+    weight = torch.tensor([mixture[slot] * pool.settings.scale for slot in chosen])[:, None, None]
     tensors = {}
-    for target in slots.settings.targets:
-        for layer in range(slots.settings.num_layers):
+    for target in pool.settings.targets:
+        for layer in range(pool.settings.num_layers):
             name = f"base_model.model.{_module(layer, target)}"
             down = task.B[target][chosen, layer].float()  # [k, rank, in]
             up = task.A[target][chosen, layer].float() * weight  # [k, rank, out]
@@ -60,32 +61,32 @@ def adapter_tensors(slots: SlotFile, task: TaskSlots, mixture: dict[int, float])
     return tensors
 
 
-def export_peft(slots: SlotFile, task_name: str, folder: str | Path, weights: list[float] | None = None) -> dict:
+def export_peft(pool: Pool, task_name: str, folder: str | Path, weights: list[float] | None = None) -> dict:
     """Write ``adapter_config.json`` and ``adapter_model.safetensors``; returns the mixture that was folded in.
 
     Raises:
         UserError: an unknown or untrained task, or unusable weights.
     """
-    task = slots.task(task_name)
+    task = pool.task(task_name)
     if not task.trained:
         raise UserError(f"task {task_name!r} is not trained yet, so its adapter would change nothing; train it first")
-    mixture = fixed_mixture(slots, task, weights)
+    mixture = fixed_mixture(pool, task, weights)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    rank = len(mixture) * slots.settings.rank
+    rank = len(mixture) * pool.settings.rank
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": slots.base.get("path"),
+        "base_model_name_or_path": pool.base.get("path"),
         "r": rank,
         "lora_alpha": rank,  # scaling 1: scale and weights are folded into lora_B
         "lora_dropout": 0.0,
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,
-        "target_modules": _pattern(slots.settings.targets),
+        "target_modules": _pattern(pool.settings.targets),
     }
-    tensors = adapter_tensors(slots, task, mixture)
+    tensors = adapter_tensors(pool, task, mixture)
     partial = folder / ".adapter_model.safetensors.partial"
     save_file(tensors, partial, metadata={"format": "pt"})
     partial.replace(folder / "adapter_model.safetensors")

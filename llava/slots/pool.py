@@ -1,196 +1,165 @@
-"""The retriever: a pool of slots, and the route that picks some of them for each question.
+"""The pool: all tasks' slots, and what reads, writes, routes and trains them.
 
 A slot has a **key** (where it lives in query space) and a **weight offset** (low-rank matrices ``A`` and ``B`` per
-layer and target projection). Slots belong to tasks; each task's slots are one ``SlotBlock`` with tensors of its own,
-so that training, removing or merging a task touches no other task's numbers.
+layer and target projection). Slots belong to tasks; each task's slots are one ``TaskSlots`` with tensors of its own, so
+that training, removing or merging a task touches no other task's numbers.
 
 ``pool_mask`` says which slots may be selected: in training the current task's alone, at inference those that are
-trained. Selection and weights are per sample::
-
-    I_b = top_k(score[b] over allowed slots),   w = softmax(score[b, I_b])
+trained.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+from llava.slots.file import SlotData, read_slot_data, write_slot_data
 from llava.slots.offsets import WeightOffset
-from llava.slots.routers import Pool, Query, Router, TaskStatistics, build_router
+from llava.slots.queries import Query
+from llava.slots.route import Route, choose, measure_novelty
+from llava.slots.routers import ORACLE, Router, build_router
 from llava.slots.settings import RetrieverSettings
-from llava.slots.unknown import TaskExtent, UnknownGate
+from llava.slots.task_slots import TaskSlots
+from llava.slots.unknown import UnknownGate
+from llava.utils import UserError
 
 SHARED_FORM_LIMIT = 32
 """Up to this many different slots in a batch, plain products over all of them beat a gather per sample."""
 
-
-@dataclass
-class Route:
-    """The decision for a batch: ``slot_indices`` and ``slot_weights`` ``[batch, k]``; ``task_posterior``
-    ``[batch, tasks]`` over ``tasks``; ``novelty`` ``[batch]`` where the tasks are calibrated: above 1 a question fits
-    none of them, its weights are 0 and the base model answers."""
-
-    slot_indices: Tensor
-    slot_weights: Tensor
-    task_posterior: Tensor
-    tasks: list[str]
-    novelty: Tensor | None = None
-
-    @property
-    def unknown(self) -> Tensor | None:
-        """Boolean ``[batch]``: questions that fit no known task; ``None`` where nothing was calibrated."""
-        return None if self.novelty is None else self.novelty > 1
-
-    def describe(self, row: int) -> dict:
-        """One sample's route as plain values, for an answer's ``metadata``."""
-        posterior = self.task_posterior[row].tolist()
-        best = max(range(len(posterior)), key=posterior.__getitem__)
-        told = {
-            "task": self.tasks[best],
-            "task_posterior": {task: round(p, 6) for task, p in zip(self.tasks, posterior, strict=True)},
-            "slots": self.slot_indices[row].tolist(),
-            "weights": [round(w, 6) for w in self.slot_weights[row].tolist()],
-        }
-        if self.novelty is not None:
-            told |= {"novelty": round(float(self.novelty[row]), 4), "unknown": bool(self.unknown[row])}
-        return told
-
-
-class SlotBlock(nn.Module):
-    """One task's slots: ``count`` keys and low-rank offsets.
-
-    Parameters (per target): ``A`` ``[count, layers, rank, out]`` and ``B`` ``[count, layers, rank, in]``; the keys
-    ``[groups, count, part]`` and the router's statistics are buffers, fitted in closed form in stage 1.
-    """
-
-    def __init__(self, settings: RetrieverSettings, count: int):
-        super().__init__()
-        self.count, self.trained, self.rank, self.targets = count, False, settings.rank, settings.targets
-        shape = (count, settings.num_layers, settings.rank)
-        self.A = nn.ParameterDict(
-            {
-                t: nn.Parameter(torch.zeros(*shape, out), requires_grad=False)
-                for t, (_, out) in settings.features.items()
-            }
-        )
-        self.B = nn.ParameterDict(
-            {
-                t: nn.Parameter(torch.zeros(*shape, in_), requires_grad=False)
-                for t, (in_, _) in settings.features.items()
-            }
-        )
-        self.register_buffer("text_keys", _empty_keys(settings.uses_text, settings.text_dim, settings.groups, count))
-        self.register_buffer(
-            "image_keys", _empty_keys(settings.uses_images, settings.image_dim, settings.groups, count)
-        )
-        self.statistics: TaskStatistics | None = None
-        self.feature_statistics: TaskStatistics | None = None
-        self.extent: TaskExtent | None = None
-
-    def init_offsets(self, generator: torch.Generator) -> None:
-        """``A = 0`` (an untrained slot changes nothing), ``B`` uniform in ``+-1/sqrt(in)``."""
-        with torch.no_grad():
-            for target in self.B:
-                bound = 1 / math.sqrt(self.B[target].shape[-1])
-                values = torch.empty(self.B[target].shape).uniform_(-bound, bound, generator=generator)
-                self.B[target].copy_(values)
-                self.A[target].zero_()
-
-    def forward(self) -> tuple[Tensor, ...]:
-        """All of the block's offsets, ``A`` then ``B`` per target. A call, so that ZeRO-3 gathers the parameters.
-
-        In the order of the settings; a ``ParameterDict`` has its own.
-        """
-        return tuple(side[target].clone() for target in self.targets for side in (self.A, self.B))
+Pairs = dict[str, tuple[Tensor, Tensor]]
+"""``A`` and ``B`` of some slots per target, each ``[slots, layers, rank, features]``."""
 
 
 @dataclass(frozen=True)
-class PoolLayout:
+class _Layout:
     """Derived from a pool: each task's slot range, the mask ``[pool]``, the selectable slots and their tasks."""
 
     ranges: dict[str, range]
     mask: Tensor
     allowed: Tensor
-    allowed_tasks: list[str]
+    allowed_tasks: dict[str, TaskSlots]
+
+
+class Pool(nn.Module):
+    """Tasks in slot order, with the settings and the base model they belong to.
+
+    Args:
+        settings: what the tasks share. tasks: in any order. base: ``path`` and ``fingerprint`` of the base model.
+        prompt: how the tasks' questions are asked; empty where it is not known.
+
+    Raises:
+        UserError: two tasks of one name.
+    """
+
+    def __init__(
+        self,
+        settings: RetrieverSettings,
+        tasks: Iterable[TaskSlots] = (),
+        base: dict[str, Any] | None = None,
+        prompt: dict[str, Any] | None = None,
+    ):
+        super().__init__()
+        self.settings, self.base, self.prompt = settings, base or {}, prompt or {}
+        self.training_task: str | None = None
+        self.slots = nn.ModuleDict()
+        self.changed()
+        for task in sorted(tasks, key=lambda task: task.start):
+            self.add(task)
 
     @classmethod
-    def of(cls, retriever: Retriever) -> PoolLayout:
-        ranges, mask, allowed_tasks, start = {}, [], [], 0
-        for task in retriever.tasks:
-            block = retriever.block(task)
-            allowed = task == retriever.training_task if retriever.training_task else block.trained
-            ranges[task] = range(start, start + block.count)
-            mask += [allowed] * block.count
-            allowed_tasks += [task] * allowed
-            start += block.count
-        mask = torch.tensor(mask, dtype=torch.bool)
-        return cls(ranges, mask, mask.nonzero().flatten(), allowed_tasks)
+    def read(cls, path: str | Path) -> Pool:
+        """The pool of a slot file; ``UserError`` names the file and what is wrong with it."""
+        return cls(*read_slot_data(path))
 
+    def write(self, path: str | Path) -> None:
+        """Write a slot file, atomically; equal pools give equal bytes, whatever made them."""
+        write_slot_data(path, SlotData(self.settings, self.tasks, self.base, self.prompt))
 
-class Retriever(nn.Module):
-    """Keys, weight offsets, ``pool_mask`` and the per-sample route."""
-
-    def __init__(self, settings: RetrieverSettings, counts: dict[str, int] | None = None):
-        super().__init__()
-        self.settings = settings
-        self.blocks = nn.ModuleDict()
-        self.training_task: str | None = None
-        self.encode_text: Callable[[Sequence[str]], Tensor] | None = None
-        self.router_name = settings.router
-        self._routers: dict[str, Router] = {}
-        self._layout: PoolLayout | None = None
-        self._gate: list[UnknownGate | None] = []  # empty until it is asked for
-        for task, count in (counts or {}).items():
-            self.add_task(task, count)
-
-    # -- the pool --------------------------------------------------------------------------------------------------
+    # -- tasks -----------------------------------------------------------------------------------------------------
 
     @property
-    def tasks(self) -> list[str]:
-        return [name.removeprefix("task:") for name in self.blocks]
+    def tasks(self) -> list[TaskSlots]:
+        """The tasks' slots, in slot order."""
+        return list(self.slots.values())  # type: ignore[arg-type]
 
-    def block(self, task: str) -> SlotBlock:
-        """The slots of ``task``; ``ValueError`` if the pool has none."""
-        if f"task:{task}" not in self.blocks:
-            raise ValueError(f"no slots for task {task!r}; the pool knows {self.tasks}")
-        return self.blocks[f"task:{task}"]
+    @property
+    def names(self) -> list[str]:
+        """The tasks' names, in slot order."""
+        return [task.name for task in self.tasks]
 
-    def add_task(self, task: str, count: int) -> SlotBlock:
-        """Append ``count`` slots for a new task."""
-        if task in self.tasks:
-            raise ValueError(f"the pool already has slots for task {task!r}")
-        self.blocks[f"task:{task}"] = SlotBlock(self.settings, count)
+    def task(self, name: str) -> TaskSlots:
+        """The slots of a task; ``UserError`` if the pool has none."""
+        if f"task:{name}" not in self.slots:
+            raise UserError(f"no slots for task {name!r}; the pool knows {self.names}")
+        return self.slots[f"task:{name}"]  # type: ignore[return-value]
+
+    def with_tasks(self, tasks: Iterable[TaskSlots]) -> Pool:
+        """A pool of other tasks with the same settings, base and prompt; the tasks themselves are shared."""
+        return Pool(self.settings, tasks, self.base, self.prompt)
+
+    def add(self, task: TaskSlots) -> TaskSlots:
+        """Take a task's slots in, at their place in slot order."""
+        if f"task:{task.name}" in self.slots:
+            raise UserError(f"the pool already has slots for task {task.name!r}")
+        later = [other for other in reversed(self.tasks) if other.start > task.start]
+        self.slots[f"task:{task.name}"] = task
+        for other in reversed(later):  # a ModuleDict keeps the order of insertion
+            self.slots[f"task:{other.name}"] = self.slots.pop(f"task:{other.name}")
         self.changed()
-        return self.block(task)
+        return task
 
-    def remove_task(self, task: str) -> None:
+    def append(self, name: str, count: int) -> TaskSlots:
+        """Take ``count`` empty slots of a new task in, after all others."""
+        start = max((task.stop for task in self.tasks), default=0)
+        return self.add(TaskSlots.empty(self.settings, name, start, count))
+
+    def remove(self, name: str) -> None:
         """Drop a task: afterwards the pool is, bit for bit, one that never had it."""
-        self.block(task)
-        del self.blocks[f"task:{task}"]
+        self.task(name)
+        del self.slots[f"task:{name}"]
         self.changed()
 
     def changed(self) -> None:
         """Forget what was derived from the pool (after keys, statistics, tasks or their state change)."""
-        self._routers, self._layout, self._gate = {}, None, []
+        self._routers: dict[str, Router] = {}
+        self._layout: _Layout | None = None
+        self._gate: list[UnknownGate | None] = []  # empty until it is asked for
 
-    def layout(self) -> PoolLayout:
+    def check_shapes(self) -> None:
+        """``UserError`` naming the first task whose tensors don't fit the settings."""
+        for task in self.tasks:
+            task.check(self.settings)
+
+    # -- slots -----------------------------------------------------------------------------------------------------
+
+    def layout(self) -> _Layout:
         """Where each task's slots stand and which may be selected; worked out once per change of the pool."""
         if self._layout is None:
-            self._layout = PoolLayout.of(self)
+            ranges, mask, allowed_tasks, start = {}, [], {}, 0
+            for task in self.tasks:
+                allowed = task.name == self.training_task if self.training_task else task.trained
+                ranges[task.name] = range(start, start + task.count)
+                mask += [allowed] * task.count
+                allowed_tasks |= {task.name: task} if allowed else {}
+                start += task.count
+            selectable = torch.tensor(mask, dtype=torch.bool)
+            self._layout = _Layout(ranges, selectable, selectable.nonzero().flatten(), allowed_tasks)
         return self._layout
 
-    def slot_range(self, task: str) -> range:
-        """Pool indices of a task's slots."""
-        self.block(task)
-        return self.layout().ranges[task]
+    def slot_range(self, name: str) -> range:
+        """Places of a task's slots in the pool, which has no gaps."""
+        self.task(name)
+        return self.layout().ranges[name]
 
     @property
-    def pool_size(self) -> int:
+    def size(self) -> int:
+        """How many slots there are."""
         return len(self.layout().mask)
 
     @property
@@ -199,101 +168,94 @@ class Retriever(nn.Module):
         return self.layout().mask
 
     @property
+    def selectable(self) -> list[TaskSlots]:
+        """Tasks whose slots may be selected, in slot order."""
+        return list(self.layout().allowed_tasks.values())
+
+    @property
     def active(self) -> bool:
         """Whether any slot may be selected."""
         return bool(self.layout().allowed_tasks)
 
-    def train_only(self, task: str) -> list[nn.Parameter]:
-        """Make ``task`` the one being trained: its offsets need gradients, nothing else in the pool does."""
-        mine = self.block(task)
-        for block in self.blocks.values():
-            block.requires_grad_(block is mine)
-        self.training_task = task
+    # -- training --------------------------------------------------------------------------------------------------
+
+    def train_only(self, name: str) -> list[nn.Parameter]:
+        """Make a task the one being trained: its offsets need gradients, nothing else in the pool does."""
+        mine = self.task(name)
+        for task in self.tasks:
+            task.requires_grad_(task is mine)
+        self.training_task = name
         self.changed()
         return list(mine.parameters())
 
     def finish_training(self) -> None:
         """Mark the current task's slots as trained and free the pool for routing."""
         if self.training_task is not None:
-            self.block(self.training_task).trained = True
+            self.task(self.training_task).trained = True
             self.training_task = None
         self.requires_grad_(False)
         self.changed()
 
     # -- routing ---------------------------------------------------------------------------------------------------
 
-    def encode_questions(self, questions: Sequence[str]) -> Tensor:
-        """Text queries ``[batch, text_dim]`` of plain questions, by the encoder the keys were fitted with."""
-        if self.encode_text is None:
-            raise ValueError("no text encoder is loaded, so questions cannot be routed; load the model with builder")
-        return self.encode_text(questions)
+    def router(self, name: str | None = None) -> Router:
+        """A router over the selectable slots; masked slots take no part in any router's arithmetic.
 
-    def router(self, tasks_given: bool = False) -> Router:
-        """The router over the selectable slots; masked slots take no part in any router's arithmetic.
-
-        While a task trains its own keys decide; with ``tasks_given`` the oracle does.
+        Without a name the settings'. While a task trains its own keys decide.
         """
-        name = "keys" if self.training_task else "oracle" if tasks_given else self.router_name
+        name = "keys" if self.training_task else name or self.settings.router
         if name not in self._routers:
-            self._routers[name] = build_router(name, self._pool())
+            self._routers[name] = build_router(name, self.settings, self.selectable)
         return self._routers[name]
 
-    def _pool(self) -> Pool:
-        tasks = self.layout().allowed_tasks
-        blocks = [self.block(task) for task in tasks]
-        return Pool(
-            slot_tasks=[task for task, block in zip(tasks, blocks, strict=True) for _ in range(block.count)],
-            text_keys=torch.cat([b.text_keys for b in blocks], 1) if blocks and self.settings.uses_text else None,
-            image_keys=torch.cat([b.image_keys for b in blocks], 1) if blocks and self.settings.uses_images else None,
-            statistics={t: b.statistics for t, b in zip(tasks, blocks, strict=True) if b.statistics is not None},
-            feature_statistics={
-                t: b.feature_statistics for t, b in zip(tasks, blocks, strict=True) if b.feature_statistics is not None
-            },
-            image_weight=self.settings.image_weight,
-            tau=self.settings.tau,
-        )
-
-    def route(self, text_query: Tensor | None, image_query: Tensor | None, tasks: Sequence[str] | None = None) -> Route:
+    def route(self, query: Query, tasks: Sequence[str | None] | None = None, router: str | None = None) -> Route:
         """Choose slots for each sample.
 
         Args:
-            text_query: ``[batch, text_dim]``, needed when the settings use text; ``image_query``:
-                ``[batch, image_dim]``, needed when they use images.
-            tasks: the true task of each sample; given, only its slots compete (oracle).
+            query: with the parts that the settings use.
+            tasks: the true task of each sample (oracle): only its slots compete, by their keys. ``None`` in a row: the
+                router decides, as if the row were in a batch of such rows.
+            router: name of the router, by default the settings'.
 
         Raises:
             ValueError: fewer allowed slots than ``top_k``, an unknown task, a query of another dimension or missing.
         """
-        router = self.router(tasks_given=tasks is not None)
-        allowed = self.layout().allowed
-        if len(allowed) < self.settings.top_k:
-            raise ValueError(f"top_k is {self.settings.top_k}, but only {len(allowed)} slots may be selected")
-        for task in set(tasks or ()):
-            if task in self.layout().allowed_tasks and self.block(task).count < self.settings.top_k:
-                raise ValueError(
-                    f"top_k is {self.settings.top_k}, but task {task!r} has {self.block(task).count} slots"
-                )
+        given = None if tasks is None or self.training_task or not any(tasks) else list(tasks)
+        name = router or self.settings.router
+        if name == ORACLE:
+            if not self.training_task and (given is None or None in given):
+                raise ValueError("the oracle router needs the task of every question (--task-id, or the rows' domain)")
+            name = "keys"
+        chooser, k = self.router(name), self.settings.top_k
+        self._check_top_k(given or [])
         query = Query(
-            text=text_query if self.settings.uses_text else None,
-            image=image_query if self.settings.uses_images else None,
-            tasks=None if tasks is None else list(tasks),
+            text=query.text if self.settings.uses_text else None,
+            image=query.image if self.settings.uses_images else None,
         )
-        choice = router.choose(query, self.settings.top_k)
+        choice = choose(chooser, query, given, k)
         best = choice.scores
         weights = best.softmax(-1) if self.settings.weighting == "softmax" else best / best.sum(-1, keepdim=True)
         novelty = None
-        if (gate := self.unknown_gate()) is not None and router.judges_tasks:
-            novelty = gate.novelty(query.evidence(), choice.posterior, router.tasks)
+        if (gate := self.unknown_gate()) is not None and chooser.judges_tasks:
+            novelty = measure_novelty(gate, query, choice, chooser.tasks, given)
+        if novelty is not None:
             weights = weights.masked_fill(novelty[:, None] > 1, 0)  # the offset is exactly zero: the base answers
-        slots = allowed.to(choice.slots.device)[choice.slots]
-        return Route(slots, weights.float(), choice.posterior, router.tasks, novelty)
+        slots = self.layout().allowed.to(choice.slots.device)[choice.slots]
+        return Route(slots, weights.float(), choice.posterior, chooser.tasks, novelty, given)
+
+    def _check_top_k(self, given: Sequence[str | None]) -> None:
+        k, layout = self.settings.top_k, self.layout()
+        if len(layout.allowed) < k:
+            raise ValueError(f"top_k is {k}, but only {len(layout.allowed)} slots may be selected")
+        for name in set(given) & set(layout.allowed_tasks):
+            if layout.allowed_tasks[name].count < k:
+                raise ValueError(f"top_k is {k}, but task {name!r} has {layout.allowed_tasks[name].count} slots")
 
     def unknown_gate(self) -> UnknownGate | None:
         """What tells unknown questions; ``None`` in training, or where a selectable task was not calibrated."""
         if not self._gate:
-            blocks = {task: self.block(task) for task in self.layout().allowed_tasks}
-            extents = {task: block.extent for task, block in blocks.items() if block.extent is not None}
-            off = len(extents) < len(blocks) or self.training_task or not self.settings.unknown_share
+            extents = {task.name: task.extent for task in self.selectable if task.extent is not None}
+            off = len(extents) < len(self.selectable) or self.training_task or not self.settings.unknown_share
             self._gate.append(None if off else UnknownGate(extents, self.settings.unknown_share))
         return self._gate[0]
 
@@ -309,49 +271,50 @@ class Retriever(nn.Module):
             used = list(self.slot_range(self.training_task))
         else:
             used = sorted(set(slot_indices.flatten().tolist()))
-        tensors = self._gather(used)  # per target: A, B [slots, layers, rank, features]
-        place = torch.full((self.pool_size,), -1, dtype=torch.long, device=slot_indices.device)
+        pairs = self._gather(used)
+        place = torch.full((self.size,), -1, dtype=torch.long, device=slot_indices.device)
         place[torch.tensor(used, device=slot_indices.device)] = torch.arange(len(used), device=slot_indices.device)
         local = place[slot_indices]  # [batch, k] positions among the used slots
         weights = slot_weights.to(dtype) * self.settings.scale
         if len(used) <= SHARED_FORM_LIMIT:
-            return self._shared_form(tensors, local, weights, len(used), dtype)
-        return self._gathered_form(tensors, local, weights, dtype)
+            return self._shared_form(pairs, local, weights, len(used), dtype)
+        return self._gathered_form(pairs, local, weights, dtype)
 
-    def _gather(self, used: list[int]) -> dict[str, tuple[Tensor, Tensor]]:
-        """``A`` and ``B`` of the used slots, block by block; blocks without a used slot are not touched."""
+    def _gather(self, used: list[int]) -> Pairs:
+        """``A`` and ``B`` of the used slots, task by task; tasks without a used slot are not touched."""
         parts: dict[str, list[tuple[Tensor, Tensor]]] = {target: [] for target in self.settings.targets}
-        for task, slots in self.layout().ranges.items():
+        for name, slots in self.layout().ranges.items():
             mine = [index - slots.start for index in used if index in slots]
             if not mine:
                 continue
-            tensors = self.block(task)()
+            tensors = self.task(name)(self.settings.targets)
             for number, target in enumerate(self.settings.targets):
                 a, b = tensors[2 * number], tensors[2 * number + 1]
                 whole = len(mine) == len(slots)
                 parts[target].append((a, b) if whole else (a[mine], b[mine]))
         return {
-            target: tuple(torch.cat(side) if len(side) > 1 else side[0] for side in zip(*pairs, strict=True))
-            for target, pairs in parts.items()
+            target: (_joined([a for a, _ in pairs]), _joined([b for _, b in pairs])) for target, pairs in parts.items()
         }
 
-    def _shared_form(self, tensors, local: Tensor, weights: Tensor, count: int, dtype: torch.dtype) -> WeightOffset:
+    def _shared_form(
+        self, pairs: Pairs, local: Tensor, weights: Tensor, count: int, dtype: torch.dtype
+    ) -> WeightOffset:
         gate = torch.zeros(len(local), count, dtype=dtype, device=local.device)
         gate = gate.scatter_add(1, local, weights).repeat_interleave(self.settings.rank, dim=1)
         down, up = {}, {}
-        for target, (a, b) in tensors.items():
+        for target, (a, b) in pairs.items():
             down[target] = rearrange(b.to(dtype), "slots layers rank features -> layers 1 features (slots rank)")
             up[target] = rearrange(a.to(dtype), "slots layers rank features -> layers 1 (slots rank) features")
         return WeightOffset(down, up, gate.unsqueeze(1))
 
-    def _gathered_form(self, tensors, local: Tensor, weights: Tensor, dtype: torch.dtype) -> WeightOffset:
+    def _gathered_form(self, pairs: Pairs, local: Tensor, weights: Tensor, dtype: torch.dtype) -> WeightOffset:
         gate = weights.repeat_interleave(self.settings.rank, dim=1)  # [batch, k * rank]
         down, up = {}, {}
-        for target, (a, b) in tensors.items():
+        for target, (a, b) in pairs.items():
             down[target] = rearrange(b.to(dtype)[local], "b k layers rank features -> layers b features (k rank)")
             up[target] = rearrange(a.to(dtype)[local], "b k layers rank features -> layers b (k rank) features")
         return WeightOffset(down, up, gate.unsqueeze(1))
 
 
-def _empty_keys(wanted: bool, dim: int | None, groups: int, count: int) -> Tensor | None:
-    return torch.zeros(groups, count, dim // groups) if wanted and dim else None
+def _joined(parts: list[Tensor]) -> Tensor:
+    return torch.cat(parts) if len(parts) > 1 else parts[0]

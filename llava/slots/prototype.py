@@ -17,8 +17,9 @@ from torch import Tensor
 
 from llava.checkpoints.weights import fingerprint, read_config, read_tensors, tensor_files
 from llava.slots.encoders import load_text_encoder
-from llava.slots.file import SlotFile, TaskSlots
-from llava.slots.pool import RetrieverSettings
+from llava.slots.pool import Pool
+from llava.slots.settings import RetrieverSettings
+from llava.slots.task_slots import TaskSlots
 from llava.utils import UserError
 
 KEYS, COMPONENTS = "retriever.keys", "retriever.weight_offset_components"
@@ -31,8 +32,8 @@ def import_prototype(
     base_name: str,
     text_encoder: str | None,
     top_k: int = 4,
-) -> SlotFile:
-    """The prototype's slots as a slot file.
+) -> Pool:
+    """The prototype's slots as a pool.
 
     Args:
         source: a checkpoint folder, a ``.bin``/``.pth`` state dict, or a bare key file (then no slot is trained).
@@ -81,7 +82,7 @@ def import_prototype(
         )
         for name, (start, stop) in ranges.items()
     ]
-    return SlotFile(settings, tasks, {"path": base_name, "fingerprint": fingerprint(base)})
+    return Pool(settings, tasks, {"path": base_name, "fingerprint": fingerprint(base)})
 
 
 def _read(source: Path) -> dict[str, Tensor]:

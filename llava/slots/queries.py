@@ -25,11 +25,14 @@ class Query:
 
     text: Tensor | None = None
     image: Tensor | None = None
-    tasks: list[str] | None = None  # the true task of each sample, for the oracle only
 
     def __len__(self) -> int:
         given = self.text if self.text is not None else self.image
-        return len(given) if given is not None else len(self.tasks or [])
+        return 0 if given is None else len(given)
+
+    def select(self, rows: list[int]) -> Query:
+        """The queries of some rows."""
+        return Query(*(None if part is None else part[rows] for part in (self.text, self.image)))
 
     def joint(self) -> Tensor:
         """Unit-length modalities side by side, ``[batch, dim]`` in float64: what the closed-form routers see."""

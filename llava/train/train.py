@@ -32,8 +32,8 @@ from llava.mm_utils import get_model_name_from_path
 from llava.model.builder import attach_slots, attention, load_base
 from llava.model.vision.features import tower_features
 from llava.slots.encoders import encoder_from_identity
-from llava.slots.file import SlotFile, read_slot_file
 from llava.slots.fit import seed_of
+from llava.slots.pool import Pool
 from llava.train.arguments import DataArguments, ModelArguments, TrainingArguments, parse_arguments, translate
 from llava.train.deepspeed_config import check_deepspeed_config, prepare_cpu_deepspeed
 from llava.train.llava_trainer import LLaVATrainer, last_complete_checkpoint, trainable_state
@@ -73,7 +73,7 @@ def train(attn_implementation: str | None = None) -> None:
     if "llava" not in stage.name.lower():
         raise UserError(f"--output_dir {stage}: the folder's name must contain 'llava'")
     previous = read_stage_slots(Path(args.previous_stage)) if args.previous_stage else None
-    merged = read_slot_file(args.retriever_state_dict)
+    merged = Pool.read(args.retriever_state_dict)
     files = [data_args.data_path] if data_args.data_path else method.training_files(sequence, data_args.task)
     rows = read_training_rows(files, sequence)
     held_out_rows = read_training_rows([data_args.eval_data_path], sequence) if data_args.eval_data_path else None
@@ -157,8 +157,8 @@ def describe_run(
     data_args: DataArguments,
     sequence: TaskSequence,
     args: TrainingArguments,
-    merged: SlotFile,
-    previous: SlotFile | None,
+    merged: Pool,
+    previous: Pool | None,
     files: list[str],
 ) -> dict:
     """What makes two runs of a task the same; kept with the checkpoint and compared when the command is run again."""
@@ -249,14 +249,11 @@ def build_trainer(model, tokenizer, dataset, args: TrainingArguments, held_out=N
         )
 
 
-def collect(slots: SlotFile, task: str, state: dict[str, torch.Tensor]) -> SlotFile:
-    """The slots after training, as a slot file: the trained task's offsets replaced, everything else as it was."""
-    entry = slots.task(task)
-    for kind in ("A", "B"):
-        trained = {name.rsplit(".", 1)[1]: value for name, value in state.items() if f".{kind}." in name}
-        setattr(entry, kind, trained)
-    entry.trained = True
-    return slots
+def collect(slots: Pool, task: str, state: dict[str, torch.Tensor]) -> Pool:
+    """The pool after training: the trained task's offsets replaced, everything else as it was."""
+    a, b = ({n.rsplit(".", 1)[1]: value for n, value in state.items() if f".{kind}." in n} for kind in ("A", "B"))
+    done = slots.task(task).copy(A=a, B=b, trained=True)
+    return slots.with_tasks([done if one.name == task else one for one in slots.tasks])
 
 
 def main() -> None:

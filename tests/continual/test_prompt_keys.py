@@ -12,7 +12,7 @@ from tiny_world import RANK, SLOTS, TASKS, TOP_K, fit, run_main, same_slots
 
 import merge_prompt_key
 import train_prompt_key
-from llava.slots.file import read_slot_file, write_slot_file
+from llava.slots.pool import Pool
 from llava.utils import run_cli
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -52,10 +52,10 @@ def refusal(main, command, capsys):
 
 def test_a_key_file_holds_one_tasks_part_of_the_sequence(words, world, capsys):
     run_main(train_prompt_key.main, *command_line(words))
-    slots = read_slot_file(words["--save_path"])
+    slots = Pool.read(words["--save_path"])
     (task,) = slots.tasks
     assert (task.name, task.start, task.stop) == ("chest", SLOTS, 2 * SLOTS)
-    assert not task.trained and task.A == {} and task.statistics.count < task.info["rows"] == 12
+    assert not task.trained and not task.A and task.statistics.count < task.info["rows"] == 12
     assert slots.settings.rank == RANK and slots.settings.encoder["kind"] == "base"
     assert slots.base["fingerprint"] and slots.base["path"] == str(world.base)
     out = capsys.readouterr().out
@@ -68,22 +68,22 @@ def test_a_key_file_holds_one_tasks_part_of_the_sequence(words, world, capsys):
 
 def test_the_keys_really_come_from_the_questions_and_pictures(words, world, tmp_path):
     run_main(train_prompt_key.main, *command_line(words))
-    first = read_slot_file(words["--save_path"]).tasks[0]
+    first = Pool.read(words["--save_path"]).tasks[0]
     run_main(train_prompt_key.main, *command_line(words))
-    assert same_slots(first, read_slot_file(words["--save_path"]).tasks[0])  # from the cache, and the same
+    assert same_slots(first, Pool.read(words["--save_path"]).tasks[0])  # from the cache, and the same
     lines = (world.folder / "train_chest.jsonl").read_text().replace("lesion", "side")
     (tmp_path / "other.jsonl").write_text(lines)
     run_main(train_prompt_key.main, *command_line({**words, "--data_paths": tmp_path / "other.jsonl"}))
-    other = read_slot_file(words["--save_path"]).tasks[0]
+    other = Pool.read(words["--save_path"]).tasks[0]
     assert not torch.equal(other.text_keys, first.text_keys)
     run_main(train_prompt_key.main, *command_line({**words, "--data_paths": world.folder / "train_head.jsonl"}))
-    assert not torch.equal(read_slot_file(words["--save_path"]).tasks[0].image_keys, first.image_keys)
+    assert not torch.equal(Pool.read(words["--save_path"]).tasks[0].image_keys, first.image_keys)
 
 
 @pytest.mark.parametrize("mode", ["text", "image"])
 def test_one_modality_alone(words, mode):
     run_main(train_prompt_key.main, *command_line({**words, "--query_mode": mode}))
-    (task,) = read_slot_file(words["--save_path"]).tasks
+    (task,) = Pool.read(words["--save_path"]).tasks
     assert (task.text_keys is None) == (mode == "image") and (task.image_keys is None) == (mode == "text")
 
 
@@ -103,7 +103,7 @@ BAD = {
     "unknown sequence": ({"--sequence": "absent"}, "task sequence not found"),
     "missing base": ({"--model-base": "./absent"}, "checkpoint folder not found: ./absent"),
     "missing pictures": ({"--image_folder": "absent"}, "image folder not found: absent"),
-    "unknown router": ({"--router": "compass"}, "unknown router 'compass'; known: keys, gaussian"),
+    "unknown router": ({"--router": "compass"}, "unknown router 'compass'; known: batch_vote, gaussian, keys"),
     "unknown target": ({"--targets": "z_proj"}, "z_proj"),
     "groups": ({"--groups": 5}, "32 dimensions, which 5 groups do not divide"),
     "top_k": ({"--top_k": 3}, "top_k is 3, but task 'chest' has 2 slots"),
@@ -169,12 +169,12 @@ def test_a_file_where_a_folder_should_be(words, capsys, tmp_path):
 
 
 def test_the_merged_file_holds_all_tasks_and_their_initial_offsets(world):
-    merged = read_slot_file(world.keys)
+    merged = Pool.read(world.keys)
     assert [(task.name, task.start, task.stop) for task in merged.tasks] == [
         (task, n * SLOTS, (n + 1) * SLOTS) for n, task in enumerate(TASKS)
     ]
     for task in merged.tasks:
-        single = read_slot_file(world.folder / "keys" / f"{task.name}.pth").tasks[0]
+        single = Pool.read(world.folder / "keys" / f"{task.name}.pth").tasks[0]
         assert torch.equal(task.text_keys, single.text_keys) and torch.equal(task.image_keys, single.image_keys)
         assert task.A["o_proj"].abs().max() == 0 and task.B["o_proj"].abs().min() > 0
         assert not task.trained and task.held_out is None
@@ -222,9 +222,9 @@ def test_missing_key_files_say_how_to_make_them(world, keys, capsys):
 
 
 def test_overlapping_slots_name_both_files(keys, capsys, tmp_path):
-    slots = read_slot_file(keys / "chest.pth")
+    slots = Pool.read(keys / "chest.pth")
     slots.tasks[0].start, slots.tasks[0].stop = 1, 3
-    write_slot_file(keys / "chest.pth", slots)
+    slots.write(keys / "chest.pth")
     line = merge_refusal(capsys, tmp_path, keys / "abd.pth", keys / "chest.pth")
     assert f"{keys / 'abd.pth'} and {keys / 'chest.pth'}: slots overlap (abd 0:2, chest 1:3)" in line
 
@@ -236,9 +236,9 @@ def test_the_same_task_twice_names_both_files(keys, capsys, tmp_path):
 
 
 def test_keys_of_another_encoder_name_both_files(keys, capsys, tmp_path):
-    slots = read_slot_file(keys / "chest.pth")
+    slots = Pool.read(keys / "chest.pth")
     slots.settings.encoder = {**slots.settings.encoder, "name": "other", "fingerprint": "1" * 16}
-    write_slot_file(keys / "chest.pth", slots)
+    slots.write(keys / "chest.pth")
     line = merge_refusal(capsys, tmp_path, keys / "abd.pth", keys / "chest.pth")
     assert "abd.pth and" in line and "chest.pth used different text encoders" in line and "'other'" in line
 
@@ -262,9 +262,9 @@ def test_other_settings_or_dimensions_name_both_values(world, keys, capsys, tmp_
 def test_broken_key_files_are_named(keys, capsys, tmp_path):
     (keys / "chest.pth").write_bytes((keys / "chest.pth").read_bytes()[:500])
     assert "chest.pth: cannot be read" in merge_refusal(capsys, tmp_path, keys / "abd.pth", keys / "chest.pth")
-    slots = read_slot_file(keys / "head.pth")
+    slots = Pool.read(keys / "head.pth")
     slots.tasks[0].text_keys[0, 0, 0] = torch.nan
-    write_slot_file(keys / "head.pth", slots)
+    slots.write(keys / "head.pth")
     assert "text_keys of task 'head' holds NaN" in merge_refusal(capsys, tmp_path, keys / "head.pth", keys / "abd.pth")
 
 

@@ -8,9 +8,9 @@ from tiny_llava import GROUPS, HIDDEN, LAYERS, SLOTS, write_base, write_stage
 
 from llava.continual import slots as cli
 from llava.model.builder import load_pretrained_model
-from llava.slots.edit import merge, read_slots
-from llava.slots.file import SlotFile, read_slot_file, write_slot_file
+from llava.slots.edit import merge, read_place
 from llava.slots.peft_export import export_peft, fixed_mixture
+from llava.slots.pool import Pool
 from llava.utils import UserError
 
 
@@ -37,13 +37,13 @@ def run(monkeypatch):
 
 def part(source, target, *names):
     """A slot file with some of the tasks of a place."""
-    slots = read_slots(source)
-    write_slot_file(target, SlotFile(slots.settings, [slots.task(name) for name in names], slots.base))
+    slots = read_place(source)
+    slots.with_tasks([slots.task(name) for name in names]).write(target)
     return target
 
 
 def same_slots(one, other):
-    a, b = read_slots(one), read_slots(other)
+    a, b = read_place(one), read_place(other)
     assert [(t.name, t.start, t.stop) for t in a.tasks] == [(t.name, t.start, t.stop) for t in b.tasks]
     for mine, theirs in zip(a.tasks, b.tasks, strict=True):
         assert mine.checksum() == theirs.checksum()
@@ -54,7 +54,7 @@ def same_slots(one, other):
 def test_list_shows_tasks_slots_and_checksums(run, stage, capsys):
     run("list", stage)
     shown = capsys.readouterr().out
-    for task in read_slots(stage).tasks:
+    for task in read_place(stage).tasks:
         assert task.name in shown and task.checksum() in shown
     assert "slots    4-7" in shown and "trained" in shown and "router gaussian" in shown
 
@@ -84,7 +84,7 @@ def test_independently_numbered_slots_merge_when_packed(run, base, stage, tmp_pa
     with pytest.raises(UserError, match="slots overlap"):
         merge([stage, other])
     run("merge", stage, other, "--pack", "--output", tmp_path / "llava-packed")
-    packed = read_slots(tmp_path / "llava-packed")
+    packed = read_place(tmp_path / "llava-packed")
     assert [(task.name, task.start) for task in packed.tasks] == [("abd", 0), ("chest", 4), ("head", 8), ("spine", 12)]
     assert (tmp_path / "llava-packed" / "config.json").is_file()
 
@@ -93,7 +93,7 @@ def test_removal_leaves_the_bytes_of_a_file_that_never_had_the_task(run, stage, 
     run("remove", stage, "chest", "--output", tmp_path / "left.pth")
     never = part(stage, tmp_path / "left2.pth", "abd", "head")
     assert (tmp_path / "left.pth").read_bytes() == never.read_bytes()
-    assert [task.name for task in read_slots(stage).tasks] == ["abd", "chest", "head"]  # the source is untouched
+    assert [task.name for task in read_place(stage).tasks] == ["abd", "chest", "head"]  # the source is untouched
     run("remove", stage, "chest")  # in place
     same_slots(stage, never)
 
@@ -107,7 +107,7 @@ def test_removal_refuses_an_unknown_task_and_an_empty_result(run, stage):
 
 def test_rename_changes_no_number(run, stage, tmp_path):
     run("rename", stage, "abd", "abdomen", "--output", tmp_path / "n.pth")
-    before, after = read_slots(stage), read_slots(tmp_path / "n.pth")
+    before, after = read_place(stage), read_place(tmp_path / "n.pth")
     assert [task.name for task in after.tasks] == ["abdomen", "chest", "head"]
     assert [task.checksum() for task in after.tasks] == [task.checksum() for task in before.tasks]
     with pytest.raises(UserError, match="already"):
@@ -131,9 +131,9 @@ def test_verify_passes_a_sound_file_and_names_what_is_wrong(run, stage, base, tm
 
 
 def test_verify_names_infinite_numbers(run, stage, tmp_path):
-    slots = read_slots(stage)
+    slots = read_place(stage)
     slots.task("head").B["o_proj"][1, 0, 0, 0] = torch.inf
-    write_slot_file(tmp_path / "inf.pth", slots)
+    slots.write(tmp_path / "inf.pth")
     with pytest.raises(UserError, match="task 'head' holds NaN or infinite"):
         run("verify", tmp_path / "inf.pth")
 
@@ -142,9 +142,9 @@ def test_verify_names_infinite_numbers(run, stage, tmp_path):
 def test_exported_adapter_gives_the_logits_of_the_fixed_mixture(run, stage, base, tmp_path, weights):
     from peft import PeftModel
 
-    slots = read_slots(stage)
+    slots = read_place(stage)
     slots.task("chest").info["mixture"] = [0.1, 0.5, 0.1, 0.3]
-    write_slot_file(stage / "slots.pth", slots)
+    slots.write(stage / "slots.pth")
     flags = [] if weights is None else ["--weights", *weights]
     run("export-peft", stage, "chest", "--output", tmp_path / "lora", *flags)
     mixture = fixed_mixture(slots, slots.task("chest"), weights)
@@ -157,7 +157,7 @@ def test_exported_adapter_gives_the_logits_of_the_fixed_mixture(run, stage, base
     pixels = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(1))
     ids[:, 3] = -200
     with torch.no_grad():
-        start = routed.retriever.slot_range("chest").start
+        start = routed.retriever.pool.slot_range("chest").start
         wanted = routed(
             ids,
             images=pixels,
@@ -173,10 +173,11 @@ def test_exported_adapter_gives_the_logits_of_the_fixed_mixture(run, stage, base
 def test_export_adapts_the_decoder_and_not_the_vision_tower(stage, base, tmp_path):
     from peft import PeftModel
 
-    slots = read_slots(stage)
+    slots = read_place(stage)
     slots.settings.features = {"q_proj": (HIDDEN, HIDDEN)}  # the vision tower has q_proj too
     for task in slots.tasks:
-        task.A, task.B = {"q_proj": task.A["o_proj"]}, {"q_proj": task.B["o_proj"]}
+        for offsets in (task.A, task.B):
+            offsets["q_proj"] = offsets.pop("o_proj")
     export_peft(slots, "abd", tmp_path / "lora")
     _, plain, _, _ = load_pretrained_model(str(base), None, device="cpu")
     adapted = PeftModel.from_pretrained(plain, tmp_path / "lora")
@@ -185,7 +186,7 @@ def test_export_adapts_the_decoder_and_not_the_vision_tower(stage, base, tmp_pat
 
 
 def test_export_refuses_bad_weights_and_untrained_tasks(stage):
-    slots = read_slots(stage)
+    slots = read_place(stage)
     with pytest.raises(UserError, match="3 weights given, but task 'abd' has 4 slots"):
         fixed_mixture(slots, slots.task("abd"), [1, 2, 3])
     with pytest.raises(UserError, match="all weights are 0"):
@@ -215,7 +216,7 @@ def test_prototype_slots_add_what_the_prototype_adds(run, base, tmp_path):
     state = prototype_state()
     torch.save(state, tmp_path / "retriever.bin")
     run(*import_args(tmp_path / "retriever.bin", base, "--output", tmp_path / "old.pth"))
-    slots = read_slot_file(tmp_path / "old.pth")
+    slots = Pool.read(tmp_path / "old.pth")
     assert [(task.name, task.trained) for task in slots.tasks] == [("abd", True), ("chest", False)]
     assert (slots.settings.weighting, slots.settings.router, slots.settings.rank) == ("distance", "keys", 2)
     assert torch.equal(slots.task("chest").text_keys, state["retriever.keys"][0, :, SLOTS:])
@@ -242,7 +243,7 @@ def test_prototype_slots_route_and_answer_in_a_stage_folder(run, base, tmp_path)
 def test_a_bare_prototype_key_file_gives_untrained_slots(run, base, tmp_path):
     torch.save({"keys": prototype_state()["retriever.keys"]}, tmp_path / "keys.pth")
     run(*import_args(tmp_path / "keys.pth", base, "--output", tmp_path / "old.pth"))
-    assert not any(task.trained or task.A for task in read_slot_file(tmp_path / "old.pth").tasks)
+    assert not any(task.trained or task.A for task in Pool.read(tmp_path / "old.pth").tasks)
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from llava.data.rows import question_row, read_rows, write_jsonl
 from llava.eval import model_vqa_loader
 from llava.eval.answer_file import merge_answers
 from llava.eval.model_vqa_loader import QuestionDataset, Speaker
+from llava.slots.routers import ROUTERS
 from llava.utils import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -214,6 +215,10 @@ def test_a_task_can_be_given(place, tmp_path):
     first_stage = run(place, tmp_path / "f.jsonl", "--model-path", place / "llava-tiny_abd", "--route", "oracle")
     given = ["task_given" in answer["metadata"]["route"] for answer in first_stage]
     assert given == [row.domain == "abd" for row in rows]  # what is not learned yet is routed freely
+    alone = ("--model-path", place / "llava-tiny_abd", "--route", "oracle", "--batch-size", 1)
+    for together, single in zip(first_stage, run(place, tmp_path / "g.jsonl", *alone), strict=True):
+        assert together["text"] == single["text"]
+        assert together["metadata"]["route"] == single["metadata"]["route"]
     for answer in run(place, tmp_path / "t.jsonl", "--task-id", "chest"):
         assert all(slot >= 4 for slot in answer["metadata"]["route"]["slots"])
     with pytest.raises(UserError, match="no trained slots for task 'head'; the model has abd, chest"):
@@ -221,6 +226,20 @@ def test_a_task_can_be_given(place, tmp_path):
     with pytest.raises(UserError, match="not a router"):
         run(place, tmp_path / "h.jsonl", "--route", "compass")
     assert not (tmp_path / "h.jsonl").exists()
+
+
+def test_a_router_from_a_plug_in_folder_can_be_asked_for(place, tmp_path, monkeypatch):
+    ROUTERS.names()
+    monkeypatch.setattr(ROUTERS, "_items", dict(ROUTERS._items))
+    monkeypatch.setenv("LLAVA_PLUGINS", str(tmp_path))
+    (tmp_path / "first_router.py").write_text(
+        "import torch\nfrom llava.slots.routers import ROUTERS, Router\n\n\n"
+        "@ROUTERS.register\nclass First(Router):\n    name = 'first'\n\n"
+        "    def scores(self, query):\n"
+        "        return -torch.arange(len(self.slot_tasks)).double().repeat(len(query), 1)\n"
+    )
+    for answer in run(place, tmp_path / "r.jsonl", "--route", "first"):
+        assert answer["metadata"]["route"]["slots"] == [0, 1]
 
 
 def test_demo_sample_of_the_readme(place, tmp_path):

@@ -122,10 +122,9 @@ def test_mistakes_name_their_picture_and_question(world, tmp_path, capsys):
 
 
 def test_rows_of_other_domains_measure_unknown_inputs(world, tmp_path):
-    from llava.slots.edit import read_slots, remove
-    from llava.slots.file import write_slot_file
+    from llava.slots.edit import read_place, remove
 
-    write_slot_file(tmp_path / "two.pth", remove(read_slots(world.keys), list(TASKS[2:])))
+    remove(read_place(world.keys), list(TASKS[2:])).write(tmp_path / "two.pth")
     found = report(world, tmp_path / "route", "--slots", tmp_path / "two.pth")
     novelty = found["routers"]["gaussian"]["novelty"]
     assert novelty["detected_unknown"]["n"] > 0 and 0 <= novelty["auroc"] <= 1
@@ -139,11 +138,10 @@ def test_without_matplotlib_the_figures_are_still_written(world, tmp_path, monke
 
 
 def test_bad_input_is_refused_by_name(world, tmp_path):
-    with pytest.raises(UserError, match="'compass' cannot be measured; choose from keys"):
+    with pytest.raises(UserError, match="'compass' cannot be measured; choose from batch_vote, gaussian, keys"):
         report(world, tmp_path / "route", "--routers", "compass")
     with pytest.raises(UserError, match="no row's domain is a task"):
-        from llava.slots.edit import read_slots, remove, rename
-        from llava.slots.file import write_slot_file
+        from llava.slots.edit import read_place, remove, rename
 
-        write_slot_file(tmp_path / "n.pth", rename(remove(read_slots(world.keys), list(TASKS[1:])), "abd", "belly"))
+        rename(remove(read_place(world.keys), list(TASKS[1:])), "abd", "belly").write(tmp_path / "n.pth")
         report(world, tmp_path / "route", "--slots", tmp_path / "n.pth")

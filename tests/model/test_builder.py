@@ -9,7 +9,7 @@ from tiny_llava import LAYERS, write_base, write_stage
 from tiny_world import same
 
 from llava.model.builder import load_pretrained_model
-from llava.slots.file import read_slot_file, write_slot_file
+from llava.slots.pool import Pool
 from llava.utils import UserError
 
 
@@ -29,9 +29,9 @@ def load(path, base=None):
 def altered_stage(place, target, change):
     """A copy of the stage with changed slots."""
     shutil.copytree(place / "llava-stage", target)
-    slots = read_slot_file(target / "slots.pth")
+    slots = Pool.read(target / "slots.pth")
     change(slots)
-    write_slot_file(target / "slots.pth", slots)
+    slots.write(target / "slots.pth")
     return target
 
 
@@ -46,7 +46,7 @@ def answer(loaded):
 def test_a_stage_finds_its_base_by_itself_and_by_flag(place, capsys):
     loaded = load(place / "llava-stage")
     tokenizer, model, processor, context = loaded
-    assert model.retriever.tasks == ["abd", "chest"] and model.retriever.active
+    assert model.retriever.pool.names == ["abd", "chest"] and model.retriever.active
     assert not model.training and not any(parameter.requires_grad for parameter in model.retriever.parameters())
     assert processor.crop_size["height"] == 16 and context == 2048 and tokenizer.eos_token == "</s>"
     assert "over base" in capsys.readouterr().out
@@ -140,11 +140,11 @@ def test_a_self_contained_stage_needs_no_base(world, place, tmp_path):
     light, whole = tmp_path / "llava-light", tmp_path / "llava-whole"
     world.train("abd", light)
     world.train("abd", whole, None, "--save_full_model", "True")
-    slots = read_slot_file(whole / "slots.pth")
+    slots = Pool.read(whole / "slots.pth")
     config = json.loads((whole / "config.json").read_text())
     assert "retriever" in config and config["vision_config"]["hidden_size"] == 16
     slots.base["path"] = "nowhere"
-    write_slot_file(whole / "slots.pth", slots)
+    slots.write(whole / "slots.pth")
     assert same(answer(load(whole)), answer(load(light)))
 
 

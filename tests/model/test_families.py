@@ -10,7 +10,7 @@ from tiny_llava import FAMILIES, LAYERS, make_tokenizer, write_base, write_stage
 
 from llava.mm_utils import tokenizer_image_token
 from llava.model.builder import load_pretrained_model
-from llava.slots.pool import Retriever
+from llava.model.language_model.retriever import Retriever
 from llava.utils import UserError
 
 QUESTIONS = ("is there a lesion", "what side", "where is the lesion in the left lung")
@@ -81,7 +81,7 @@ def test_the_offset_equals_a_dense_one_added_to_the_projection(stage):
     answer(stage, QUESTIONS[:1])
     route, retriever = model.last_route, model.retriever
     assert isinstance(retriever, Retriever)
-    A, B = (torch.cat([getattr(retriever.block(task), kind)["o_proj"] for task in ("abd", "chest")]) for kind in "AB")
+    A, B = (torch.cat([getattr(task, kind)["o_proj"] for task in retriever.pool.tasks]) for kind in "AB")
     before = [layer.self_attn.o_proj.weight.detach().clone() for layer in plain.model.layers]
     with torch.inference_mode():
         for number in range(LAYERS):

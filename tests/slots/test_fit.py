@@ -7,8 +7,8 @@ from torch.nn.functional import normalize
 from llava.continual.prompt_keys import split_by_picture
 from llava.data.rows import Row
 from llava.slots.fit import FittedKeys, fit_keys, seed_of
-from llava.slots.queries import Queries
-from llava.slots.routers import Pool, Query, build_router
+from llava.slots.key_scores import KeyScores
+from llava.slots.queries import Queries, Query
 
 TEXT, IMAGE, GROUPS, SLOTS = 24, 32, 4, 8
 IMAGE_WEIGHT = 0.5
@@ -67,9 +67,9 @@ def test_fitting_is_deterministic_and_deaf_to_the_global_seed():
 def test_selection_is_what_the_keys_router_selects():
     queries = clustered(5, 20)
     fitted = fit(queries, top_k=2)
-    pool = Pool(["abd"] * SLOTS, fitted.text, fitted.image, image_weight=IMAGE_WEIGHT)
-    router = build_router("keys", pool)
-    similarity = router.similarity(Query(queries.text, queries.image))
+    similarity = KeyScores(fitted.text, fitted.image, IMAGE_WEIGHT, tau=0.1).similarity(
+        Query(queries.text, queries.image)
+    )
     chosen = similarity.topk(2).indices
     selected = torch.bincount(chosen.flatten(), minlength=SLOTS) / len(queries)
     torch.testing.assert_close(selected.float(), fitted.selected, atol=0.02, rtol=0)

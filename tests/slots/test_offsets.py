@@ -9,9 +9,11 @@ from transformers import CLIPVisionConfig
 
 from llava.constants import IMAGE_TOKEN_INDEX
 from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
-from llava.slots import pool as retriever_module
+from llava.model.language_model.retriever import Retriever
+from llava.slots import pool as pool_module
 from llava.slots.offsets import TARGETS, target_features, target_module
-from llava.slots.pool import Retriever, RetrieverSettings
+from llava.slots.pool import Pool
+from llava.slots.settings import RetrieverSettings
 
 HIDDEN, INNER, LAYERS, RANK, SLOTS, TOP_K, SCALE = 32, 48, 2, 3, 5, 2, 0.7
 VOCABULARY = 60
@@ -60,8 +62,8 @@ def make_model(targets=("o_proj",), slots=SLOTS, key_value_heads=2, vision=False
         scale=SCALE,
         router="keys",
     )
-    pool = Retriever(settings)
-    block = pool.add_task("abd", slots)
+    pool = Pool(settings)
+    block = pool.append("abd", slots)
     block.text_keys.normal_()
     if vision:
         block.image_keys.normal_()
@@ -69,8 +71,7 @@ def make_model(targets=("o_proj",), slots=SLOTS, key_value_heads=2, vision=False
         for parameter in block.parameters():
             parameter.normal_(std=0.3)
     block.trained = True
-    pool.changed()
-    model.attach_retriever(pool)
+    model.attach_retriever(Retriever(pool))
     return model
 
 
@@ -78,7 +79,7 @@ def dense_model(model, slots: torch.Tensor, weights: torch.Tensor) -> LlavaLlama
     """The same model with ``W_o + scale * sum w A^T B`` formed for one sample."""
     dense = copy.deepcopy(model)
     dense.retriever = None
-    block = model.retriever.block("abd")
+    block = model.retriever.pool.task("abd")
     for target in model.retriever.settings.targets:
         for number, layer in enumerate(dense.model.layers):
             change = sum(
@@ -98,7 +99,7 @@ def a_route(batch, slots=SLOTS):
 @pytest.fixture(params=["shared", "gathered"])
 def form(request, monkeypatch):
     """Both ways to work the offsets out: products over all used slots, and a gather per sample."""
-    monkeypatch.setattr(retriever_module, "SHARED_FORM_LIMIT", 32 if request.param == "shared" else 0)
+    monkeypatch.setattr(pool_module, "SHARED_FORM_LIMIT", 32 if request.param == "shared" else 0)
     return request.param
 
 
@@ -139,7 +140,7 @@ def test_all_targets_at_once_equal_the_dense_form(form):
 @pytest.mark.parametrize("targets", [("o_proj",), ("q_proj", "down_proj")])
 def test_all_gradients_equal_the_dense_form(form, checkpointing, targets):
     model = make_model(targets)
-    block = model.retriever.block("abd").requires_grad_(True)
+    block = model.retriever.pool.task("abd").requires_grad_(True)
     embeds = torch.randn(3, 5, HIDDEN)
     labels = torch.randint(3, VOCABULARY, (3, 5))
     slots, weights = a_route(3)
@@ -183,16 +184,16 @@ def test_shared_and_gathered_form_agree(monkeypatch):
     model = make_model(slots=40)
     ids = torch.randint(3, VOCABULARY, (48, 5))  # more different slots in use than the shared form takes
     slots, weights = a_route(48, 40)
-    assert len(slots.unique()) > retriever_module.SHARED_FORM_LIMIT
+    assert len(slots.unique()) > pool_module.SHARED_FORM_LIMIT
     gathered = model(ids, slot_indices=slots, slot_weights=weights).logits
-    monkeypatch.setattr(retriever_module, "SHARED_FORM_LIMIT", 100)
+    monkeypatch.setattr(pool_module, "SHARED_FORM_LIMIT", 100)
     close(model(ids, slot_indices=slots, slot_weights=weights).logits, gathered)
 
 
 def test_untrained_slots_change_nothing_at_all(form):
     model = make_model()
-    block = model.retriever.block("abd")
-    block.init_offsets(torch.Generator().manual_seed(1))
+    block = model.retriever.pool.task("abd")
+    block.init_offsets(model.retriever.settings, torch.Generator().manual_seed(1))
     assert block.A["o_proj"].abs().max() == 0 and block.B["o_proj"].abs().min() > 0
     ids = torch.randint(3, VOCABULARY, (2, 6))
     slots, weights = a_route(2)
@@ -201,16 +202,16 @@ def test_untrained_slots_change_nothing_at_all(form):
 
 def test_only_the_used_tasks_get_gradients():
     model = make_model()
-    pool = model.retriever
-    pool.add_task("chest", SLOTS).init_offsets(torch.Generator().manual_seed(2))
-    pool.block("chest").text_keys.normal_()
+    pool = model.retriever.pool
+    pool.append("chest", SLOTS).init_offsets(pool.settings, torch.Generator().manual_seed(2))
+    pool.task("chest").text_keys.normal_()
     trained = pool.train_only("chest")
     assert {id(p) for p in pool.parameters() if p.requires_grad} == {id(p) for p in trained}
     model(
         torch.randint(3, VOCABULARY, (2, 6)), labels=torch.ones(2, 6).long(), text_query=torch.randn(2, 8)
     ).loss.backward()
-    assert all(p.grad is None for p in pool.block("abd").parameters())
-    assert pool.block("chest").A["o_proj"].grad.abs().max() > 0
+    assert all(p.grad is None for p in pool.task("abd").parameters())
+    assert pool.task("chest").A["o_proj"].grad.abs().max() > 0
 
 
 # -- bfloat16, wrapped projections, repeated attaching -----------------------------------------------------------------
@@ -225,7 +226,7 @@ def test_bfloat16_stays_near_float32(form):
     half.model.to(torch.bfloat16), half.lm_head.to(torch.bfloat16)
     half._offset_cache = None
     half.attach_retriever(half.retriever)  # a deep copy's hooks belong to the original
-    assert half.retriever.block("abd").A["o_proj"].dtype == torch.float32  # the slots stay exact
+    assert half.retriever.pool.task("abd").A["o_proj"].dtype == torch.float32  # the slots stay exact
     logits = half(ids, slot_indices=slots, slot_weights=weights).logits
     base = half(ids).logits
     assert logits.dtype == torch.bfloat16 and torch.isfinite(logits).all()
@@ -319,8 +320,8 @@ def test_generation_follows_each_rows_route_also_with_beams(beams):
 
 def test_the_offsets_are_gathered_once_an_answer(monkeypatch):
     model, calls = make_model(), []
-    gather = Retriever._gather
-    monkeypatch.setattr(Retriever, "_gather", lambda self, used: calls.append(used) or gather(self, used))
+    gather = Pool._gather
+    monkeypatch.setattr(Pool, "_gather", lambda self, used: calls.append(used) or gather(self, used))
     model.generate(torch.randint(3, VOCABULARY, (2, 5)), text_query=torch.randn(2, 8), max_new_tokens=7, pad_token_id=0)
     assert len(calls) == 1
     assert model._offset_cache is None  # nothing is kept for the next questions

@@ -5,9 +5,9 @@ import torch
 from tiny_llava import GROUPS, HIDDEN, SLOTS, VISION, write_base, write_stage
 
 from llava.model.builder import load_pretrained_model
-from llava.slots.file import read_slot_file, write_slot_file
 from llava.slots.picture_query import PICTURE_DIM, describe_picture, image_queries, image_query_dim
-from llava.slots.routers import TaskStatistics
+from llava.slots.pool import Pool
+from llava.slots.queries import TaskStatistics
 
 
 def picture(seed, size=48):
@@ -54,14 +54,14 @@ def place(tmp_path_factory):
     folder = tmp_path_factory.mktemp("picture")
     base = write_base(folder / "llava-base")
     stage = write_stage(folder / "llava-stage", base)
-    slots = read_slot_file(stage / "slots.pth")
+    slots = Pool.read(stage / "slots.pth")
     slots.settings.image_query = "tower+picture"
     slots.settings.image_dim = dim = image_query_dim("tower+picture", VISION)
     generator = torch.Generator().manual_seed(5)
     for task in slots.tasks:
         task.image_keys = torch.randn(GROUPS, SLOTS, dim // GROUPS, generator=generator)
         task.statistics = TaskStatistics.of(torch.randn(40, HIDDEN + dim, generator=generator))
-    write_slot_file(stage / "slots.pth", slots)
+    slots.write(stage / "slots.pth")
     return base, stage
 
 

@@ -3,8 +3,11 @@
 import pytest
 import torch
 
+from llava.slots.pool import Pool
 from llava.slots.queries import MODALITY_DIM, Query, TaskStatistics, fold
-from llava.slots.routers import Pool, build_router
+from llava.slots.routers import build_router
+from llava.slots.settings import RetrieverSettings
+from llava.slots.task_slots import TaskSlots
 
 TEXT, IMAGE, GROUPS = 16, 24, 4
 
@@ -13,7 +16,6 @@ def pool(counts, with_features=False, seed=0):
     """Random slots, ``counts[i]`` of them for task ``i``; the tasks lie close together."""
     generator = torch.Generator().manual_seed(seed)
     names = [f"task{(7 * number) % len(counts):04d}" for number in range(len(counts))]  # not in name order
-    slot_tasks = [name for name, count in zip(names, counts, strict=True) for _ in range(count)]
     statistics, features = {}, {}
     for name in names:
         text = torch.randn(TEXT, generator=generator) * 0.3 + torch.randn(20, TEXT, generator=generator)
@@ -22,10 +24,20 @@ def pool(counts, with_features=False, seed=0):
         if with_features:
             features[name] = TaskStatistics.of(query.random_features())
 
-    def keys(dim):
-        return torch.randn(GROUPS, len(slot_tasks), dim // GROUPS, generator=generator)
+    def keys(count, dim):
+        return torch.randn(GROUPS, count, dim // GROUPS, generator=generator)
 
-    return Pool(slot_tasks, keys(TEXT), keys(IMAGE), statistics, features)
+    made = Pool(RetrieverSettings(1, {"o_proj": (4, 4)}, TEXT, IMAGE, groups=GROUPS, rank=1))
+    for name, count in zip(names, counts, strict=True):
+        task = made.append(name, count)
+        task.text_keys, task.image_keys = keys(count, TEXT), keys(count, IMAGE)
+        task.statistics, task.feature_statistics = statistics[name], features.get(name)
+    return made
+
+
+def router_of(name, made):
+    """Over all tasks, trained or not."""
+    return build_router(name, made.settings, made.tasks)
 
 
 def queries(count, seed=9):
@@ -36,7 +48,7 @@ def queries(count, seed=9):
 @pytest.mark.parametrize("name", ["gaussian", "ridge"])
 @pytest.mark.parametrize("counts", [[8] * 40, [1, 5, 2, 9, 3, 1, 1, 4], [6, 7], [12]])
 def test_the_choice_is_that_of_all_scores(name, counts):
-    router, query = build_router(name, pool(counts)), queries(30)
+    router, query = router_of(name, pool(counts)), queries(30)
     scores = router.scores(query)
     for k in (1, 4):
         choice, best = router.choose(query, k), scores.topk(k)
@@ -45,7 +57,7 @@ def test_the_choice_is_that_of_all_scores(name, counts):
     posterior = router.log_posterior(query).exp()
     assert torch.equal(choice.posterior.sort().values, posterior.sort().values)
     first = [router.tasks[place] for place in choice.posterior.argmax(-1).tolist()]
-    assert first == [router.pool.slot_tasks[slot] for slot in best.indices[:, 0].tolist()]
+    assert first == [router.slot_tasks[slot] for slot in best.indices[:, 0].tolist()]
 
 
 def test_ridge_on_random_features_tells_apart_what_no_line_can():
@@ -58,8 +70,12 @@ def test_ridge_on_random_features_tells_apart_what_no_line_can():
     waves = {name: TaskStatistics.of(query.random_features()) for name, query in tasks.items()}
 
     def right(features):
-        made = Pool(list(tasks), torch.ones(1, 2, 2), statistics=joint, feature_statistics=features)
-        router = build_router("ridge", made)
+        settings = RetrieverSettings(1, {"o_proj": (4, 4)}, 2, query_mode="text", groups=1)
+        made = [
+            TaskSlots(name, place, place + 1, torch.ones(1, 1, 2), None, joint[name], features.get(name))
+            for place, name in enumerate(tasks)
+        ]
+        router = build_router("ridge", settings, made)
         found = [router.log_posterior(query).argmax(1) == place for place, query in enumerate(tasks.values())]
         return torch.cat(found).double().mean().item()
 
@@ -69,12 +85,12 @@ def test_ridge_on_random_features_tells_apart_what_no_line_can():
 @pytest.mark.parametrize("name", ["gaussian", "ridge"])
 def test_one_route_allocates_a_small_part_of_the_pool(name):
     made = pool([8] * 500, with_features=name == "ridge")
-    router, query = build_router(name, made), queries(1)
+    router, query = router_of(name, made), queries(1)
     router.choose(query, 4)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         router.choose(query, 4)
     allocated = sum(max(event.self_cpu_memory_usage, 0) for event in profile.events())
-    assert 0 < allocated < router.keys.nbytes / 10
+    assert 0 < allocated < router.keys.table.nbytes / 10
 
 
 def test_long_queries_are_folded_and_keep_their_inner_products():

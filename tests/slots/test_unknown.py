@@ -10,9 +10,9 @@ from llava.data.rows import question_row, write_jsonl
 from llava.eval import model_vqa_loader
 from llava.model.builder import load_pretrained_model
 from llava.slots import unknown
-from llava.slots.file import read_slot_file, write_slot_file
-from llava.slots.pool import Retriever, RetrieverSettings
-from llava.slots.routers import Query, TaskStatistics
+from llava.slots.pool import Pool
+from llava.slots.queries import Query, TaskStatistics
+from llava.slots.settings import RetrieverSettings
 from llava.slots.unknown import TaskExtent, UnknownGate
 
 DIM = 6
@@ -29,9 +29,9 @@ def joint(task, rows, seed=0):
 
 
 def calibrated(tasks, **settings):
-    made = Retriever(RetrieverSettings(1, {"o_proj": (4, 4)}, DIM, groups=2, rank=2, top_k=2, **settings))
+    made = Pool(RetrieverSettings(1, {"o_proj": (4, 4)}, DIM, groups=2, rank=2, top_k=2, **settings))
     for task in tasks:
-        block = made.add_task(task, 3)
+        block = made.append(task, 3)
         block.text_keys.copy_(torch.randn(2, 3, DIM // 2, generator=torch.Generator().manual_seed(len(task))))
         block.statistics = TaskStatistics.of(joint(task, 200))
         block.extent = TaskExtent.of(joint(task, 200), [number // 4 for number in range(200)])
@@ -80,7 +80,7 @@ def test_rows_are_measured_against_other_pictures_only():
 
 def test_own_questions_are_known_and_others_are_not():
     made = calibrated(("abd", "chest"))
-    own, other = made.route(cloud("abd", 300, seed=7), None), made.route(cloud("spine", 50, seed=7), None)
+    own, other = made.route(Query(cloud("abd", 300, seed=7))), made.route(Query(cloud("spine", 50, seed=7)))
     assert own.unknown.float().mean() <= 0.03 and other.unknown.all()
     assert not other.slot_weights.any() and torch.isfinite(other.slot_weights).all()
     torch.testing.assert_close(own.slot_weights[~own.unknown].sum(-1), torch.ones(int((~own.unknown).sum())))
@@ -91,27 +91,28 @@ def test_own_questions_are_known_and_others_are_not():
 def test_the_verdict_is_per_sample_and_survives_other_tasks_bit_for_bit():
     mixed = torch.cat([cloud(task, 4, seed=3) for task in ("abd", "spine", "chest")])
     made, turned = calibrated(("abd", "chest", "head", "knee")), calibrated(("head", "knee", "chest", "abd"))
-    together = made.route(mixed, None)
-    alone = torch.cat([made.route(row[None], None).novelty for row in mixed])
+    together = made.route(Query(mixed))
+    alone = torch.cat([made.route(Query(row[None])).novelty for row in mixed])
     assert torch.equal(together.novelty, alone)
-    assert torch.equal(turned.route(mixed, None).novelty, together.novelty)
-    made.remove_task("head")
-    assert torch.equal(made.route(mixed, None).novelty, calibrated(("abd", "chest", "knee")).route(mixed, None).novelty)
+    assert torch.equal(turned.route(Query(mixed)).novelty, together.novelty)
+    made.remove("head")
+    assert torch.equal(
+        made.route(Query(mixed)).novelty, calibrated(("abd", "chest", "knee")).route(Query(mixed)).novelty
+    )
 
 
 def test_it_is_off_without_calibration_in_training_and_when_the_task_is_given():
     query = cloud("spine", 3)
     made = calibrated(("abd", "chest"))
-    assert made.route(query, None, tasks=["abd"] * 3).unknown is None
-    made.router_name = "uniform"
-    assert made.route(query, None).unknown is None
+    assert made.route(Query(query), tasks=["abd"] * 3).unknown is None
+    assert made.route(Query(query), router="uniform").unknown is None
     made.train_only("abd")
-    assert made.route(query, None).unknown is None
-    assert calibrated(("abd", "chest"), unknown_share=0.0).route(query, None).unknown is None
+    assert made.route(Query(query)).unknown is None
+    assert calibrated(("abd", "chest"), unknown_share=0.0).route(Query(query)).unknown is None
     made = calibrated(("abd", "chest"))
-    made.block("chest").extent = None
+    made.task("chest").extent = None
     made.changed()
-    route = made.route(query, None)
+    route = made.route(Query(query))
     assert route.unknown is None and "unknown" not in route.describe(0)
 
 
@@ -147,7 +148,7 @@ def models(tmp_path_factory):
     folder = tmp_path_factory.mktemp("unknown")
     base = write_base(folder / "llava-base")
     stage = write_stage(folder / "llava-stage", base)
-    slots = read_slot_file(stage / "slots.pth")
+    slots = Pool.read(stage / "slots.pth")
     for number, task in enumerate(slots.tasks):
         generator = torch.Generator().manual_seed(number)
         text = torch.randn(60, HIDDEN, generator=generator)
@@ -155,7 +156,7 @@ def models(tmp_path_factory):
         task.statistics = TaskStatistics.of(Query(text, image).joint())
         task.extent = TaskExtent.of(Query(text, image).evidence(), range(60))
         task.info["centre"] = image.mean(0).tolist()
-    write_slot_file(stage / "slots.pth", slots)
+    slots.write(stage / "slots.pth")
     load = [(str(stage), str(base)), (str(base), None)]
     return [load_pretrained_model(*place, device="cpu")[1] for place in load], slots
 
@@ -178,8 +179,8 @@ def test_an_unknown_question_gets_the_base_models_logits_and_its_neighbours_do_n
 
 def test_calibration_survives_the_file_and_counts_in_the_checksum(models, tmp_path):
     slots = models[1]
-    write_slot_file(tmp_path / "a.pth", slots)
-    back = read_slot_file(tmp_path / "a.pth")
+    slots.write(tmp_path / "a.pth")
+    back = Pool.read(tmp_path / "a.pth")
     assert torch.equal(back.task("abd").extent.distances, slots.task("abd").extent.distances)
     back.task("abd").extent.distances += 1
     assert back.task("abd").checksum() != slots.task("abd").checksum()
@@ -188,11 +189,11 @@ def test_calibration_survives_the_file_and_counts_in_the_checksum(models, tmp_pa
 def test_unknown_questions_are_answered_by_the_base_or_refused(tmp_path):
     base = write_base(tmp_path / "llava-base")
     stage = write_stage(tmp_path / "llava-stage", base)
-    slots = read_slot_file(stage / "slots.pth")
+    slots = Pool.read(stage / "slots.pth")
     for task in slots.tasks:
         task.extent = TaskExtent.of(torch.randn(30, VISION), range(30))
         task.extent.distances = torch.full((30,), 1e-6)  # so that nothing fits
-    write_slot_file(stage / "slots.pth", slots)
+    slots.write(stage / "slots.pth")
     write_images(tmp_path / "images", ["a.png", "b.png"])
     rows = [question_row(n, f"{'ab'[n % 2]}.png", f"is it left {n}?", "yes", "abd", ["abd"]) for n in range(4)]
     write_jsonl(tmp_path / "q.jsonl", rows)

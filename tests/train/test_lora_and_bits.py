@@ -12,7 +12,7 @@ from tiny_world import LORA, TASKS, World, fit, merge, same_slots, write_sequenc
 
 from llava.mm_utils import tokenizer_image_token
 from llava.model.builder import load_pretrained_model
-from llava.slots.file import read_slot_file
+from llava.slots.pool import Pool
 from llava.train.arguments import TrainingArguments, translate
 from llava.train.lora import base_options, decoder_linears
 from llava.utils import UserError
@@ -194,7 +194,7 @@ def test_a_step_on_a_quantised_base_changes_slots_only(wide, tmp_path, bits):
     world = wide
     stage = tmp_path / "llava-tiny_abd"
     trained = world.train("abd", stage, None, "--bits", bits, "--max_steps", 1).task("abd")
-    fresh = read_slot_file(world.keys).task("abd")
+    fresh = Pool.read(world.keys).task("abd")
     assert any(not torch.equal(trained.A[target], fresh.A[target]) for target in trained.A)
     assert "quantization_config" not in json.loads((stage / "config.json").read_text())
     assert not (stage / "adapter_config.json").exists() and not list(stage.glob("model*.safetensors"))

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from tiny_world import LORA, RANK, SLOTS, refusal, same, write_sequence
 
 from llava.data.rows import write_jsonl
-from llava.slots.file import read_slot_file, write_slot_file
+from llava.slots.pool import Pool
 from llava.train import llava_trainer
 from llava.train import train as train_module
 from llava.train.llava_trainer import COMPLETE, LLaVATrainer, last_complete_checkpoint
@@ -83,7 +83,7 @@ def test_the_same_seed_gives_the_same_bytes_and_another_others(stage, world, tmp
     world.train("abd", tmp_path / "llava-again", None, *EACH_STEP)
     assert (tmp_path / "llava-again" / "slots.pth").read_bytes() == (stage / "slots.pth").read_bytes()
     other = world.train("abd", tmp_path / "llava-other", None, *EACH_STEP, "--seed", "7")
-    assert not same(other.tasks[0].A, read_slot_file(stage / "slots.pth").tasks[0].A)
+    assert not same(other.tasks[0].A, Pool.read(stage / "slots.pth").tasks[0].A)
 
 
 def test_the_loss_falls(world, tmp_path):
@@ -103,7 +103,7 @@ def test_the_loss_falls(world, tmp_path):
 )
 def test_ways_to_save_memory_train_the_same(stage, world, tmp_path, more):
     found = world.train("abd", tmp_path / "llava-other", None, *EACH_STEP, *more).tasks[0]
-    expected = read_slot_file(stage / "slots.pth").tasks[0]
+    expected = Pool.read(stage / "slots.pth").tasks[0]
     for kind in ("A", "B"):
         one, other = getattr(found, kind)["o_proj"], getattr(expected, kind)["o_proj"]
         assert (one - other).norm() / other.norm() < 0.02
@@ -192,11 +192,11 @@ def kill_while_saving_step(number):
 
 
 def kill_before_the_stage_appears(*_):
-    def write(path, slots):
+    def write(pool, path):
         Path(path).write_bytes(b"half")
         kill_this_process()
 
-    sys.modules["llava.continual.run"].write_slot_file = write
+    Pool.write = write
 
 
 @pytest.mark.parametrize("moment", ["in the first checkpoint", "in the third checkpoint", "in writing the stage"])
@@ -287,13 +287,13 @@ def test_a_stage_that_holds_the_task_already_is_refused(stage, world, capsys, tm
 
 @pytest.mark.parametrize("change, message", [("tau", "differ in tau: 0.7 and 0.1"), ("base", "different base models")])
 def test_a_previous_stage_that_does_not_fit_is_refused(stage, world, capsys, tmp_path, change, message):
-    slots = read_slot_file(stage / "slots.pth")
+    slots = Pool.read(stage / "slots.pth")
     if change == "tau":
         slots.settings.tau = 0.7
     else:
         slots.base = {"path": "other", "fingerprint": "f" * 16}
     (tmp_path / "llava-before").mkdir()
-    write_slot_file(tmp_path / "llava-before" / "slots.pth", slots)
+    slots.write(tmp_path / "llava-before" / "slots.pth")
     line = refusal(world, capsys, world.train_arguments("chest", tmp_path / "llava-x", tmp_path / "llava-before"))
     assert "the stage before this one and the merged keys" in line and message in line
 
@@ -400,7 +400,7 @@ def test_a_killed_zero3_run_ends_as_an_undisturbed_one(zero3):
 
 
 def test_zero3_trains_what_plain_training_does(zero3, stage):
-    sharded, plain = (read_slot_file(folder / "slots.pth") for folder in (zero3 / "undisturbed" / stage.name, stage))
+    sharded, plain = (Pool.read(folder / "slots.pth") for folder in (zero3 / "undisturbed" / stage.name, stage))
     for kind in ("A", "B"):
         one, other = getattr(sharded.tasks[0], kind)["o_proj"], getattr(plain.tasks[0], kind)["o_proj"]
         assert (one - other).norm() / other.norm() < 0.02
@@ -413,5 +413,5 @@ def test_zero3_trains_a_lora_beside_the_slots_as_plain_training_does(zero3, worl
     assert sharded.keys() == plain.keys() and any(value.abs().sum() > 0 for value in plain.values())
     for name, value in plain.items():
         assert (sharded[name] - value).norm() <= 0.02 * value.norm(), name
-    one, other = (read_slot_file(place / "slots.pth").tasks[0] for place in places)
+    one, other = (Pool.read(place / "slots.pth").tasks[0] for place in places)
     assert (one.A["o_proj"] - other.A["o_proj"]).norm() / other.A["o_proj"].norm() < 0.02

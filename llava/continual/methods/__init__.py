@@ -11,7 +11,7 @@ import pkgutil
 from typing import Protocol
 
 from llava.continual.tasks import TaskSequence
-from llava.slots.file import SlotFile, TaskSlots
+from llava.slots.pool import Pool
 from llava.utils import UserError
 
 
@@ -23,13 +23,13 @@ class Method(Protocol):
     def training_files(self, sequence: TaskSequence, task: str) -> list[str]:
         """Data of the stage that ends with ``task``."""
 
-    def begin(self, merged: SlotFile, previous: SlotFile | None, task: str) -> tuple[SlotFile, str]:
+    def begin(self, merged: Pool, previous: Pool | None, task: str) -> tuple[Pool, str]:
         """The slots in memory while training, and which task's of them are trained.
 
         ``merged`` holds keys and initial offsets of all tasks; ``previous`` is the checkpoint of the stage before.
         """
 
-    def end(self, previous: SlotFile | None, trained: SlotFile) -> SlotFile:
+    def end(self, previous: Pool | None, trained: Pool) -> Pool:
         """The slots of the stage checkpoint, given those that were just trained."""
 
 
@@ -43,8 +43,3 @@ def load_method(name: str) -> Method:
     if name not in method_names():
         raise UserError(f"unknown method {name!r}; known: {', '.join(method_names())}")
     return importlib.import_module(f"{__name__}.{name}").METHOD
-
-
-def only(slots: SlotFile, task: TaskSlots) -> SlotFile:
-    """The same settings and base with one task's slots."""
-    return SlotFile(slots.settings, [task], slots.base)

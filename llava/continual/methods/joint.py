@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from llava.continual.methods.sequential import SHARED, single_adapter
 from llava.continual.tasks import TaskSequence
-from llava.slots.file import SlotFile
+from llava.slots.pool import Pool
 
 
 class Joint:
@@ -14,10 +14,10 @@ class Joint:
         names = sequence.task_names
         return [sequence.task(name).train for name in names[: names.index(task) + 1]]
 
-    def begin(self, merged: SlotFile, previous: SlotFile | None, task: str) -> tuple[SlotFile, str]:
+    def begin(self, merged: Pool, previous: Pool | None, task: str) -> tuple[Pool, str]:
         return single_adapter(merged), SHARED
 
-    def end(self, previous: SlotFile | None, trained: SlotFile) -> SlotFile:
+    def end(self, previous: Pool | None, trained: Pool) -> Pool:
         return trained
 
 

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from llava.continual.methods import only
 from llava.continual.tasks import TaskSequence
-from llava.slots.file import SlotFile
-from llava.slots.merge import merge_slot_files
+from llava.slots.merge import merge_pools
+from llava.slots.pool import Pool
 
 
 class Retrieval:
@@ -20,15 +19,15 @@ class Retrieval:
     def training_files(self, sequence: TaskSequence, task: str) -> list[str]:
         return [sequence.task(task).train]
 
-    def begin(self, merged: SlotFile, previous: SlotFile | None, task: str) -> tuple[SlotFile, str]:
-        mine = only(merged, merged.task(task))
+    def begin(self, merged: Pool, previous: Pool | None, task: str) -> tuple[Pool, str]:
+        mine = merged.with_tasks([merged.task(task)])
         if previous is not None:  # refuses slots that could not stand in one pool
-            merge_slot_files([(Path("the stage before this one"), previous), (Path("the merged keys"), mine)])
+            merge_pools([(Path("the stage before this one"), previous), (Path("the merged keys"), mine)])
         return mine, task
 
-    def end(self, previous: SlotFile | None, trained: SlotFile) -> SlotFile:
+    def end(self, previous: Pool | None, trained: Pool) -> Pool:
         earlier = [] if previous is None else previous.tasks
-        return SlotFile(trained.settings, [*earlier, *trained.tasks], trained.base)
+        return trained.with_tasks([*earlier, *trained.tasks])
 
 
 METHOD = Retrieval()

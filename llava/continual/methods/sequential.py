@@ -10,11 +10,10 @@ from dataclasses import replace
 
 import torch
 
-from llava.continual.methods import only
 from llava.continual.tasks import TaskSequence
-from llava.slots.file import SlotFile, TaskSlots
 from llava.slots.fit import seed_of
-from llava.slots.pool import SlotBlock
+from llava.slots.pool import Pool
+from llava.slots.task_slots import TaskSlots
 
 SHARED = "shared"
 
@@ -25,32 +24,23 @@ class Sequential:
     def training_files(self, sequence: TaskSequence, task: str) -> list[str]:
         return [sequence.task(task).train]
 
-    def begin(self, merged: SlotFile, previous: SlotFile | None, task: str) -> tuple[SlotFile, str]:
+    def begin(self, merged: Pool, previous: Pool | None, task: str) -> tuple[Pool, str]:
         if previous is not None:
-            return only(previous, previous.task(SHARED)), SHARED
+            return previous.with_tasks([previous.task(SHARED)]), SHARED
         return single_adapter(merged), SHARED
 
-    def end(self, previous: SlotFile | None, trained: SlotFile) -> SlotFile:
+    def end(self, previous: Pool | None, trained: Pool) -> Pool:
         return trained
 
 
-def single_adapter(merged: SlotFile) -> SlotFile:
+def single_adapter(merged: Pool) -> Pool:
     """A pool of one slot that every question selects, untrained."""
     settings = merged.settings
     settings = replace(settings, rank=settings.top_k * settings.rank, top_k=1, router="uniform")
-    block = SlotBlock(settings, 1)
+    slot = TaskSlots.empty(settings, SHARED, 0, 1)
     seed = merged.tasks[0].info.get("seed", 0)
-    block.init_offsets(torch.Generator().manual_seed(seed_of(SHARED, seed, "offsets")))
-    slot = TaskSlots(
-        name=SHARED,
-        start=0,
-        stop=1,
-        text_keys=block.text_keys,
-        image_keys=block.image_keys,
-        A={target: tensor.detach() for target, tensor in block.A.items()},
-        B={target: tensor.detach() for target, tensor in block.B.items()},
-    )
-    return SlotFile(settings, [slot], merged.base)
+    slot.init_offsets(settings, torch.Generator().manual_seed(seed_of(SHARED, seed, "offsets")))
+    return Pool(settings, [slot], merged.base, merged.prompt)
 
 
 METHOD = Sequential()
