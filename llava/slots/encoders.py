@@ -16,6 +16,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -94,7 +95,7 @@ class SentenceEncoder(TextEncoder):
     @torch.inference_mode()
     def encode_one(self, question: str) -> Tensor:
         batch = self.tokenizer(question.strip(), return_tensors="pt", truncation=True)
-        hidden = self.model(**batch).last_hidden_state[0]  # [tokens, dim]
+        hidden: Tensor = self.model(**batch).last_hidden_state[0]  # [tokens, dim]
         return hidden.mean(0).clone()
 
 
@@ -111,7 +112,7 @@ def load_text_encoder(choice: str, base_path: str | Path | None) -> TextEncoder:
     return BaseEmbeddingEncoder(base_path)
 
 
-def encoder_from_identity(identity: dict, base_path: str | Path | None) -> TextEncoder:
+def encoder_from_identity(identity: dict[str, Any], base_path: str | Path | None) -> TextEncoder:
     """The encoder a key file was made with; ``UserError`` if what is found here is a different one."""
     encoder = load_text_encoder(identity["name"], base_path)
     if encoder.identity != identity:

@@ -19,7 +19,7 @@ class KeyScores:
 
     Attributes:
         table: all keys side by side, ``[pool, dim]`` float64, so that a product with ``unit(query)`` is the
-            similarity; ``None`` for a pool without keys.
+            similarity; ``[0, 0]`` for a pool without keys.
 
     Raises:
         ValueError: keys that are not finite.
@@ -32,7 +32,7 @@ class KeyScores:
         self.tau = tau
         total = sum(weights[name] for name in self.tables)
         flat = [_flat_keys(keys) * (weights[name] / total) for name, keys in self.tables.items()]
-        self.table = torch.cat(flat, dim=1) if flat else None
+        self.table = torch.cat(flat, dim=1) if flat else torch.zeros(0, 0, dtype=torch.float64)
 
     def unit(self, query: Query) -> Tensor:
         """The query's modalities, each group of unit length: ``[batch, dim]`` float64."""

@@ -16,8 +16,9 @@ bitsandbytes) does not lose it, because nothing is stored on the projection itse
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
@@ -53,10 +54,11 @@ class WeightOffset:
 def target_module(layer: nn.Module, target: str) -> nn.Module:
     """The projection called ``target`` of a decoder layer."""
     parent = layer.self_attn if target in ATTENTION_TARGETS else layer.mlp
-    return getattr(parent, target)
+    found: nn.Module = getattr(parent, target)
+    return found
 
 
-def target_features(config, target: str) -> tuple[int, int]:
+def target_features(config: Any, target: str) -> tuple[int, int]:
     """``(in, out)`` features of a target projection for a Llama-like config."""
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     hidden, inner = config.hidden_size, config.intermediate_size
@@ -80,20 +82,21 @@ def install_offset_hooks(layers: Iterable[nn.Module], targets: Iterable[str]) ->
 def _hook_layer(layer: nn.Module, index: int, targets: tuple[str, ...]) -> list[RemovableHandle]:
     current: dict[str, WeightOffset | None] = {"offset": None}
 
-    def take(module, args, kwargs):
+    def take(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
         current["offset"] = kwargs.get("weight_offset")
         return args, {name: value for name, value in kwargs.items() if name != "weight_offset"}
 
     # On self_attn, not on the layer: checkpointing recomputes what is inside the layer's forward. Attention runs before
     # the MLP, so MLP targets find the offset too.
-    hooks = [layer.self_attn.register_forward_pre_hook(take, with_kwargs=True)]
+    attention: nn.Module = layer.self_attn  # type: ignore[assignment]
+    hooks = [attention.register_forward_pre_hook(take, with_kwargs=True)]
     for target in targets:
         hooks.append(target_module(layer, target).register_forward_hook(_adder(current, target, index)))
     return hooks
 
 
-def _adder(current: dict[str, WeightOffset | None], target: str, index: int):
-    def add(module, args, output):
+def _adder(current: dict[str, WeightOffset | None], target: str, index: int) -> Callable[..., Tensor | None]:
+    def add(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
         offset = current["offset"]
         return None if offset is None else output + offset.apply(target, index, args[0])
 

@@ -61,7 +61,7 @@ def adapter_tensors(pool: Pool, task: TaskSlots, mixture: dict[int, float]) -> d
     return tensors
 
 
-def export_peft(pool: Pool, task_name: str, folder: str | Path, weights: list[float] | None = None) -> dict:
+def export_peft(pool: Pool, task_name: str, folder: str | Path, weights: list[float] | None = None) -> dict[int, float]:
     """Write ``adapter_config.json`` and ``adapter_model.safetensors``; returns the mixture that was folded in.
 
     Raises:

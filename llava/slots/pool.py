@@ -141,7 +141,9 @@ class Pool(nn.Module):
     def layout(self) -> _Layout:
         """Where each task's slots stand and which may be selected; worked out once per change of the pool."""
         if self._layout is None:
-            ranges, mask, allowed_tasks, start = {}, [], {}, 0
+            ranges, start = {}, 0
+            mask: list[bool] = []
+            allowed_tasks: dict[str, TaskSlots] = {}
             for task in self.tasks:
                 allowed = task.name == self.training_task if self.training_task else task.trained
                 ranges[task.name] = range(start, start + task.count)
@@ -247,9 +249,9 @@ class Pool(nn.Module):
         k, layout = self.settings.top_k, self.layout()
         if len(layout.allowed) < k:
             raise ValueError(f"top_k is {k}, but only {len(layout.allowed)} slots may be selected")
-        for name in set(given) & set(layout.allowed_tasks):
-            if layout.allowed_tasks[name].count < k:
-                raise ValueError(f"top_k is {k}, but task {name!r} has {layout.allowed_tasks[name].count} slots")
+        for name, task in layout.allowed_tasks.items():
+            if name in given and task.count < k:
+                raise ValueError(f"top_k is {k}, but task {name!r} has {task.count} slots")
 
     def unknown_gate(self) -> UnknownGate | None:
         """What tells unknown questions; ``None`` in training, or where a selectable task was not calibrated."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 import pickle
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -104,7 +105,7 @@ def _read(source: Path) -> dict[str, Tensor]:
     return {names[name]: value for name, value in state.items() if name in names and isinstance(value, Tensor)}
 
 
-def _check_ranges(source, ranges: dict[str, tuple[int, int]], pool: int) -> None:
+def _check_ranges(source: str | Path, ranges: dict[str, tuple[int, int]], pool: int) -> None:
     taken: dict[int, str] = {}
     for task, (start, stop) in ranges.items():
         if not 0 <= start < stop <= pool:
@@ -115,7 +116,9 @@ def _check_ranges(source, ranges: dict[str, tuple[int, int]], pool: int) -> None
             taken[slot] = task
 
 
-def _components(source, tensor: Tensor | None, pool: int, layers: int, hidden: int):
+def _components(
+    source: str | Path, tensor: Tensor | None, pool: int, layers: int, hidden: int
+) -> tuple[Tensor | None, Tensor | None]:
     """``A`` and ``B``, each ``[pool, layers, rank, hidden]``; ``None`` for a bare key file."""
     if tensor is None:
         return None, None
@@ -130,7 +133,7 @@ def _components(source, tensor: Tensor | None, pool: int, layers: int, hidden: i
     return tensor[:, 0], tensor[:, 1]
 
 
-def _encoder(choice: str | None, base: Path, dim: int) -> dict:
+def _encoder(choice: str | None, base: Path, dim: int) -> dict[str, Any]:
     if choice is None:
         return {}
     identity = load_text_encoder(choice, base).identity

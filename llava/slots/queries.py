@@ -6,7 +6,9 @@ Every function here treats each row by itself: a row's numbers do not depend on 
 from __future__ import annotations
 
 import functools
+import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -56,7 +58,7 @@ class Query:
         joint = self.joint()
         weight, bias = _random_waves(joint.shape[-1])
         waves = row_products(joint.float(), weight.to(joint.device)).double() + bias.to(joint.device)
-        return waves.cos() * (2 / RANDOM_FEATURES) ** 0.5
+        return waves.cos() * math.sqrt(2 / RANDOM_FEATURES)
 
 
 @dataclass
@@ -90,7 +92,8 @@ def fold(rows: Tensor) -> Tensor:
     order, signs = _deal(dim)
     dealt = rows[..., order.to(rows.device)] * signs.to(rows.device)
     dealt = F.pad(dealt, (0, -dim % MODALITY_DIM))
-    return dealt.unflatten(-1, (-1, MODALITY_DIM)).sum(-2)
+    sums: Tensor = dealt.unflatten(-1, (-1, MODALITY_DIM)).sum(-2)
+    return sums
 
 
 def row_products(rows: Tensor, matrix: Tensor) -> Tensor:
@@ -121,11 +124,13 @@ class Queries:
 
     text: Tensor | None
     image: Tensor | None
-    encoder: dict  # identity of the text encoder; empty without one
+    encoder: dict[str, Any]  # identity of the text encoder; empty without one
 
     def __len__(self) -> int:
-        return len(self.text if self.text is not None else self.image)
+        given = self.text if self.text is not None else self.image
+        return 0 if given is None else len(given)
 
     def select(self, rows: Tensor) -> Queries:
         """The queries of some of the rows."""
-        return Queries(*(part if part is None else part[rows] for part in (self.text, self.image)), self.encoder)
+        text, image = (None if part is None else part[rows] for part in (self.text, self.image))
+        return Queries(text, image, self.encoder)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import asdict, dataclass, field, fields
+from typing import Any
 
 from llava.slots.offsets import TARGETS
 from llava.slots.picture_query import KINDS
@@ -38,10 +39,10 @@ class RetrieverSettings:
     router: str = "gaussian"
     weighting: str = "softmax"
     unknown_share: float = 0.005
-    encoder: dict = field(default_factory=dict)
+    encoder: dict[str, Any] = field(default_factory=dict)
 
-    def __post_init__(self):
-        self.features = {target: tuple(shape) for target, shape in self.features.items()}
+    def __post_init__(self) -> None:
+        self.features = {target: (in_, out) for target, (in_, out) in self.features.items()}
         if unknown := set(self.features) - set(TARGETS):
             raise ValueError(f"unknown target projection {sorted(unknown)[0]!r}; known: {', '.join(TARGETS)}")
         if self.query_mode not in QUERY_MODES:
@@ -75,11 +76,11 @@ class RetrieverSettings:
     def uses_images(self) -> bool:
         return "image" in self.query_mode and self.image_dim is not None
 
-    def to_dict(self) -> dict:
+    def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
     @classmethod
-    def from_dict(cls, values: dict) -> RetrieverSettings:
+    def from_dict(cls, values: dict[str, Any]) -> RetrieverSettings:
         known = {item.name for item in fields(cls)}
         return cls(**{name: value for name, value in values.items() if name in known})
 

@@ -154,7 +154,7 @@ class TaskSlots(nn.Module):
         for name, tensor in sorted(self.tensors().items()):
             plain = tensor.detach().cpu().contiguous()
             digest.update(f"{name}:{plain.dtype}:{tuple(plain.shape)}".encode())
-            digest.update(plain.flatten().view(torch.uint8).numpy())
+            digest.update(plain.flatten().view(torch.uint8).numpy().data)
         return digest.hexdigest()[:16]
 
 
@@ -162,9 +162,13 @@ def key_shapes(
     settings: RetrieverSettings, count: int
 ) -> tuple[tuple[int, int, int] | None, tuple[int, int, int] | None]:
     """Shapes of the text and image keys of ``count`` slots; ``None`` where the queries have no such part."""
-    text = (settings.groups, count, settings.text_dim // settings.groups) if settings.uses_text else None
-    image = (settings.groups, count, settings.image_dim // settings.groups) if settings.uses_images else None
-    return text, image
+
+    def shape(dim: int | None) -> tuple[int, int, int] | None:
+        return None if dim is None else (settings.groups, count, dim // settings.groups)
+
+    text_dim = settings.text_dim if settings.uses_text else None
+    image_dim = settings.image_dim if settings.uses_images else None
+    return shape(text_dim), shape(image_dim)
 
 
 def offset_shapes(settings: RetrieverSettings, count: int) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]]]:

@@ -73,10 +73,11 @@ class TaskExtent:
         level = variances.mean().clamp_min(1e-12)
         kept = min(DIRECTIONS, dim)
         rest = variances[: dim - kept].mean() if kept < dim else level
-        shrunk = [(1 - SHRINKAGE) * part.clamp_min(0) + SHRINKAGE * level for part in (variances[dim - kept :], rest)]
-        return cls(
-            mean.float(), directions[:, dim - kept :].T.float().contiguous(), *(s.float() for s in shrunk), mean[:0]
+        leading, rest = (
+            ((1 - SHRINKAGE) * part.clamp_min(0) + SHRINKAGE * level).float()
+            for part in (variances[dim - kept :], rest)
         )
+        return cls(mean.float(), directions[:, dim - kept :].T.float().contiguous(), leading, rest, mean[:0])
 
     def distance(self, row: Tensor) -> Tensor:
         """Of one query's evidence ``[dim]``, a scalar. Raises ``ValueError`` for another dimension."""

@@ -8,7 +8,7 @@ from tiny_llava import GROUPS, HIDDEN, LAYERS, SLOTS, write_base, write_stage
 
 from llava.continual import slots as cli
 from llava.model.builder import load_pretrained_model
-from llava.slots.edit import merge, read_place
+from llava.slots.edit import merge, read_place, remove
 from llava.slots.peft_export import export_peft, fixed_mixture
 from llava.slots.pool import Pool
 from llava.utils import UserError
@@ -87,6 +87,18 @@ def test_independently_numbered_slots_merge_when_packed(run, base, stage, tmp_pa
     packed = read_place(tmp_path / "llava-packed")
     assert [(task.name, task.start) for task in packed.tasks] == [("abd", 0), ("chest", 4), ("head", 8), ("spine", 12)]
     assert (tmp_path / "llava-packed" / "config.json").is_file()
+
+
+def test_pools_that_ask_differently_do_not_merge_and_the_prompt_is_kept(stage, tmp_path):
+    places = [part(stage, tmp_path / f"{name}.pth", name) for name in ("abd", "chest", "head")]
+    for place, suffix in ((places[0], "Answer in one word."), (places[2], "Be brief.")):
+        pool = read_place(place)
+        pool.prompt = {"answer_suffix": suffix}
+        pool.write(place)
+    assert merge(places[:2]).prompt == merge(places[1::-1]).prompt == {"answer_suffix": "Answer in one word."}
+    assert remove(merge(places[:2]), ["abd"]).prompt == {"answer_suffix": "Answer in one word."}
+    with pytest.raises(UserError, match=r"abd\.pth and .*head\.pth ask their questions differently"):
+        merge(places)
 
 
 def test_removal_leaves_the_bytes_of_a_file_that_never_had_the_task(run, stage, tmp_path):
