@@ -50,7 +50,7 @@ class Parser(HfArgumentParser):
     """``HfArgumentParser`` with the fields' metadata above, and one line for a wrong command line."""
 
     def __init__(self, dataclass_types: Any = None, **options: Any):
-        kinds = [dataclass_types] if isinstance(dataclass_types, type) else list(dataclass_types or [])
+        kinds: list[Any] = [dataclass_types] if isinstance(dataclass_types, type) else list(dataclass_types or [])
         self._words = any(entry.metadata.get("positional") for kind in kinds for entry in dataclasses.fields(kind))
         super().__init__(kinds, **{"formatter_class": _Help, **options})
 
@@ -124,4 +124,5 @@ def given(arguments: Any, kind: type) -> dict[str, Any]:
 
 
 def _instance(kind: type[Arguments], namespace: argparse.Namespace) -> Arguments:
-    return kind(**{entry.name: getattr(namespace, entry.name) for entry in dataclasses.fields(kind)})
+    names = [entry.name for entry in dataclasses.fields(typing.cast(Any, kind))]
+    return kind(**{name: getattr(namespace, name) for name in names})

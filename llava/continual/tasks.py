@@ -108,12 +108,10 @@ class TaskSequence:
 
     def overridden(self, environ: Mapping[str, str]) -> TaskSequence:
         """The sequence with what the environment sets (see ``llava/continual/settings.py``)."""
-        slots = environ.get("SLOTS_PER_TASK")
+        slots: Any = environ.get("SLOTS_PER_TASK") or self.slots_per_task
         return replace(
             self,
-            slots_per_task=_slots(int(slots) if slots.isdigit() else slots, "SLOTS_PER_TASK")
-            if slots
-            else self.slots_per_task,
+            slots_per_task=_slots(int(slots) if str(slots).isdigit() else slots, "SLOTS_PER_TASK"),
             keys=overridden(self.keys, environ),
             train=overridden(self.train, environ),
             base=overridden(self.base, environ),
@@ -125,7 +123,7 @@ FIELDS = tuple(entry.name for entry in fields(TaskSequence) if entry.name != "st
 """Fields of a file."""
 
 
-def load_sequence(name_or_path: str | os.PathLike, environ: Mapping[str, str] | None = None) -> TaskSequence:
+def load_sequence(name_or_path: str | os.PathLike[str], environ: Mapping[str, str] | None = None) -> TaskSequence:
     """Read a task sequence by file, or by the name of one that ships (``vqa-rad``, ``slake``, ``phantom``).
 
     Args:
