@@ -72,9 +72,16 @@ class Parser(HfArgumentParser):
         self.exit(2, f"error: {message} (see {self.prog} --help)\n")
 
 
-def parse(kind: type[Arguments], argv: Sequence[str] | None = None, description: str | None = None) -> Arguments:
-    """The command line as an instance of ``kind``; ``argv`` is the process's own unless given."""
+def parse(
+    kind: type[Arguments], argv: Sequence[str] | None = None, description: str | None = None, **defaults: Any
+) -> Arguments:
+    """The command line as an instance of ``kind``; ``argv`` is the process's own unless given.
+
+    Args:
+        defaults: in place of the fields' own.
+    """
     parser = Parser(kind, description=description)
+    parser.set_defaults(**defaults)
     return _instance(kind, parser.parse_args(argv))
 
 
