@@ -100,7 +100,7 @@ def main(argv: Sequence[str] | None = None, **defaults: Any) -> None:
     print(f"{arguments.answers_file}: {len(rows)} answers by {model_id}")
 
 
-def run_settings(arguments: Arguments) -> dict[str, Any]:
+def run_settings(arguments: Any) -> dict[str, Any]:
     """Everything that decides the answers of a chunk set; equal settings mean equal answers."""
     names = "conv_mode answer_suffix num_chunks temperature top_p num_beams max_new_tokens batch_size seed".split()
     names += ["load_8bit", "load_4bit", "task_id", "route", "default_answer_suffix", "image_aspect_ratio"]
@@ -114,7 +114,7 @@ def run_settings(arguments: Arguments) -> dict[str, Any]:
     }
 
 
-def asked_prompt(arguments: Arguments) -> dict[str, str | None]:
+def asked_prompt(arguments: Any) -> dict[str, str | None]:
     """The fields of the prompt that the command line names; None where it leaves them to the checkpoint."""
     given = vars(arguments)
     names = {"conv_mode": "conv_mode", "answer_suffix": "answer_suffix", "aspect_ratio": "image_aspect_ratio"}
@@ -122,7 +122,7 @@ def asked_prompt(arguments: Arguments) -> dict[str, str | None]:
     return {field: None if value == "" and field != "answer_suffix" else value for field, value in asked.items()}
 
 
-def check_prompt_flags(arguments: Arguments) -> None:
+def check_prompt_flags(arguments: Any) -> None:
     """Refuse flags of the prompt that name nothing, or nothing that the model can do, before it is loaded.
 
     Raises:
@@ -159,7 +159,7 @@ def check_images(rows: Sequence[Row], image_folder: str) -> None:
 
 
 def answer_rows(
-    speaker: Speaker, rows: Sequence[Row], arguments: Arguments, done: int = 0
+    speaker: Speaker, rows: Sequence[Row], arguments: Any, done: int = 0
 ) -> Iterator[tuple[range, list[tuple[str, dict | None]]]]:
     """Answers batch by batch, from the batch that holds row ``done`` on: ``(row numbers, [(text, route), ...])``."""
     import torch
@@ -204,7 +204,7 @@ class Speaker:
         self.stop = (template.sep2 if template.sep_style.name in ("TWO", "LLAMA_2") else template.sep) or None
 
     @classmethod
-    def load(cls, arguments: Arguments) -> Speaker:
+    def load(cls, arguments: Any) -> Speaker:
         """Load the checkpoint that the arguments name, with the router and the prompt they ask for.
 
         Raises:
@@ -269,7 +269,7 @@ class Speaker:
         candidates = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0)
         return next(token for token in candidates if token is not None)
 
-    def reply(self, batch: dict[str, Any], arguments: Arguments, **options: Any) -> list[tuple[str, dict | None]]:
+    def reply(self, batch: dict[str, Any], arguments: Any, **options: Any) -> list[tuple[str, dict | None]]:
         """Texts and routes of a collated batch; ``options`` go to ``generate``."""
         tasks = given_tasks(batch["rows"], arguments)
         known = known_tasks(self.model)
@@ -285,7 +285,7 @@ class Speaker:
         return [replies[number] for number in range(len(tasks))]
 
     def _generate(
-        self, batch: dict[str, Any], arguments: Arguments, tasks: list[str] | None, **options: Any
+        self, batch: dict[str, Any], arguments: Any, tasks: list[str] | None, **options: Any
     ) -> list[tuple[str, dict | None]]:
         from llava.mm_utils import KeywordsStoppingCriteria
 
@@ -323,7 +323,7 @@ class Speaker:
         return (text.split(self.stop)[0] if self.stop and self.stop.strip() else text).strip()
 
 
-def given_tasks(rows: Sequence[Row], arguments: Arguments) -> list[str] | None:
+def given_tasks(rows: Sequence[Row], arguments: Any) -> list[str] | None:
     """The task of each row where the arguments give it away, else None.
 
     Raises:

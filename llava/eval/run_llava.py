@@ -108,7 +108,7 @@ def with_pictures(query: str, count: int) -> str:
     return query if named else f"{DEFAULT_IMAGE_TOKEN}\n" * count + query
 
 
-def ask(speaker, turns: Sequence[tuple[str, str]], pictures: list, arguments: Arguments, **more):
+def ask(speaker, turns: Sequence[tuple[str, str]], pictures: list, arguments: Any, **more):
     """The answer to the last human turn of a conversation about ``pictures``: ``(text, route or None)``.
 
     Args:
