@@ -10,10 +10,11 @@ See data/README.md for the inputs, the files written and the fields of a row.
 
 from __future__ import annotations
 
-import argparse
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
+from llava.cli import flag, parse
 from llava.data.raw.example import TEST, TRAIN, VALIDATE, Example, Report
 from llava.data.raw.outputs import report_text, slake_files, summary_table, vqa_rad_files, write_together
 from llava.data.raw.sources import DATASETS, SLAKE, find_source, missing_images, read_source
@@ -22,7 +23,7 @@ from llava.utils import UserError, run_cli
 
 
 def main(arguments: list[str] | None = None) -> int:
-    options = parse_arguments(arguments)
+    options = parse(Arguments, arguments, __doc__)
     source = find_source(
         options.dataset, options.data_dir, options.metadata, options.test_metadata, options.reference, options.image_dir
     )
@@ -52,20 +53,19 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dataset", default="auto", help=f"auto (told by content) or {', '.join(DATASETS)}")
-    parser.add_argument("--data_dir", help="raw data (default: VQA_RAD_DIR or data/vqa-rad; SLAKE_DIR or data/slake)")
-    parser.add_argument("--metadata", help="csv with image, question, answer (default: data/train/metadata.csv)")
-    parser.add_argument("--test_metadata", help="second csv, whose rows are the test rows")
-    parser.add_argument(
-        "--reference", nargs="+", default=[], help="vqa_<ORGAN>.json files or their folder (default: beside the csv)"
-    )
-    parser.add_argument("--image_dir", help="pictures (default: images/ of the data folder; imgs/ for SLAKE)")
-    parser.add_argument("--output_dir", default="data", help="where the JSONL files go (default: data)")
-    parser.add_argument("--seed", type=int, default=0, help="deals the pictures of the unseen-image split (default: 0)")
-    parser.add_argument("--allow_missing_images", action="store_true", help="keep rows whose picture is not there")
-    return parser.parse_args(arguments)
+@dataclass(kw_only=True)
+class Arguments:
+    """Flags."""
+
+    dataset: str = flag("auto", f"auto (told by content) or {', '.join(DATASETS)}")
+    data_dir: str | None = flag(None, "raw data (default: VQA_RAD_DIR or data/vqa-rad; SLAKE_DIR or data/slake)")
+    metadata: str | None = flag(None, "csv with image, question, answer (default: data/train/metadata.csv)")
+    test_metadata: str | None = flag(None, "second csv, whose rows are the test rows")
+    reference: list[str] = flag([], "vqa_<ORGAN>.json files or their folder (default: beside the csv)")
+    image_dir: str | None = flag(None, "pictures (default: images/ of the data folder; imgs/ for SLAKE)")
+    output_dir: str = flag("data", "where the JSONL files go")
+    seed: int = flag(0, "deals the pictures of the unseen-image split")
+    allow_missing_images: bool = flag(False, "keep rows whose picture is not there")
 
 
 def check_images(examples: list[Example], folder: Path, allow: bool, report: Report) -> None:

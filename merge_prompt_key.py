@@ -8,10 +8,10 @@ its tasks, into ``merged_prompt_key.pth`` beside them (``output/prompt-key`` for
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
-from llava.cli import parse
+from llava.cli import flag, parse, word
 from llava.continual.tasks import sequence_flag
 from llava.utils import UserError, quiet_libraries, run_cli
 
@@ -20,14 +20,10 @@ from llava.utils import UserError, quiet_libraries, run_cli
 class Arguments:
     """Flags."""
 
-    key_files: list[str] = field(
-        default_factory=list, metadata={"positional": True, "help": "key files (default: one for every task)"}
-    )
+    key_files: list[str] = word("key files (default: one for every task)", [])
     sequence: str = sequence_flag()
-    key_dir: str | None = field(default=None, metadata={"help": "folder of the key files (default: the sequence's)"})
-    save_path: str | None = field(
-        default=None, metadata={"help": "file to write (default: <key_dir>/merged_prompt_key.pth)"}
-    )
+    key_dir: str | None = flag(None, "folder of the key files (default: the sequence's)")
+    save_path: str | None = flag(None, "file to write (default: <key_dir>/merged_prompt_key.pth)")
 
 
 def main() -> None:

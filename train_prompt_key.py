@@ -9,10 +9,10 @@ Tasks can be fitted in any order, on any machine, at the same time; ``merge_prom
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from llava.cli import flags_of, given, parse
+from llava.cli import flag, flags_of, given, parse
 from llava.continual.settings import KeySettings
 from llava.continual.tasks import sequence_flag
 from llava.devices import default_device
@@ -20,27 +20,20 @@ from llava.utils import UserError, quiet_libraries, run_cli
 
 
 @dataclass(kw_only=True)
-class Arguments(flags_of(KeySettings)):
+class Arguments(flags_of(KeySettings, default="the sequence's")):
     """Flags; those of ``KeySettings`` override the sequence's ``keys`` block."""
 
-    task: str = field(metadata={"help": "task name, as in the task sequence"})
-    data_paths: list[str] | None = field(default=None, metadata={"help": "training files (default: the sequence's)"})
-    save_path: str | None = field(default=None, metadata={"help": "key file to write (default: the sequence's)"})
+    task: str = flag(help="task name, as in the task sequence")
+    data_paths: list[str] | None = flag(None, "training files (default: the sequence's)")
+    save_path: str | None = flag(None, "key file to write (default: the sequence's)")
     sequence: str = sequence_flag()
-    model_base: str | None = field(
-        default=None, metadata={"help": "base model (default: BASE_MODEL or the sequence's)"}
-    )
-    image_folder: str | None = field(default=None, metadata={"help": "picture folder (default: the sequence's)"})
-    image_aspect_ratio: str | None = field(
-        default=None, metadata={"help": "pad, square or anyres (default: the base's)"}
-    )
-    seed: int | None = field(default=None, metadata={"help": "default: the sequence's"})
-    batch_size: int = field(default=16, metadata={"help": "pictures encoded at a time"})
-    device: str | None = field(default=None, metadata={"help": "cpu or cuda (default: cuda where there is one)"})
-    cache_dir: str | None = field(
-        default=None,
-        metadata={"help": "where queries and picture features are kept, for stage 2 too (default: cache/queries)"},
-    )
+    model_base: str | None = flag(None, "base model (default: BASE_MODEL or the sequence's)")
+    image_folder: str | None = flag(None, "picture folder (default: the sequence's)")
+    image_aspect_ratio: str | None = flag(None, "pad, square or anyres (default: the base's)")
+    seed: int | None = flag(None, "default: the sequence's")
+    batch_size: int = flag(16, "pictures encoded at a time")
+    device: str | None = flag(None, "cpu or cuda (default: cuda where there is one)")
+    cache_dir: str | None = flag(None, "keeps queries and picture features, for stage 2 too (default: cache/queries)")
 
 
 def main() -> None:

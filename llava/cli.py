@@ -24,12 +24,25 @@ from transformers.hf_argparser import HfArgumentParser
 Arguments = TypeVar("Arguments")
 
 
+def flag(default: Any = dataclasses.MISSING, help: str = "", **more: Any) -> Any:
+    """A field with its help and further metadata; without a default the flag is needed."""
+    about = {"help": help, **more}
+    if isinstance(default, list):
+        return dataclasses.field(default_factory=lambda: list(default), metadata=about)
+    return dataclasses.field(default=default, metadata=about)
+
+
+def word(help: str = "", default: Any = dataclasses.MISSING) -> Any:
+    """A positional field; of type ``list`` it takes all the words that are left."""
+    return flag(default, help, positional=True)
+
+
 class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     """The module's text as it stands; defaults where they say something."""
 
     def _get_help_string(self, action: argparse.Action) -> str:
         text = action.help or ""
-        plain = action.default in (None, False, argparse.SUPPRESS, "") or action.default == []
+        plain = action.default is None or action.default is False or action.default in (argparse.SUPPRESS, "", [])
         return text if plain or "default" in text else f"{text} (default: %(default)s)".strip()
 
 
@@ -37,7 +50,7 @@ class Parser(HfArgumentParser):
     """``HfArgumentParser`` with the fields' metadata above, and one line for a wrong command line."""
 
     def __init__(self, dataclass_types: Any = None, **options: Any):
-        kinds = [dataclass_types] if isinstance(dataclass_types, type) else list(dataclass_types or [])
+        kinds: list[Any] = [dataclass_types] if isinstance(dataclass_types, type) else list(dataclass_types or [])
         self._words = any(entry.metadata.get("positional") for kind in kinds for entry in dataclasses.fields(kind))
         super().__init__(kinds, **{"formatter_class": _Help, **options})
 
@@ -59,9 +72,16 @@ class Parser(HfArgumentParser):
         self.exit(2, f"error: {message} (see {self.prog} --help)\n")
 
 
-def parse(kind: type[Arguments], argv: Sequence[str] | None = None, description: str | None = None) -> Arguments:
-    """The command line as an instance of ``kind``; ``argv`` is the process's own unless given."""
+def parse(
+    kind: type[Arguments], argv: Sequence[str] | None = None, description: str | None = None, **defaults: Any
+) -> Arguments:
+    """The command line as an instance of ``kind``; ``argv`` is the process's own unless given.
+
+    Args:
+        defaults: in place of the fields' own.
+    """
     parser = Parser(kind, description=description)
+    parser.set_defaults(**defaults)
     return _instance(kind, parser.parse_args(argv))
 
 
@@ -84,14 +104,20 @@ def fail(message: str) -> typing.NoReturn:
     sys.exit(2)
 
 
-def flags_of(kind: type, without: Iterable[str] = ()) -> type:
-    """A dataclass with the fields of ``kind`` as flags that are ``None`` unless given; for settings kept elsewhere."""
+def flags_of(kind: type, without: Iterable[str] = (), default: str | None = None) -> type:
+    """A dataclass with the fields of ``kind`` as flags that are ``None`` unless given; for settings kept elsewhere.
+
+    Args:
+        default: what help says of defaults, such as "the sequence's"; the field's own unless given.
+    """
     hints = typing.get_type_hints(kind)
     entries = []
     for entry in dataclasses.fields(kind):
         if entry.name not in without:
             hint = list[str] if typing.get_origin(hints[entry.name]) is tuple else hints[entry.name]
-            more = {name: value for name, value in entry.metadata.items() if name in ("help", "choices")}
+            more = {name: value for name, value in entry.metadata.items() if name == "choices"}
+            text = f"{entry.metadata.get('help', '')} (default: {default or entry.default})".strip()
+            more["help"] = text.replace("%", "%%")
             entries.append((entry.name, hint | None, dataclasses.field(default=None, metadata=more)))
     return dataclasses.make_dataclass(f"{kind.__name__}Flags", entries, kw_only=True)
 
@@ -105,4 +131,5 @@ def given(arguments: Any, kind: type) -> dict[str, Any]:
 
 
 def _instance(kind: type[Arguments], namespace: argparse.Namespace) -> Arguments:
-    return kind(**{entry.name: getattr(namespace, entry.name) for entry in dataclasses.fields(kind)})
+    names = [entry.name for entry in dataclasses.fields(typing.cast(Any, kind))]
+    return kind(**{name: getattr(namespace, name) for name in names})

@@ -17,7 +17,7 @@ import json
 import shutil
 import sys
 import time
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -25,7 +25,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from llava.cli import flags_of, given, parse
+from llava.cli import flag, flags_of, given, parse
 from llava.continual.places import places_of
 from llava.files import atomic_write
 from llava.toy.medical_base import MEDICAL, MedicalCorpus
@@ -55,23 +55,16 @@ _SETTINGS = "settings.json"
 
 
 @dataclass(kw_only=True)
-class Arguments(flags_of(TinyBaseConfig, without=DECIDED)):
+class Arguments(flags_of(TinyBaseConfig, without=DECIDED, default="the recipe's")):
     """Flags; those of ``TinyBaseConfig`` override the recipe's."""
 
-    output_dir: str | None = field(
-        default=None, metadata={"help": "folder to write (default: the sequence's, else output/tiny-base)"}
+    output_dir: str | None = flag(None, "folder to write (default: the sequence's, else output/tiny-base)")
+    save_every: int = flag(50, "steps between two checkpoints")
+    sequence: str | None = flag(None, "make the base that this task sequence asks for, if it asks for a tiny one")
+    recipe: str | None = flag(
+        None, "what to learn from (default: the sequence's, else phantom)", choices=sorted(RECIPES)
     )
-    save_every: int = field(default=50, metadata={"help": "steps between two checkpoints"})
-    sequence: str | None = field(
-        default=None, metadata={"help": "make the base that this task sequence asks for, if it asks for a tiny one"}
-    )
-    recipe: str | None = field(
-        default=None,
-        metadata={"choices": sorted(RECIPES), "help": "what to learn from (default: the sequence's, else phantom)"},
-    )
-    slake_dir: str | None = field(
-        default=None, metadata={"help": "SLAKE's folder, for the medical recipe (left out when it is not there)"}
-    )
+    slake_dir: str | None = flag(None, "SLAKE's folder, for the medical recipe (left out when it is not there)")
 
 
 def main() -> int:

@@ -113,6 +113,6 @@ class Places:
         return self.sequence.task_names.index(self.sequence.task(task).name)
 
 
-def places_of(sequence: str | os.PathLike, method: str = "retrieval") -> Places:
+def places_of(sequence: str | os.PathLike[str], method: str = "retrieval") -> Places:
     """``Places`` of a sequence given by name or file, under ``OUTPUT_DIR``."""
     return Places.of(load_sequence(sequence), method)

@@ -30,7 +30,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from llava.cli import parse_command
+from llava.cli import flag, parse_command, word
 from llava.continual.settings import (
     BaseSettings,
     KeySettings,
@@ -108,12 +108,10 @@ class TaskSequence:
 
     def overridden(self, environ: Mapping[str, str]) -> TaskSequence:
         """The sequence with what the environment sets (see ``llava/continual/settings.py``)."""
-        slots = environ.get("SLOTS_PER_TASK")
+        slots: Any = environ.get("SLOTS_PER_TASK") or self.slots_per_task
         return replace(
             self,
-            slots_per_task=_slots(int(slots) if slots.isdigit() else slots, "SLOTS_PER_TASK")
-            if slots
-            else self.slots_per_task,
+            slots_per_task=_slots(int(slots) if str(slots).isdigit() else slots, "SLOTS_PER_TASK"),
             keys=overridden(self.keys, environ),
             train=overridden(self.train, environ),
             base=overridden(self.base, environ),
@@ -243,15 +241,15 @@ def _expand(text: str) -> str:
     return os.path.expandvars(text)
 
 
-_OUTPUT_DIR: Any = field(default=None, metadata={"help": "default: OUTPUT_DIR, else output"})
+_OUTPUT_DIR: Any = flag(None, "default: OUTPUT_DIR, else output")
 
 
 @dataclass(kw_only=True)
 class Get:
     """print one field"""
 
-    sequence: str = field(metadata={"positional": True, "help": "task sequence, name or file"})
-    field: str = field(metadata={"positional": True, "help": "such as test, train:<task>, keys.rank or merged_keys"})
+    sequence: str = word("task sequence, name or file")
+    field: str = word("such as test, train:<task>, keys.rank or merged_keys")
     output_dir: str | None = _OUTPUT_DIR
     method: str = "retrieval"
 
@@ -260,7 +258,7 @@ class Get:
 class Stages:
     """print the stage checkpoints' folders, one a line"""
 
-    sequence: str = field(metadata={"positional": True, "help": "task sequence, name or file"})
+    sequence: str = word("task sequence, name or file")
     output_dir: str | None = _OUTPUT_DIR
     method: str = "retrieval"
 
@@ -269,14 +267,14 @@ class Stages:
 class Flags:
     """print the sequence's training settings as flags of llava.train.train_mem, one word a line"""
 
-    sequence: str = field(metadata={"positional": True, "help": "task sequence, name or file"})
+    sequence: str = word("task sequence, name or file")
 
 
 @dataclass(kw_only=True)
 class Choose:
     """print the name of the sequence that the quick start takes for a data set"""
 
-    dataset: str = field(metadata={"positional": True, "help": "vqa-rad, slake, phantom, auto, or your own"})
+    dataset: str = word("vqa-rad, slake, phantom, auto, or your own")
 
 
 def main() -> None:

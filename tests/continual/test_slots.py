@@ -89,15 +89,15 @@ def test_independently_numbered_slots_merge_when_packed(run, base, stage, tmp_pa
     assert (tmp_path / "llava-packed" / "config.json").is_file()
 
 
-def test_pools_that_ask_differently_do_not_merge_and_the_prompt_is_kept(stage, tmp_path):
+def test_pools_of_pictures_cut_differently_do_not_merge_and_the_prompt_is_kept(stage, tmp_path):
     places = [part(stage, tmp_path / f"{name}.pth", name) for name in ("abd", "chest", "head")]
-    for place, suffix in ((places[0], "Answer in one word."), (places[2], "Be brief.")):
+    for place, mode in ((places[0], "pad"), (places[2], "square")):
         pool = read_place(place)
-        pool.prompt = {"answer_suffix": suffix}
+        pool.prompt = {"aspect_ratio": mode}
         pool.write(place)
-    assert merge(places[:2]).prompt == merge(places[1::-1]).prompt == {"answer_suffix": "Answer in one word."}
-    assert remove(merge(places[:2]), ["abd"]).prompt == {"answer_suffix": "Answer in one word."}
-    with pytest.raises(UserError, match=r"abd\.pth and .*head\.pth ask their questions differently"):
+    assert merge(places[:2]).prompt == merge(places[1::-1]).prompt == {"aspect_ratio": "pad"}
+    assert remove(merge(places[:2]), ["abd"]).prompt == {"aspect_ratio": "pad"}
+    with pytest.raises(UserError, match=r"abd\.pth and .*head\.pth were fitted to pictures of different modes, pad"):
         merge(places)
 
 

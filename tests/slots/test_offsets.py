@@ -224,7 +224,7 @@ def test_bfloat16_stays_near_float32(form):
     full = model(ids, slot_indices=slots, slot_weights=weights).logits
     half = copy.deepcopy(model)
     half.model.to(torch.bfloat16), half.lm_head.to(torch.bfloat16)
-    half._offset_cache = None
+    half._action_cache = None
     half.attach_adapter(half.retriever)  # a deep copy's hooks belong to the original
     assert half.retriever.pool.task("abd").A["o_proj"].dtype == torch.float32  # the slots stay exact
     logits = half(ids, slot_indices=slots, slot_weights=weights).logits
@@ -324,7 +324,7 @@ def test_the_offsets_are_gathered_once_an_answer(monkeypatch):
     monkeypatch.setattr(Pool, "_gather", lambda self, used: calls.append(used) or gather(self, used))
     model.generate(torch.randint(3, VOCABULARY, (2, 5)), text_query=torch.randn(2, 8), max_new_tokens=7, pad_token_id=0)
     assert len(calls) == 1
-    assert model._offset_cache is None  # nothing is kept for the next questions
+    assert model._action_cache is None  # nothing is kept for the next questions
 
 
 def test_rows_without_a_picture_route_alone_as_beside_others():

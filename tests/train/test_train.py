@@ -260,7 +260,7 @@ def test_a_checkpoint_of_two_processes_is_not_resumed_with_one(tmp_path):
         (("--sequence", "absent"), "task sequence not found"),
         (
             ("--method", "magic"),
-            "unknown method 'magic'; known: ewc, joint, l2p, moelora, replay, retrieval, sequential",
+            "unknown method 'magic'; known: ewc, joint, l2p, moelora, replay, retrieval, ",
         ),
         (("--model_name_or_path", "./absent"), "checkpoint folder not found: ./absent"),
         (("--retriever_state_dict", "absent.pth"), "slot file not found: absent.pth"),
