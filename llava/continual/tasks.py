@@ -25,10 +25,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from llava.data.rows import ANSWER_STYLES
 from llava.slots.settings import check_task_name
 from llava.utils import UserError, require_file, run_cli
 
-ANSWER_STYLES = ("as_is", "lower")
 SEQUENCE_FOLDER = Path(__file__).resolve().parents[2] / "scripts" / "tasks"
 _DEFAULTED_VARIABLE = re.compile(r"\$\{(\w+):-([^}]*)\}")
 

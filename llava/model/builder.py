@@ -21,6 +21,8 @@ from llava.checkpoints.hf_layout import TO_LLAVA as HF_TO_LLAVA
 from llava.checkpoints.kinds import ADAPTER_CONFIG, PROJECTOR_PREFIX, SLOTS_FILE
 from llava.checkpoints.tokenizer import load_tokenizer
 from llava.checkpoints.weights import HARMLESS, first_line, lacking_tensors
+from llava.conversation import conv_mode_for
+from llava.mm_utils import get_model_name_from_path
 from llava.model.adapters import adapter_base, apply_adapter, load_extra_tensors
 from llava.model.configs import FAMILIES, Config, Model, llava_config
 from llava.model.multimodal_encoder.clip_encoder import shipped_image_processor
@@ -80,6 +82,7 @@ def load_pretrained_model(
             rank0_print("LoRA kept beside the base, which is quantised")
     if slots is not None:
         attach_slots(cast(Model, model), slots, base)
+        tell_prompt(model.config, slots, model_base or slots.base.get("path") or str(base))
     context = getattr(model.config, "max_sequence_length", None) or DEFAULT_CONTEXT
     return tokenizer, model.eval(), image_processor, context
 
@@ -269,6 +272,18 @@ def attach_slots(model: Model, slots: SlotFile, base: Place, with_encoder: bool 
     if with_encoder and slots.settings.uses_text and slots.settings.encoder:
         retriever.encode_text = encoder_from_identity(slots.settings.encoder, checkpoint)
     model.attach_retriever(retriever)
+
+
+def tell_prompt(config, slots: SlotFile, base_name: str) -> None:
+    """Put the stage's prompt into the model's config, so that whoever asks it finds it there.
+
+    A stage of an older version keeps none: it is asked as its base is, whose name ``base_name`` ends with.
+    """
+    known = slots.prompt or {"conv_mode": conv_mode_for(config, get_model_name_from_path(base_name))}
+    config.prompt = dict(known)
+    for field, name in (("conv_mode", "conversation_version"), ("aspect_ratio", "image_aspect_ratio")):
+        if field in known:
+            setattr(config, name, known[field])
 
 
 def _check_loading(checkpoint: Checkpoint, report: Mapping[str, Any], with_extra: bool) -> list[str]:

@@ -13,6 +13,7 @@ from tiny_llava import write_base
 from llava.checkpoints import weights
 from llava.checkpoints.checkpoint import Checkpoint
 from llava.model.builder import load_pretrained_model, load_vision_tower
+from llava.model.configs import llava_config
 from llava.slots.encoders import read_embedding_table
 from llava.utils import UserError
 
@@ -161,7 +162,7 @@ def test_a_folder_is_read_once_for_a_model(saves, tmp_path, monkeypatch):
     assert EMBEDDINGS in checkpoint.tensor_files and not checkpoint.is_hf and len(seen) == first
 
 
-def test_the_tokens_and_names_of_either_layout(tmp_path):
+def test_kind_family_and_names_of_either_layout(tmp_path):
     ours = write_base(tmp_path / "ours")
     from llava.model.convert import convert
 
@@ -170,3 +171,11 @@ def test_the_tokens_and_names_of_either_layout(tmp_path):
     assert (one.is_hf, one.kind, other.is_hf, other.kind) == (False, "llava", True, "hf")
     assert one.family == other.family == "llama" and other.vocab_size >= one.vocab_size
     assert set(one.llava_names.values()) == {name.replace(".vision_model.", ".") for name in other.llava_names.values()}
+
+
+def test_what_a_model_config_completes_stays_out_of_the_checkpoint(saves):
+    checkpoint = Checkpoint.open(saves["new"])
+    before = json.dumps(checkpoint.config, sort_keys=True)
+    one, other = llava_config(checkpoint), llava_config(checkpoint)
+    one.vision_config["hidden_size"] = one.rope_parameters["rope_theta"] = -1
+    assert other.vision_config["hidden_size"] != -1 and json.dumps(checkpoint.config, sort_keys=True) == before

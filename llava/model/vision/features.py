@@ -6,17 +6,17 @@ the frozen tower again.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
+from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
 from llava.checkpoints.checkpoint import Checkpoint, Place
 from llava.checkpoints.kinds import TOWER_PREFIX
 from llava.image_io import load_image
-from llava.mm_utils import process_images
 from llava.model.configs import llava_config
 from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower, shipped_image_processor
 from llava.utils import UserError, is_main_process
@@ -52,27 +52,25 @@ def load_vision_tower(place: Place, device: str = "cpu") -> CLIPVisionTower:
 @torch.no_grad()
 def tower_features(
     names: list[str],
-    base: Place,
+    tower: CLIPVisionTower,
     image_folder: str | Path,
+    preprocess: Callable[[list[Image.Image]], Tensor | list[Tensor]],
     batch_size: int = 16,
-    device: str = "cpu",
-    dtype: torch.dtype = torch.float32,
     purpose: str = "pictures",
 ) -> Iterator[tuple[str, Tensor, Tensor, tuple[int, int]]]:
     """For each picture file: its name, features ``[tiles, patches, mm_hidden_size]``, pixels ``[tiles, 3, h, w]`` and
     ``(width, height)``.
 
     Args:
-        base: checkpoint that names or ships the tower. purpose: what the progress bar says.
+        tower: with its weights; it runs where it is and in the type it has.
+        preprocess: RGB pictures to pixels, ``[3, h, w]`` or ``[tiles, 3, h, w]`` each. purpose: of the progress bar.
     """
-    checkpoint = Checkpoint.open(base)
-    tower, config = load_vision_tower(checkpoint, device).to(dtype), llava_config(checkpoint)
     starts = range(0, len(names), batch_size)
     for start in tqdm(starts, desc=purpose, unit="batch", disable=not is_main_process(), leave=False):
         batch = names[start : start + batch_size]
         pictures = [load_image(Path(image_folder) / name) for name in batch]
-        pixels = process_images(pictures, tower.image_processor, config)
-        tiles = [tile if tile.dim() == 4 else tile[None] for tile in pixels]
-        features = tower(torch.cat(tiles).to(device=device, dtype=dtype)).split([len(tile) for tile in tiles])
+        tiles = [tile if tile.dim() == 4 else tile[None] for tile in preprocess(pictures)]
+        pixels = torch.cat(tiles).to(device=tower.device, dtype=tower.dtype)
+        features = tower(pixels).split([len(tile) for tile in tiles])
         for name, picture, feature, tile in zip(batch, pictures, features, tiles, strict=True):
             yield name, feature, tile, picture.size
