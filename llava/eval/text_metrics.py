@@ -81,7 +81,7 @@ class TextScorer:
     def _meteor_statistic(self, references: Sequence[str], predictions: Sequence[str]) -> Statistic | str:
         try:
             if self._meteor is None:
-                self._meteor = MeteorProcess(self._java)
+                self._meteor = MeteorProcess(self._java or "java")
             rows = self._meteor.rows(references, predictions)
         except (OSError, ValueError) as error:
             self.meteor_reason = f"METEOR's Java process failed: {error}"
@@ -145,7 +145,7 @@ def ptb_tokenize(texts: Sequence[str], java: str = "java") -> list[str]:
 
 def _package_folder() -> Path:
     spec = find_spec("pycocoevalcap")
-    if spec is None:
+    if spec is None or not spec.submodule_search_locations:
         raise UserError("the package pycocoevalcap is missing (install it with: pip install pycocoevalcap)")
     return Path(next(iter(spec.submodule_search_locations)))
 
@@ -231,6 +231,8 @@ class MeteorProcess:
             encoding="utf-8",
             env={**os.environ, "LC_ALL": "C.UTF-8"},
         )
+        assert self._process.stdin is not None and self._process.stdout is not None  # both are pipes
+        self._questions, self._answers = self._process.stdin, self._process.stdout
 
     def rows(self, references: Sequence[str], predictions: Sequence[str]) -> np.ndarray:
         """Additive alignment counts ``[rows, 23]`` in METEOR's order.
@@ -243,9 +245,9 @@ class MeteorProcess:
         found = []
         for reference, prediction in zip(references, predictions, strict=True):
             hypothesis, target = (" ".join(text.replace("|||", " ").split()) for text in (prediction, reference))
-            self._process.stdin.write(f"SCORE ||| {target} ||| {hypothesis}\n")
-            self._process.stdin.flush()
-            line = self._process.stdout.readline()
+            self._questions.write(f"SCORE ||| {target} ||| {hypothesis}\n")
+            self._questions.flush()
+            line = self._answers.readline()
             if not line:
                 raise ValueError(f"it ended with exit code {self._process.wait()}")
             counts = [float(number) for number in line.split()]
@@ -262,8 +264,8 @@ class MeteorProcess:
         self._process.kill()
         self._process.wait()
         with contextlib.suppress(BrokenPipeError):  # a line it did not live to read
-            self._process.stdin.close()
-        self._process.stdout.close()
+            self._questions.close()
+        self._answers.close()
 
 
 def meteor_value(sums: np.ndarray) -> np.ndarray:

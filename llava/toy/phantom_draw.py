@@ -40,7 +40,7 @@ class Canvas:
     def __init__(self, size: int, background: int = 0) -> None:
         self.size = size
         self.side = size * SUPERSAMPLE
-        self.grey = np.full((self.side, self.side), background, np.uint8)
+        self.grey: np.ndarray = np.full((self.side, self.side), background, np.uint8)
 
     def _length(self, value: float) -> int:
         return max(1, round(value * self.side))

@@ -84,9 +84,8 @@ def draw_generic(scene: GenericScene, size: int, rng: np.random.Generator) -> tu
     canvas.blur(1)
     noise = speckle(rng, size, int(rng.integers(4, 14)))
     picture = canvas.finish(noise, gain=float(rng.uniform(0.88, 1.06)), offset=int(rng.integers(-8, 9)))
-    return picture, [
-        Spot(spot.look, *(moved @ (spot.x, spot.y, 1)).tolist(), radius=spot.radius * scale) for spot in spots
-    ]
+    places = [(moved @ (spot.x, spot.y, 1)).tolist() for spot in spots]
+    return picture, [Spot(spot.look, x, y, spot.radius * scale) for spot, (x, y) in zip(spots, places, strict=True)]
 
 
 def patch_labels(scene: GenericScene, spots: list[Spot], patches: int) -> np.ndarray:
@@ -145,7 +144,8 @@ def _draw_organ_pair(canvas: Canvas, tissue: int, rng: np.random.Generator) -> N
         if rng.random() < 0.4:
             dx, y = float(rng.uniform(0.12, 0.28)), float(rng.uniform(0.25, 0.75))
         grey = int(np.clip(tissue + rng.integers(-50, 60), 40, 165))
-        canvas.ellipse(x, y, *rng.uniform(0.06, 0.2, 2).tolist(), grey, angle=float(rng.uniform(0, 180)))
+        rx, ry = rng.uniform(0.06, 0.2, 2).tolist()
+        canvas.ellipse(x, y, rx, ry, grey, angle=float(rng.uniform(0, 180)))
 
 
 def _draw_crossing(canvas: Canvas, rng: np.random.Generator) -> None:

@@ -4,6 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from tiny_llava import write_base, write_images
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -22,6 +23,7 @@ for picture in pictures:
 """
 
 
+@pytest.mark.slow
 def test_loads_openings_and_passes_are_counted_over_all_processes(tmp_path):
     base, images = write_base(tmp_path / "tiny-llava-base"), write_images(tmp_path / "images", ["a.png", "b.png"])
     script = tmp_path / "work.py"

@@ -399,11 +399,13 @@ def zero3(world, tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_a_killed_zero3_run_ends_as_an_undisturbed_one(zero3):
     undisturbed, resumed = (zero3 / name / "llava-tiny_abd" / "slots.pth" for name in ("undisturbed", "killed"))
     assert undisturbed.read_bytes() == resumed.read_bytes()
 
 
+@pytest.mark.slow
 def test_zero3_trains_what_plain_training_does(zero3, stage):
     sharded, plain = (Pool.read(folder / "slots.pth") for folder in (zero3 / "undisturbed" / stage.name, stage))
     for kind in ("A", "B"):
@@ -411,6 +413,7 @@ def test_zero3_trains_what_plain_training_does(zero3, stage):
         assert (one - other).norm() / other.norm() < 0.02
 
 
+@pytest.mark.slow
 def test_zero3_trains_a_lora_beside_the_slots_as_plain_training_does(zero3, world, tmp_path):
     world.train("abd", tmp_path / "llava-tiny_abd", None, *EACH_STEP, *LORA)
     places = [folder / "llava-tiny_abd" for folder in (zero3 / "lora", tmp_path)]

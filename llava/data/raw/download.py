@@ -60,6 +60,8 @@ def fetch(url: str, target: Path, sha256: str | None, timeout: float = 30.0, att
         source.fetch(target.name, downloader=pooch.HTTPDownloader(progressbar=sys.stderr.isatty(), timeout=timeout))
     except RequestException as error:
         raise Unreachable(f"{url}: {_reason(error)}") from error
+    except PermissionError as error:
+        raise error.__cause__ or error from None  # the system's own, which says which folder
     except ValueError as error:
         raise UserError(f"{url}: {' '.join(str(error).split())} Run the command again.") from error
     return True

@@ -145,6 +145,18 @@ def test_no_server_and_no_address(server, tmp_path):
         fetch("file:///etc/hostname", tmp_path / "file", None)
 
 
+@pytest.mark.parametrize("call", ["tempfile.NamedTemporaryFile", "os.makedirs"])
+def test_a_folder_that_may_not_be_written_to_is_named_as_everywhere(server, tmp_path, monkeypatch, call):
+    def refuse(*_, **__):
+        raise PermissionError(13, "Permission denied", "the folder")
+
+    monkeypatch.setattr(call, refuse)
+    target = tmp_path / ("file" if call.startswith("temp") else "new/file")
+    with pytest.raises(PermissionError) as caught:
+        fetch(server.url("file"), target, None)
+    assert (caught.value.errno, caught.value.filename) == (13, "the folder")
+
+
 @pytest.fixture
 def published(server, tmp_path):
     """A server with a small VQA-RAD, and the options that point the script to it."""
