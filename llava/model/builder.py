@@ -259,7 +259,8 @@ def check_slots_fit(model: Model, slots: Pool, base: Place) -> None:
         UserError: naming what differs.
     """
     expected, checkpoint = slots.base.get("fingerprint"), Checkpoint.open(base)
-    if expected and expected != checkpoint.fingerprint:
+    beside = checkpoint.has(SLOTS_FILE)  # the base's weights were written together with the slots, under other names
+    if expected and not beside and expected != checkpoint.fingerprint:
         raise UserError(
             f"the slots were trained on base {slots.base.get('path')} ({expected}), but {checkpoint} is "
             f"{checkpoint.fingerprint}; give the right --model-base"

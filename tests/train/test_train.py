@@ -14,7 +14,9 @@ from safetensors.torch import load_file
 from tiny_world import LORA, RANK, SLOTS, refusal, same, write_sequence
 
 from llava.continual.record import checksums
+from llava.continual.run import Run
 from llava.data.rows import write_jsonl
+from llava.model.builder import load_pretrained_model
 from llava.slots.pool import Pool
 from llava.train import llava_trainer
 from llava.train import train as train_module
@@ -22,6 +24,7 @@ from llava.train.llava_trainer import COMPLETE, LLaVATrainer, last_complete_chec
 from llava.utils import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
+METHODS_WITH_MEMORY = ("ewc", "l2p", "moelora")
 EACH_STEP = ("--save_strategy", "steps", "--save_steps", "1", "--max_steps", "5")
 
 
@@ -363,14 +366,19 @@ from tiny_world import LORA, World
 world = World(*map(Path, {world!r}))
 words = (*test_train.EACH_STEP, "--deepspeed", {config!r})
 
-def run(folder, kill=None, more=()):
-    def task():
+def run(folder, kill=None, more=(), task="abd", before=None):
+    def work():
         if kill:
             test_train.kill_while_saving_step(kill)
-        world.train("abd", Path({folder!r}) / folder / "llava-tiny_abd", None, *words, *more)
-    return test_train.in_a_process_of_its_own(task)
+        place = Path({folder!r}) / folder
+        world.train(task, place / f"llava-tiny_{{task}}", before and place / before, *words, *more)
+    return test_train.in_a_process_of_its_own(work)
 
 print("STATUS", run("undisturbed"), run("killed", 3), run("killed"), run("lora", more=LORA))
+print("WHOLE", run("whole", more=("--save_full_model", "True")))
+for name in test_train.METHODS_WITH_MEMORY:
+    more = ("--method", name)
+    print("METHOD", run(name, more=more), run(name, more=more, task="chest", before="llava-tiny_abd"))
 """
 
 
@@ -393,8 +401,10 @@ def zero3(world, tmp_path_factory):
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         environment.pop(name, None)
     command = [sys.executable, str(folder / "driver.py")]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400)
-    assert f"STATUS 0 {-signal.SIGKILL} 0 0" in done.stdout, done.stdout[-3000:] + done.stderr[-3000:]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
+    said = done.stdout[-3000:] + done.stderr[-3000:]
+    assert f"STATUS 0 {-signal.SIGKILL} 0 0" in done.stdout and "WHOLE 0" in done.stdout, said
+    assert done.stdout.count("METHOD 0 0") == len(METHODS_WITH_MEMORY), said
     assert "going on from" in done.stdout and "checkpoint-2" in done.stdout
     return folder
 
@@ -423,3 +433,26 @@ def test_zero3_trains_a_lora_beside_the_slots_as_plain_training_does(zero3, worl
         assert (sharded[name] - value).norm() <= 0.02 * value.norm(), name
     one, other = (Pool.read(place / "slots.pth").tasks[0] for place in places)
     assert (one.A["o_proj"] - other.A["o_proj"]).norm() / other.A["o_proj"].norm() < 0.02
+
+
+@pytest.mark.slow
+def test_zero3_writes_the_whole_model_where_it_is_asked_to(zero3, world):
+    """Its weights lie in parts on the devices; the checkpoint holds them whole and needs no base."""
+    whole = zero3 / "whole" / "llava-tiny_abd"
+    assert list(whole.glob("*.safetensors"))
+    found, base = (load_pretrained_model(str(place), None, device="cpu")[1] for place in (whole, world.base))
+    expected = base.state_dict()
+    assert all(torch.equal(found.state_dict()[name], value) for name, value in expected.items())
+    assert found.retriever.pool.names == ["abd"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS_WITH_MEMORY)
+def test_zero3_trains_methods_that_keep_something_as_plain_training_does(zero3, world, tmp_path, method):
+    more = (*EACH_STEP, "--method", method)
+    world.train("abd", tmp_path / "llava-tiny_abd", None, *more)
+    world.train("chest", tmp_path / "llava-tiny_chest", tmp_path / "llava-tiny_abd", *more)
+    sharded, plain = (Run.open(folder / "llava-tiny_chest") for folder in (zero3 / method, tmp_path))
+    assert sharded.memory.keys() == plain.memory.keys()
+    for name, value in plain.memory.items():
+        assert (sharded.memory[name] - value).norm() <= 0.05 * value.norm(), name
