@@ -54,12 +54,15 @@ def main() -> None:
         batch_size=args.batch_size,
         device=default_device(args.device),
     )
+    base = places.base_model(args.model_base)
+    if not args.model_base:
+        print(f"no base model given; using {base}")
     save_path = Path(args.save_path or places.key_file(args.task))
     slots, fitted = fit_task(
         args.task,
         sequence.slot_range(args.task),
         args.data_paths or list(sequence.task(args.task).files),
-        places.base_model(args.model_base),
+        base,
         args.image_folder or sequence.image_folder,
         options,
         str(places.query_cache) if args.cache_dir is None else args.cache_dir or None,

@@ -28,8 +28,6 @@ On a phantom of 72 training and 72 test questions, over a base of a few thousand
     python benchmarks/counts.py -- bash cv805.sh
 """
 
-from __future__ import annotations
-
 import functools
 import hashlib
 import importlib.abc

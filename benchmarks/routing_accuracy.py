@@ -25,7 +25,8 @@ sys.path.insert(0, str(ROOT))
 
 from llava.checkpoints.weights import resolve_checkpoint  # noqa: E402
 from llava.cli import flag, parse  # noqa: E402
-from llava.continual.queries import compute_queries, default_base  # noqa: E402
+from llava.continual.places import places_of  # noqa: E402
+from llava.continual.queries import compute_queries  # noqa: E402
 from llava.data.rows import Row, read_rows  # noqa: E402
 from llava.eval.route_scores import auroc, wilson  # noqa: E402
 from llava.folds import deal  # noqa: E402
@@ -182,7 +183,7 @@ class Arguments:
 
 def main() -> None:
     arguments = parse(Arguments, description=__doc__)
-    base = resolve_checkpoint(default_base(arguments.model_base))
+    base = resolve_checkpoint(places_of("phantom").base_model(arguments.model_base))
     with tempfile.TemporaryDirectory() as work:
         data = Data(base, arguments.text_encoder, Path(work))
         print(f"base {base}, text encoder {arguments.text_encoder}")

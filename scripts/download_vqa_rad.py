@@ -6,8 +6,6 @@
 Running it again keeps what is there and right, and fetches the rest.
 """
 
-from __future__ import annotations
-
 import csv
 import hashlib
 import io

@@ -30,7 +30,7 @@ from llava.model.vision.features import load_vision_tower, tower_features
 from llava.slots.encoders import TextEncoder, load_text_encoder
 from llava.slots.picture_query import image_queries, image_query_dim
 from llava.slots.queries import Queries
-from llava.utils import UserError, is_main_process, rank0_print
+from llava.utils import is_main_process
 
 DEFAULT_CACHE = "output/cache/queries"
 
@@ -216,17 +216,3 @@ def _size(pictures: Iterable[Picture]) -> int:
 def _by_row(rows: list[Row], by_name: dict[str, Tensor], source: PictureSource, kind: str) -> Tensor:
     blank = torch.zeros(image_query_dim(kind, source.config.mm_hidden_size))
     return torch.stack([by_name[row.image] if row.image else blank for row in rows])
-
-
-def default_base(given: str | None) -> str:
-    """The base model to use: the flag, else ``BASE_MODEL``, else the tiny base if it has been made."""
-    name = given or os.environ.get("BASE_MODEL") or None
-    if name is None and Path("output/tiny-base/config.json").is_file():
-        name = "output/tiny-base"
-        rank0_print(f"no base model given; using the tiny base in {name}")
-    if name is None:
-        raise UserError(
-            "no base model: give --model-base (or BASE_MODEL) a LLaVA checkpoint, or make the tiny one with "
-            "python scripts/make_tiny_base.py"
-        )
-    return name

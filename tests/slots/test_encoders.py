@@ -10,7 +10,7 @@ from torch.nn.functional import normalize
 from transformers import BertConfig, BertModel
 
 from llava.continual import queries as queries_module
-from llava.continual.queries import compute_queries, default_base
+from llava.continual.queries import compute_queries
 from llava.data.rows import question_row, read_rows, write_jsonl
 from llava.model.builder import load_pretrained_model
 from llava.slots import encoders as query_encoder
@@ -197,19 +197,6 @@ def test_a_missing_picture_is_named(base, rows, tmp_path):
     write_images(tmp_path, ["b.png"])
     with pytest.raises(UserError, match="a.png"):
         compute_queries(read, base, tmp_path, "text+image", "base", cache_dir=None)
-
-
-def test_the_base_is_the_flag_then_the_environment_then_the_tiny_one(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("BASE_MODEL", raising=False)
-    with pytest.raises(UserError, match="no base model: give --model-base"):
-        default_base(None)
-    (tmp_path / "output" / "tiny-base").mkdir(parents=True)
-    (tmp_path / "output" / "tiny-base" / "config.json").write_text("{}")
-    assert default_base(None) == "output/tiny-base" and "using the tiny base" in capsys.readouterr().out
-    monkeypatch.setenv("BASE_MODEL", "from-environment")
-    assert default_base(None) == "from-environment"
-    assert default_base("from-flag") == "from-flag"
 
 
 def test_a_checkpoint_without_embeddings_is_named(tmp_path):
