@@ -11,6 +11,7 @@ import argparse
 import os
 from pathlib import Path
 
+from llava.devices import default_device
 from llava.utils import UserError, quiet_libraries, run_cli
 
 
@@ -50,7 +51,6 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     quiet_libraries()
-    import torch  # after parsing, so that --help and bad flags answer at once
 
     from llava.continual.prompt_keys import KeyOptions, fit_task
     from llava.continual.queries import default_base
@@ -63,7 +63,7 @@ def main() -> None:
     names = {name for name in vars(args) if name in KeyOptions.__dataclass_fields__}
     values = {name: getattr(args, name) for name in names}
     values["targets"] = tuple(args.targets)
-    values["device"] = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    values["device"] = default_device(args.device)
     save_path = Path(args.save_path or f"output/prompt-key/{args.task}.pth")
     slots, fitted = fit_task(
         args.task,

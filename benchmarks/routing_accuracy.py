@@ -12,7 +12,6 @@ test rows are used for counting only.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import os
 import subprocess
 import sys
@@ -28,6 +27,7 @@ from llava.checkpoints.weights import resolve_checkpoint  # noqa: E402
 from llava.continual.queries import compute_queries, default_base  # noqa: E402
 from llava.data.rows import Row, read_rows  # noqa: E402
 from llava.eval.route_scores import auroc, wilson  # noqa: E402
+from llava.folds import deal  # noqa: E402
 from llava.slots.fit import fit_keys, seed_of  # noqa: E402
 from llava.slots.pool import Retriever, Route  # noqa: E402
 from llava.slots.queries import Queries  # noqa: E402
@@ -102,16 +102,9 @@ def right(found: Route, rows: list[Row]) -> list[bool]:
     return [found.tasks[place] == row.domain for place, row in zip(best, rows, strict=True)]
 
 
-def folds_of(rows: list[Row]) -> torch.Tensor:
-    """One of ten folds per row; all rows of a picture share it."""
-    names = sorted({row.image for row in rows}, key=lambda name: hashlib.sha256(name.encode()).hexdigest())
-    fold = {name: number % FOLDS for number, name in enumerate(names)}
-    return torch.tensor([fold[row.image] for row in rows])
-
-
 def by_folds(queries: Queries, rows: list[Row], mode: str, kind: str) -> tuple[dict[str, list[bool]], list[bool]]:
     """Right routes per router, and rows taken for unknown, over ten folds grouped by picture."""
-    fold, unknown = folds_of(rows), []
+    fold, unknown = torch.tensor(deal([row.image for row in rows], range(FOLDS))), []
     found: dict[str, list[bool]] = {router: [] for router in ROUTERS}
     for number in range(FOLDS):
         keep, leave = (fold != number).nonzero().flatten(), (fold == number).nonzero().flatten()

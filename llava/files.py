@@ -1,4 +1,4 @@
-"""Files and folders that appear whole or not at all, and checksums of them.
+"""Files and folders that appear whole or not at all, checksums of them, and one writer at a time.
 
 A writer that is killed, or finds the disk full, leaves what was there before.
 """
@@ -15,6 +15,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
+from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
+
+from llava.utils import rank0_print
+
+_NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 _HIDDEN_FULL_DISK = ("PytorchStreamWriter failed", "iostream error", "No space left on device")
 
 
@@ -72,6 +77,42 @@ def full_disk_named(place: str | os.PathLike) -> Iterator[None]:
         if not any(mark in str(error) for mark in _HIDDEN_FULL_DISK):
             raise
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(place)) from error
+
+
+@contextlib.contextmanager
+def only_writer(path: str | os.PathLike) -> Iterator[None]:
+    """Let one process at a time write ``path``: a second one says that it waits, and goes on when the first is done.
+
+    The lock is a hidden file beside ``path``, removed at the end. Where the file system knows no locks (some NFS and
+    Lustre mounts) the hidden file's being there is the lock; that of a dead process on the same machine is taken over.
+    """
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    place = target.with_name(f".{target.name}.lock")
+    lock: BaseFileLock = FileLock(place, fallback_to_soft=False)
+    try:
+        _wait_for(lock, target, "")
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+        place.unlink(missing_ok=True)
+        lock = SoftFileLock(f"{place}ed")
+        _wait_for(lock, target, f" (if there is none any more, delete {lock.lock_file})")
+    try:
+        yield
+    finally:
+        # Removed while it is held: whoever waits for the old file sees that it is gone, and makes a new one.
+        if isinstance(lock, FileLock):
+            place.unlink(missing_ok=True)
+        lock.release()
+
+
+def _wait_for(lock: BaseFileLock, target: Path, hint: str) -> None:
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        rank0_print(f"{target}: another process is writing this file; waiting for it{hint}")
+        lock.acquire()
 
 
 def _umask() -> int:

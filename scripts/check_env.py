@@ -1,6 +1,6 @@
 """Does this Python have what pyproject.toml asks for? Exit code 0 if so; otherwise 1 and one line that says why not.
 
-Runs on a bare Python: it needs nothing installed. Used by scripts/setup_env.sh.
+Runs on a bare Python too, which lacks ``packaging`` and so does not fit. Used by scripts/setup_env.sh.
     python scripts/check_env.py [EXTRA ...]      e.g. dev
 """
 
@@ -10,6 +10,12 @@ import re
 import sys
 from importlib import metadata
 from pathlib import Path
+
+try:
+    from packaging.requirements import Requirement
+except ImportError:
+    print("packaging is not installed")
+    sys.exit(1)
 
 PYPROJECT = Path(__file__).resolve().parents[1] / "pyproject.toml"
 
@@ -21,24 +27,18 @@ def requirements(extras: list[str]) -> list[str]:
     return [quoted for found in lists if found for quoted in re.findall(r'"([^"]+)"', found.group(1))]
 
 
-def version_numbers(text: str) -> tuple[int, ...]:
-    return tuple(int(number) for number in re.findall(r"\d+", text.split("+")[0])[:3])
-
-
-def unmet(requirement: str) -> str | None:
+def unmet(text: str) -> str | None:
     """Why a requirement such as ``transformers>=5.17,<6`` does not hold here, or None."""
-    name, conditions = re.match(r"([A-Za-z0-9_.-]+)(.*)", requirement).groups()
+    wanted = Requirement(text)
     try:
-        installed = metadata.version(name)
+        installed = metadata.version(wanted.name)
     except metadata.PackageNotFoundError:
         # A machine with opencv-python has the same cv2 as the headless package.
-        if name == "opencv-python-headless":
-            return unmet("opencv-python" + conditions)
-        return f"{name} is not installed"
-    for sign, wanted in re.findall(r"(>=|<|==)([0-9.]+)", conditions):
-        here, there = version_numbers(installed), version_numbers(wanted)
-        if not {">=": here >= there, "<": here < there, "==": here == there}[sign]:
-            return f"{name} is {installed}, wanted {conditions.strip()}"
+        if wanted.name == "opencv-python-headless":
+            return unmet(f"opencv-python{wanted.specifier}")
+        return f"{wanted.name} is not installed"
+    if not wanted.specifier.contains(installed, prereleases=True):
+        return f"{wanted.name} is {installed}, wanted {wanted.specifier}"
     return None
 
 

@@ -3,7 +3,7 @@
     python scripts/download_vqa_rad.py                 # the authors' JSON and pictures, from OSF
     python scripts/download_vqa_rad.py --source hf     # the Hugging Face copy, with the organ references from OSF
 
-Running it again resumes what was interrupted and keeps what is there and right.
+Running it again keeps what is there and right, and fetches the rest.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--timeout", type=float, default=30.0, help="seconds without a byte until a connection is broken"
     )
-    parser.add_argument("--attempts", type=int, default=4, help="connections to try for each file")
+    parser.add_argument("--attempts", type=int, default=4, help="downloads to try for each file")
     options = parser.parse_args(arguments)
     if options.attempts < 1 or options.timeout <= 0:
         parser.error("--attempts and --timeout must be positive")
@@ -93,7 +93,6 @@ def fetch_json(options: argparse.Namespace, folder: Path) -> Path:
     target = folder / FILE_NAMES[0]
     if target.is_file():
         raise UserError(f"{target} is another version than the published one (move it away, or pass --json_sha256)")
-    print(f"downloading {options.json_url}")
     fetch(options.json_url, target, options.json_sha256, options.timeout, options.attempts)
     return target
 
@@ -109,7 +108,6 @@ def fetch_images(options: argparse.Namespace, folder: Path) -> None:
         print(f"{images} is complete")
         return
     archive = folder / "images.zip"
-    print(f"downloading {options.images_url}")
     fetch(options.images_url, archive, None, options.timeout, options.attempts)
     count = unpack_pictures(archive, images, PICTURE, right)
     archive.unlink()

@@ -77,9 +77,3 @@ PUBLIC = {
 def test_llavas_modules_have_its_public_names(module):
     found = importlib.import_module(module)
     assert not [name for name in PUBLIC[module].split() if not hasattr(found, name)]
-
-
-def test_no_device_is_written_into_the_code():
-    """``.cuda()`` and fixed devices: AMD, Apple and CPU users can't run them."""
-    found = [path.name for path in SOURCES if ".cuda()" in path.read_text(encoding="utf-8")]
-    assert not found

@@ -15,7 +15,7 @@ SHELL = sorted([*ROOT.glob("*.sh"), *(ROOT / "scripts").glob("*.sh"), ROOT / ".c
 ZERO = sorted((ROOT / "scripts").glob("zero*.json"))
 
 # Each room may import the rooms named beside it, and itself.
-BELOW_ALL = {"constants", "utils", "files", "registry"}
+BELOW_ALL = {"constants", "utils", "files", "registry", "folds", "padding", "devices"}
 HELPERS = BELOW_ALL | {"conversation", "image_io", "mm_utils"}
 MODEL = HELPERS | {"checkpoints", "slots", "data"}
 MAY_IMPORT = {
@@ -23,6 +23,9 @@ MAY_IMPORT = {
     "utils": {"constants"},
     "files": {"constants", "utils"},
     "registry": {"utils"},
+    "folds": set(),
+    "padding": set(),
+    "devices": set(),
     "conversation": BELOW_ALL,
     "image_io": BELOW_ALL,
     "mm_utils": BELOW_ALL | {"image_io"},
@@ -101,11 +104,58 @@ def test_modules_have_a_docstring_and_fit_in_a_head(path):
     assert len(text.splitlines()) <= 420
 
 
+ACCELERATORS = re.compile(r"(cuda|hip|rocm|mps|npu|xpu|hpu|tpu)(:\d+)?")
+DEVICE_NAMES_STAY = {
+    "llava/devices.py": "the one place that chooses",
+    "llava/model/builder.py": "load_pretrained_model's signature is LLaVA's own: device='cuda'",
+}
+
+
+def device_names(source: str) -> list[str]:
+    """Accelerators that a source names: ``"cuda:0"`` as a value, ``.cuda()``, ``torch.cuda`` and their like.
+
+    The CPU may be named: it is always there, and results are moved to it before they are written.
+    """
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and ACCELERATORS.fullmatch(node.value):
+            found.append(f"line {node.lineno}: {node.value!r}")
+        if isinstance(node, ast.Attribute) and ACCELERATORS.fullmatch(node.attr):
+            found.append(f"line {node.lineno}: .{node.attr}")
+    return found
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "x.cuda()",
+        "x.to('cuda:1')",
+        "torch.device('mps')",
+        "def load(device='cuda'): pass",
+        "DEVICES = {'first': 'npu'}",
+        "torch.cuda.empty_cache()",
+        "parser.add_argument('--device', default='cuda')",
+        "autocast(device_type='xpu')",
+    ],
+)
+def test_a_device_name_is_found_wherever_it_is_written(source):
+    assert device_names(source)
+
+
+def test_no_device_is_written_into_the_code():
+    """Fixed devices: AMD, Apple and CPU users can't run them."""
+    assert not device_names("x.cpu(); torch.load(file, map_location='cpu'); help = 'cuda or cpu'")
+    sources = [*SOURCES, *ROOT.glob("*.py"), *(ROOT / "scripts").glob("*.py")]
+    found = {str(path.relative_to(ROOT)): device_names(path.read_text(encoding="utf-8")) for path in sources}
+    assert {path for path, names in found.items() if names} == set(DEVICE_NAMES_STAY), found
+
+
 def text_files() -> list[Path]:
     folders = ["llava", "scripts", "tests", "docs", "benchmarks", ".ci"]
     inside = [path for folder in folders for path in (ROOT / folder).rglob("*") if path.is_file()]
     kinds = {".py", ".sh", ".json", ".md", ".toml", ".txt", ".yaml", ".yml", ""}
-    return sorted(path for path in [*ROOT.glob("*.*"), *inside] if path.is_file() and path.suffix in kinds)
+    top = [path for path in ROOT.glob("*.*") if path.name != ".git"]  # a file in a linked worktree
+    return sorted(path for path in [*top, *inside] if path.is_file() and path.suffix in kinds)
 
 
 def test_no_file_holds_a_path_of_one_machine():

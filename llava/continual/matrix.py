@@ -89,11 +89,6 @@ def summary(matrix: np.ndarray, zero_shot: np.ndarray | None = None) -> dict[str
     return {**found, "fwt": missing if zero_shot is None else forward_transfer(matrix, zero_shot)}
 
 
-def gap(reference: float, matrix: np.ndarray) -> np.ndarray:
-    """How far the average final accuracy stays below a reference's (joint training, or one model per task)."""
-    return reference - average_final(matrix)
-
-
 def _diagonal(matrix: np.ndarray) -> np.ndarray:
     return np.diagonal(matrix, axis1=-2, axis2=-1)
 

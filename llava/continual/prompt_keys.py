@@ -11,6 +11,7 @@ import torch
 from llava.checkpoints.weights import fingerprint, resolve_checkpoint
 from llava.continual.queries import compute_queries
 from llava.data.rows import Row, read_rows
+from llava.folds import held_out
 from llava.model.configs import llava_config
 from llava.slots.file import SlotFile, TaskSlots
 from llava.slots.fit import FittedKeys, fit_keys, seed_of
@@ -118,13 +119,7 @@ def mean_weights(fitted: FittedKeys, queries: Queries, settings: RetrieverSettin
 
 def split_by_picture(rows: list[Row], share: float, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Row indices to fit on and to hold out; all rows of a picture go to the same side."""
-
-    def draw(row: Row) -> str:
-        return hashlib.sha256(f"{seed}:{row.image or row.id}".encode()).hexdigest()
-
-    pictures = sorted({draw(row) for row in rows})
-    out = set(pictures[: int(round(share * len(pictures)))])
-    held = torch.tensor([draw(row) in out for row in rows], dtype=torch.bool)
+    held = torch.tensor(held_out([row.image or row.id for row in rows], share, seed), dtype=torch.bool)
     return (~held).nonzero().flatten(), held.nonzero().flatten()
 
 

@@ -7,7 +7,6 @@ decides an answer. A file is resumed only by the run that began it, and chunks m
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
@@ -17,7 +16,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from llava.data.rows import Row, read_answers
-from llava.files import file_sha256
+from llava.files import file_sha256, only_writer
 from llava.utils import UserError
 
 RUN_LENGTH = 16
@@ -117,8 +116,7 @@ def appending(
         UserError: the file holds something else than the first answers of this run.
     """
     target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with _locked(target) as stream:
+    with _opened(target) as stream:
         _cut_torn_line(stream)
         reason = _mismatch(target, rows, model_id, run)
         if reason and not replace:
@@ -137,21 +135,15 @@ def append(stream: IO[bytes], answers: Sequence[Mapping[str, Any]]) -> None:
 
 
 @contextmanager
-def _locked(target: Path) -> Iterator[IO[bytes]]:
-    stream = open(target, "a+b")
-    try:
-        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        print(f"{target}: another process is writing this file; waiting for it", flush=True)
-        fcntl.flock(stream, fcntl.LOCK_EX)
-    with stream:
-        if os.fstat(stream.fileno()).st_nlink == 0:  # the other process failed and removed it while this one waited
-            raise UserError(f"{target}: the process that was writing it failed; run the same command again")
+def _opened(target: Path) -> Iterator[IO[bytes]]:
+    """The file for this process alone; one that is still empty when the block fails is removed."""
+    with only_writer(target):
         try:
-            yield stream
+            with open(target, "a+b") as stream:
+                yield stream
         except BaseException:
-            if os.fstat(stream.fileno()).st_size == 0:
-                target.unlink(missing_ok=True)
+            if target.is_file() and target.stat().st_size == 0:
+                target.unlink()
             raise
 
 

@@ -22,6 +22,7 @@ from typing import Any
 
 import llava
 from llava.data.rows import Row, read_rows
+from llava.devices import default_device
 from llava.eval.answer_file import answer_row, append, appending, batches, chunk_range, model_fingerprint, run_id
 from llava.eval.loading_flags import add_loading_flags
 from llava.files import file_sha256
@@ -193,20 +194,18 @@ class Speaker:
     @classmethod
     def load(cls, arguments: argparse.Namespace) -> Speaker:
         """Load the checkpoint that the arguments name, with the router they ask for."""
-        import torch
 
         from llava.conversation import conv_mode_for
         from llava.model.builder import load_pretrained_model
 
         name = get_model_name_from_path(arguments.model_path)
-        device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
         tokenizer, model, image_processor, _ = load_pretrained_model(
             arguments.model_path,
             arguments.model_base,
             name,
             load_8bit=arguments.load_8bit,
             load_4bit=arguments.load_4bit,
-            device=device,
+            device=default_device(arguments.device),
             attn_implementation=arguments.attn_implementation,
         )
         if not hasattr(model, "get_vision_tower"):

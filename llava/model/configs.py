@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from llava.checkpoints.hf_layout import config_from_hf, is_hf_layout
-from llava.checkpoints.kinds import language_family, names_llava
+from llava.checkpoints.kinds import language_family
 from llava.checkpoints.weights import read_config, weight_files
 from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
 from llava.model.language_model.llava_mistral import LlavaMistralConfig, LlavaMistralForCausalLM
@@ -13,13 +13,6 @@ from llava.model.vision.towers import shipped_tower_config
 
 FAMILIES = {"llama": LlavaLlamaForCausalLM, "mistral": LlavaMistralForCausalLM}
 CONFIGS = {"llama": LlavaConfig, "mistral": LlavaMistralConfig}
-
-
-def llava_class(values: dict, name: str = ""):
-    """The model class for a config, or ``None`` for a plain language model."""
-    if not (is_hf_layout(values) or names_llava(values)):
-        return None
-    return FAMILIES[language_family(values.get("text_config") or values, name)]
 
 
 def llava_config(folder: Path, weights: Path | None = None, name: str | None = None):

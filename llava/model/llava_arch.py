@@ -25,6 +25,7 @@ from llava.constants import (
 from llava.model.multimodal_encoder.builder import build_vision_tower
 from llava.model.multimodal_projector.builder import build_vision_projector, load_projector
 from llava.model.vision.tiles import merge_tiles, unpad_image
+from llava.padding import pad
 from llava.slots.offsets import install_offset_hooks
 from llava.slots.picture_query import image_queries
 from llava.slots.pool import Retriever, Route
@@ -197,7 +198,9 @@ class LlavaMetaForCausalLM:
         if limit is not None:
             rows, row_labels = [row[:limit] for row in rows], [row[:limit] for row in row_labels]
         side = padding_side or getattr(self.config, "tokenizer_padding_side", None) or "right"
-        return _pad(rows, row_labels, side)
+        embeds, mask = pad(rows, side)
+        positions = (mask.cumsum(1) - 1) * mask  # counted from each row's own start; 0 on padding
+        return embeds, mask, positions, pad(row_labels, side, IGNORE_INDEX)[0]
 
     def _splice_row(self, index: int, ids: Tensor, labels: Tensor, pictures: list[Tensor]) -> tuple[Tensor, Tensor]:
         places = (ids == IMAGE_TOKEN_INDEX).nonzero().flatten().tolist()
@@ -370,19 +373,3 @@ def _per_picture_sizes(features: list[list[Tensor]], image_sizes) -> list[tuple[
         many = isinstance(entry, (list, tuple)) and len(entry) > 0 and isinstance(entry[0], (list, tuple))
         sizes += list(entry) if many else [entry] * len(sample)
     return sizes
-
-
-def _pad(rows: list[Tensor], row_labels: list[Tensor], side: str):
-    """Stack rows of unequal length: embeddings, boolean mask, positions (0 on padding) and labels."""
-    length, width = max(len(row) for row in rows), rows[0].shape[-1]
-    embeds = rows[0].new_zeros(len(rows), length, width)
-    mask = torch.zeros(len(rows), length, dtype=torch.bool, device=embeds.device)
-    positions = torch.zeros(len(rows), length, dtype=torch.long, device=embeds.device)
-    labels = row_labels[0].new_full((len(rows), length), IGNORE_INDEX)
-    for index, (row, label) in enumerate(zip(rows, row_labels, strict=True)):
-        place = slice(length - len(row), length) if side == "left" else slice(0, len(row))
-        embeds[index, place] = row
-        mask[index, place] = True
-        positions[index, place] = torch.arange(len(row), device=embeds.device)
-        labels[index, place] = label
-    return embeds, mask, positions, labels

@@ -9,18 +9,20 @@ so an answer with the adapter equals an answer whose every question is routed to
 
 from __future__ import annotations
 
-import json
+import os
 import re
+import tempfile
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from llava.files import atomic_write
 from llava.slots.file import SlotFile, TaskSlots
 from llava.slots.offsets import ATTENTION_TARGETS
 from llava.utils import UserError
+
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 
 def fixed_mixture(slots: SlotFile, task: TaskSlots, weights: list[float] | None = None) -> dict[int, float]:
@@ -66,6 +68,8 @@ def export_peft(slots: SlotFile, task_name: str, folder: str | Path, weights: li
     Raises:
         UserError: an unknown or untrained task, or unusable weights.
     """
+    from peft import LoraConfig
+
     task = slots.task(task_name)
     if not task.trained:
         raise UserError(f"task {task_name!r} is not trained yet, so its adapter would change nothing; train it first")
@@ -73,24 +77,19 @@ def export_peft(slots: SlotFile, task_name: str, folder: str | Path, weights: li
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     rank = len(mixture) * slots.settings.rank
-    config = {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": slots.base.get("path"),
-        "r": rank,
-        "lora_alpha": rank,  # scaling 1: scale and weights are folded into lora_B
-        "lora_dropout": 0.0,
-        "bias": "none",
-        "fan_in_fan_out": False,
-        "inference_mode": True,
-        "target_modules": _pattern(slots.settings.targets),
-    }
-    tensors = adapter_tensors(slots, task, mixture)
-    partial = folder / ".adapter_model.safetensors.partial"
-    save_file(tensors, partial, metadata={"format": "pt"})
-    partial.replace(folder / "adapter_model.safetensors")
-    with atomic_write(folder / "adapter_config.json") as stream:
-        json.dump(config, stream, indent=1)
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=slots.base.get("path"),
+        r=rank,
+        lora_alpha=rank,  # scaling 1: scale and weights are folded into lora_B
+        target_modules=_pattern(slots.settings.targets),
+        inference_mode=True,
+    )
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".partial.") as partial:
+        save_file(adapter_tensors(slots, task, mixture), Path(partial) / WEIGHTS, metadata={"format": "pt"})
+        config.save_pretrained(partial)
+        for name in (WEIGHTS, CONFIG):
+            os.replace(Path(partial) / name, folder / name)
     return mixture
 
 

@@ -17,13 +17,14 @@ Everything is kept per task and measured per sample: merging, order and removal 
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
+
+from llava.folds import deal
 
 SHRINKAGE = 0.1
 DIRECTIONS = 64
@@ -49,13 +50,10 @@ class TaskExtent:
         Args:
             pictures: what each row is about. Rows of a picture are measured against those of other pictures.
         """
-        names = {str(picture) for picture in pictures}
-        folds = min(folds, len(names))
+        folds = min(folds, len({str(picture) for picture in pictures}))
         if folds < 2:
             return None
-        ordered = sorted(names, key=lambda name: hashlib.sha256(name.encode()).hexdigest())
-        fold_of = {name: number % folds for number, name in enumerate(ordered)}
-        fold = torch.tensor([fold_of[str(picture)] for picture in pictures])
+        fold = torch.tensor(deal(pictures, range(folds)))
         parts = []
         for number in range(folds):
             others = cls._fit(evidence[fold != number])

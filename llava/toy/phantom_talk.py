@@ -8,7 +8,6 @@ the dialects, and no task picture is seen.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -36,8 +35,6 @@ _LOOK_WORDS = dict(zip(LOOKS, ("bright", "dark", "ring", "target"), strict=True)
 _COUNTS = ("none", "one", "two", "three", "four")
 _NOUNS = ("abnormality", "finding", "lesion", "spot")
 _ORGANS = ("Is the middle", "Is the organ", "Is the aorta", "Is the heart", "Are the ventricles", "Is the core")
-
-Ask = Callable[[GenericScene, np.random.Generator], "tuple[str, str] | None"]
 
 
 def yes(value: bool) -> str:

@@ -5,45 +5,83 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from llava.utils import UserError, rank0_print, require_file
 
-INTEGER_KEYS = (
-    "reduce_bucket_size",
-    "allgather_bucket_size",
-    "sub_group_size",
-    "stage3_prefetch_bucket_size",
-    "stage3_param_persistence_threshold",
-    "stage3_model_persistence_threshold",
-    "stage3_max_live_parameters",
-    "stage3_max_reuse_distance",
-)
+if TYPE_CHECKING:
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+    from transformers import TrainingArguments
 
 
 def check_deepspeed_config(path: str | os.PathLike) -> dict:
-    """Read a DeepSpeed file and report floats where integers belong.
+    """Read a DeepSpeed file and let DeepSpeed's own class look at its ``zero_optimization``.
 
-    A whole number written as a float (``5e8``) is taken by DeepSpeed and only reported; a fraction is a ``UserError``
-    that names the key and the value to write.
+    A whole number written as a float (``5e8``) is taken by DeepSpeed and only reported. Values ``"auto"`` are the
+    trainer's to fill in.
+
+    Raises:
+        UserError: no JSON object, or a setting that DeepSpeed refuses; where it wants an integer, the message gives the
+            one to write.
     """
     found = require_file(path, "DeepSpeed settings", "scripts/zero3.json is the one that ships")
     try:
         values = json.loads(found.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise UserError(f"{found}, line {error.lineno}: broken JSON ({error.msg})") from error
-    zero = values.get("zero_optimization", {}) if isinstance(values, dict) else None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{found}: is not UTF-8 text ({error.reason}); save it as UTF-8") from error
+    zero = values.get("zero_optimization") if isinstance(values, dict) else None
     if not isinstance(zero, dict):
         raise UserError(f"{found}: must be a JSON object, and its zero_optimization too (see scripts/zero3.json)")
-    for key in INTEGER_KEYS:
-        value = zero.get(key)
-        if not isinstance(value, float):
-            continue
-        if value != int(value):
-            raise UserError(
-                f"{found}: zero_optimization.{key} is {value}, but DeepSpeed wants an integer; write {int(value)}"
-            )
-        rank0_print(f"note: {found}: zero_optimization.{key} is {value}; an integer is wanted, write {int(value)}")
+    known = _zero_config(found, {name: value for name, value in zero.items() if value != "auto"})
+    for name, field in type(known).model_fields.items():
+        written = zero.get(field.alias or name)
+        if isinstance(written, float) and type(getattr(known, name)) is int:
+            where = f"zero_optimization.{field.alias or name}"
+            rank0_print(f"note: {found}: {where} is {written}; an integer is wanted, write {int(written)}")
     return values
+
+
+def check_agreement(args: TrainingArguments) -> None:
+    """Compare DeepSpeed's file with the run's own settings, as the trainer noted them when it read both.
+
+    Raises:
+        UserError: the first setting in which they differ.
+    """
+    config = args.hf_deepspeed_config if args.deepspeed else None
+    for mismatch in config.mismatches if config else []:
+        in_file, _, in_run = mismatch.removeprefix("- ds ").partition(" vs hf ")
+        raise UserError(f'{args.deepspeed}: {in_file}, but this run has {in_run}; write "auto" into the file')
+
+
+def _zero_config(file: Path, zero: dict) -> DeepSpeedZeroConfig:
+    """DeepSpeed's view of the section; its complaint becomes one line that names the setting."""
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+    from pydantic import ValidationError
+
+    try:
+        return DeepSpeedZeroConfig(**zero)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = f"{file}: {'.'.join(('zero_optimization', *map(str, first['loc'])))}"
+        number = _whole_number(first["input"])
+        if first["type"].startswith("int") and number is not None:
+            message = f"{where} is {first['input']}, but DeepSpeed wants an integer; write {number}"
+        elif first["type"] == "extra_forbidden":
+            message = f"{where} is no setting that DeepSpeed knows; take it out (see scripts/zero3.json)"
+        else:
+            message = f"{where} is {first['input']!r}: {first['msg']}; change it (see scripts/zero3.json)"
+        raise UserError(message) from error
+    except AssertionError as error:  # two names of one setting
+        raise UserError(f"{file}: zero_optimization: {error}; keep one of them") from error
+
+
+def _whole_number(value: object) -> int | None:
+    try:
+        return int(float(value))  # type: ignore[arg-type]
+    except (TypeError, ValueError, OverflowError):
+        return None
 
 
 def prepare_cpu_deepspeed() -> None:

@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from llava.checkpoints.kinds import ADAPTER_CONFIG
+from llava.devices import default_device
 from llava.model.adapters import PEFT_PREFIX, apply_adapter
 from llava.model.builder import quantization_config
 from llava.train.arguments import TrainingArguments
@@ -104,8 +105,8 @@ def base_options(args: TrainingArguments, dtype: torch.dtype) -> dict:
         raise UserError(f"--bits {args.bits}: choose 4, 8 or 16")
     if _zero_stage(args.deepspeed) == 3:
         raise UserError(f"--bits {args.bits} does not go with ZeRO-3 ({args.deepspeed}); use scripts/zero2.json")
-    cuda = torch.cuda.is_available() and not args.use_cpu
-    place = int(os.environ.get("LOCAL_RANK", "0")) if cuda else "cpu"
+    device = default_device(use_cpu=args.use_cpu)
+    place = device if device == "cpu" else int(os.environ.get("LOCAL_RANK", "0"))
     quantised = quantization_config(args.bits, dtype, args.double_quant, args.quant_type)
     return {"dtype": dtype, "device_map": {"": place}, "quantization_config": quantised}
 

@@ -27,6 +27,7 @@ from llava.continual.tasks import TaskSequence, load_sequence
 from llava.conversation import conv_mode_for
 from llava.data.rows import Row, in_lower_case, read_rows
 from llava.data.samples import DataCollatorForSupervisedDataset, LazySupervisedDataset, check_image_files
+from llava.devices import default_device, has_accelerator
 from llava.files import atomic_write, file_sha256
 from llava.mm_utils import get_model_name_from_path
 from llava.model.builder import attach_slots, attention, load_base
@@ -35,7 +36,7 @@ from llava.slots.encoders import encoder_from_identity
 from llava.slots.file import SlotFile, read_slot_file
 from llava.slots.fit import seed_of
 from llava.train.arguments import DataArguments, ModelArguments, TrainingArguments, parse_arguments, translate
-from llava.train.deepspeed_config import check_deepspeed_config, prepare_cpu_deepspeed
+from llava.train.deepspeed_config import check_agreement, check_deepspeed_config, prepare_cpu_deepspeed
 from llava.train.llava_trainer import LLaVATrainer, last_complete_checkpoint, trainable_state
 from llava.train.lora import add_lora, base_options, lora_settings, save_lora, slots_count_as_adapters
 from llava.utils import UserError, rank0_print
@@ -63,6 +64,7 @@ def train(attn_implementation: str | None = None) -> None:
     argv = sys.argv[1:]
     uses_deepspeed = _look_at_deepspeed(argv)
     model_args, data_args, args = parse_arguments(argv)
+    check_agreement(args)
     model_args.attn_implementation = model_args.attn_implementation or attn_implementation
     transformers.logging.set_verbosity_error()
     sequence, method = load_sequence(data_args.sequence), load_method(args.method)
@@ -136,7 +138,7 @@ def _look_at_deepspeed(argv: list[str]) -> bool:
     if "--deepspeed" not in clean:
         return False
     check_deepspeed_config(clean[clean.index("--deepspeed") + 1])
-    if not torch.cuda.is_available():
+    if not has_accelerator():
         prepare_cpu_deepspeed()
     return True
 
@@ -190,7 +192,9 @@ def build_dataset(
     if slots.settings.uses_images:
         check_image_files(rows, image_folder)
         kind = slots.settings.image_query
-        image_queries = compute_image_queries(rows, base, image_folder, kind, device=tower_device(args))
+        image_queries = compute_image_queries(
+            rows, base, image_folder, kind, device=default_device(use_cpu=args.use_cpu)
+        )
     if data_args.image_aspect_ratio:
         model.config.image_aspect_ratio = data_args.image_aspect_ratio
     name = get_model_name_from_path(str(model_args.model_name_or_path))
@@ -209,17 +213,13 @@ def build_dataset(
     )
 
 
-def tower_device(args: TrainingArguments) -> str:
-    """Where the frozen tower runs ahead of training."""
-    return "cuda" if torch.cuda.is_available() and not args.use_cpu else "cpu"
-
-
 def picture_features(rows: list[Row], base: Path, image_folder: str, args: TrainingArguments):
     """The frozen tower's features of every picture, so that no epoch runs it again; ``None`` if they take too much."""
     names = list(dict.fromkeys(row.image for row in rows if row.image))
     check_image_files(rows, image_folder)
     found: dict[str, tuple[torch.Tensor, tuple[int, int]]] = {}
-    features = tower_features(names, base, image_folder, 16, tower_device(args), base_dtype(args), "picture features")
+    device = default_device(use_cpu=args.use_cpu)
+    features = tower_features(names, base, image_folder, 16, device, base_dtype(args), "picture features")
     for name, feature, _, size in features:
         found[name] = (feature.cpu().clone(), size)
         if len(found) * feature.nbytes > args.feature_cache_mb * 2**20:

@@ -2,12 +2,13 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from tiny_world import refusal
 
 from llava.train.arguments import parse_arguments, translate
-from llava.train.deepspeed_config import INTEGER_KEYS, check_deepspeed_config
+from llava.train.deepspeed_config import check_agreement, check_deepspeed_config
 from llava.utils import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -70,6 +71,17 @@ def test_incomplete_command_lines(words, message):
 
 # -- DeepSpeed's file --------------------------------------------------------------------------------------------------
 
+INTEGER_KEYS = (
+    "reduce_bucket_size",
+    "allgather_bucket_size",
+    "sub_group_size",
+    "stage3_prefetch_bucket_size",
+    "stage3_param_persistence_threshold",
+    "stage3_model_persistence_threshold",
+    "stage3_max_live_parameters",
+    "stage3_max_reuse_distance",
+)
+
 
 @pytest.mark.parametrize("key", INTEGER_KEYS)
 def test_a_fraction_is_refused_with_the_integer_to_write(tmp_path, key):
@@ -86,6 +98,41 @@ def test_a_whole_float_is_only_noted(tmp_path, capsys):
     assert "reduce_bucket_size is 500000000.0; an integer is wanted, write 500000000" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        (
+            '"reduce_bucket_size": "5e8"',
+            "reduce_bucket_size is 5e8, .* wants an integer; write 500000000$",
+        ),
+        (
+            '"stage3_max_live_parameters": Infinity',
+            "max_live_parameters is inf: Input should be a finite number",
+        ),
+        ('"reduce_buket_size": 5', "reduce_buket_size is no setting that DeepSpeed knows; take it out"),
+        ('"overlap_comm": "perhaps"', "zero_optimization.overlap_comm is 'perhaps': Input should be a valid boolean"),
+        ('"offload_param": {"device": "cpu", "buffer_count": 2.5}', "offload_param.buffer_count is 2.5, .* write 2$"),
+        (
+            '"stage3_gather_16bit_weights_on_model_save": true, "stage3_gather_fp16_weights_on_model_save": true',
+            "stage3_gather_fp16_weights_on_model_save.* together; keep one of them",
+        ),
+    ],
+)
+def test_what_deepspeed_refuses_is_said_in_one_line(tmp_path, settings, message):
+    path = tmp_path / "zero3.json"
+    path.write_text(f'{{"zero_optimization": {{"stage": 3, {settings}}}}}')
+    with pytest.raises(UserError, match=message) as caught:
+        check_deepspeed_config(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_another_encoding_is_named(tmp_path):
+    path = tmp_path / "zero3.json"
+    path.write_bytes("{}".encode("utf-16"))
+    with pytest.raises(UserError, match="zero3.json: is not UTF-8 text"):
+        check_deepspeed_config(path)
+
+
 @pytest.mark.parametrize("name", ["zero2", "zero3", "zero3_offload"])
 def test_the_shipped_files_pass_silently(name, capsys):
     check_deepspeed_config(ROOT / "scripts" / f"{name}.json")
@@ -94,7 +141,12 @@ def test_the_shipped_files_pass_silently(name, capsys):
 
 @pytest.mark.parametrize(
     "content, message",
-    [("{ oops", "line 1: broken JSON"), ("[]", "JSON object"), ('{"zero_optimization": 3}', "JSON object")],
+    [
+        ("{ oops", "line 1: broken JSON"),
+        ("[]", "JSON object"),
+        ("{}", "zero_optimization too"),
+        ('{"zero_optimization": 3}', "JSON object"),
+    ],
 )
 def test_a_broken_file_is_named(tmp_path, content, message):
     (tmp_path / "zero3.json").write_text(content)
@@ -102,6 +154,21 @@ def test_a_broken_file_is_named(tmp_path, content, message):
         check_deepspeed_config(tmp_path / "zero3.json")
     with pytest.raises(UserError, match="DeepSpeed settings not found: .*absent.json"):
         check_deepspeed_config(tmp_path / "absent.json")
+
+
+def test_file_and_command_line_must_agree():
+    from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig
+
+    read = HfTrainerDeepSpeedConfig({"zero_optimization": {"stage": 3}, "gradient_clipping": 0.5, "bf16": "auto"})
+    args = SimpleNamespace(deepspeed="zero3.json", hf_deepspeed_config=read)
+    read.fill_match("bf16", False, "bf16")
+    check_agreement(args)
+    check_agreement(SimpleNamespace(deepspeed=None))
+    read.fill_match("gradient_clipping", 1.0, "max_grad_norm")
+    with pytest.raises(
+        UserError, match="^zero3.json: gradient_clipping=0.5, but this run has max_grad_norm=1.0; write"
+    ):
+        check_agreement(args)
 
 
 def test_it_is_looked_at_before_anything_is_loaded(world, capsys, tmp_path):

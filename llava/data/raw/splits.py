@@ -7,10 +7,10 @@ never seen. The unseen-image split puts all questions of a picture, and of pictu
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 from collections.abc import Sequence
 
 from llava.data.raw.example import TEST, TRAIN, Example, Report
+from llava.folds import deal
 
 TEST_FOLDS = (0, 1)
 # Which of two equally filled folds takes the next picture: a domain of few pictures still trains, then tests.
@@ -47,17 +47,15 @@ def unseen_split(examples: Sequence[Example], seed: int = 0) -> tuple[list[Examp
         The examples with their new ``split`` (a row that repeats another one is left out), and question id -> fold.
     """
     distinct = list({example.content(): example for example in reversed(examples)}.values())[::-1]
-    groups: dict[str, list[Example]] = {}
     group_of = picture_groups(distinct)
-    for example in distinct:
-        groups.setdefault(group_of[example.image], []).append(example)
-    sizes: dict[tuple[str | None, int], int] = {}
-    fold_of: dict[int | str, int] = {}
-    for name in sorted(groups, key=lambda name: hashlib.sha256(f"{seed}:{name}".encode()).digest()):
-        domain = groups[name][0].domain
-        fold = min(FOLD_ORDER, key=lambda number: sizes.get((domain, number), 0))
-        sizes[domain, fold] = sizes.get((domain, fold), 0) + len(groups[name])
-        fold_of.update({example.id: fold for example in groups[name]})
+    folds = deal(
+        [group_of[example.image] for example in distinct],
+        FOLD_ORDER,
+        seed,
+        strata=[example.domain for example in distinct],
+        by_rows=True,
+    )
+    fold_of = {example.id: fold for example, fold in zip(distinct, folds, strict=True)}
     split = [
         dataclasses.replace(example, split=TEST if fold_of[example.id] in TEST_FOLDS else TRAIN) for example in distinct
     ]
