@@ -8,14 +8,13 @@ import pytest
 
 from llava.data.rows import parse_row, question_row
 from llava.eval import text_metrics
-from llava.eval.metrics import (
-    OVERALL,
+from llava.eval.metrics import OVERALL, score
+from llava.eval.metrics.words import (
     contains,
-    exact_match,
     is_closed,
     majority_answer,
+    matches,
     normalise,
-    score,
     token_overlap,
     vqa_tokens,
 )
@@ -76,9 +75,9 @@ def test_vqa_tokens(text, expected):
 
 
 def test_exact_match_never_counts_two_empty_texts():
-    assert exact_match("Yes.", "yes") == 1.0
-    assert exact_match("yes it is", "yes") == 0.0
-    assert exact_match("", "") == exact_match(".", "-") == 0.0
+    assert matches("Yes.", "yes") == 1.0
+    assert matches("yes it is", "yes") == 0.0
+    assert matches("", "") == matches(".", "-") == 0.0
 
 
 def test_contains_is_a_substring_of_characters_as_published():
