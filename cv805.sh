@@ -19,7 +19,9 @@ DEVICES=${CUDA_VISIBLE_DEVICES-${HIP_VISIBLE_DEVICES-all}}   # e.g. 0,1,2,3; all
 CHUNKS=${CHUNKS:-}                                  # processes at a time; empty: one per device
 EVAL_BATCH_SIZE=${EVAL_BATCH_SIZE:-16}            # questions answered at a time
 MAX_NEW_TOKENS=${MAX_NEW_TOKENS:-64}
-CONV_MODE=${CONV_MODE:-}                            # empty: the checkpoint's own conversation template
+CONV_MODE=${CONV_MODE:-}                            # empty: the stage's own conversation template
+IMAGE_ASPECT_RATIO=${IMAGE_ASPECT_RATIO:-}          # empty: the stage's own picture mode; or pad, square, anyres
+#ANSWER_SUFFIX=                                     # unset: the stage's own text after each question
 STALE=${STALE:-replace}                             # answers of other weights or settings: replace, or refuse
 # ----------------------------------------------------------------------------------------------------------------
 
@@ -66,8 +68,10 @@ answer_chunk() {
     fi
     python -m llava.eval.model_vqa_loader "$@" --question-file "$questions" --image-folder "$images" \
         --answers-file "$folder/chunks/${CHUNKS}_$index.jsonl" --num-chunks "$CHUNKS" --chunk-idx "$index" \
-        --batch-size "$EVAL_BATCH_SIZE" --max_new_tokens "$MAX_NEW_TOKENS" --temperature 0 --answer-suffix "$suffix" \
-        ${CONV_MODE:+--conv-mode "$CONV_MODE"} ${ROUTE:+--route "$ROUTE"} --stale "$STALE"
+        --batch-size "$EVAL_BATCH_SIZE" --max_new_tokens "$MAX_NEW_TOKENS" --temperature 0 \
+        --default-answer-suffix "$suffix" ${ANSWER_SUFFIX+--answer-suffix "$ANSWER_SUFFIX"} \
+        ${CONV_MODE:+--conv-mode "$CONV_MODE"} ${IMAGE_ASPECT_RATIO:+--image_aspect_ratio "$IMAGE_ASPECT_RATIO"} \
+        ${ROUTE:+--route "$ROUTE"} --stale "$STALE"
 }
 
 # answer FOLDER MODEL...: all chunks at once, each exit code checked, then joined

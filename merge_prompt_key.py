@@ -29,8 +29,9 @@ def main() -> None:
     quiet_libraries()
     from llava.continual.prompt_keys import routing_accuracy
     from llava.continual.tasks import load_sequence
-    from llava.slots.file import write_slot_file
-    from llava.slots.merge import merge_key_files
+    from llava.data.prompt import shared_prompt
+    from llava.slots.file import read_slot_file, write_slot_file
+    from llava.slots.merge import merge_slot_files
 
     paths = [Path(path) for path in args.key_files]
     if not paths:
@@ -41,7 +42,9 @@ def main() -> None:
                 f"key file not found: {missing[0]} (make it with train_prompt_key.py --task {missing[0].stem}, or name "
                 "the files to merge)"
             )
-    merged = merge_key_files(paths)
+    files = [(path, read_slot_file(path)) for path in paths]
+    merged = merge_slot_files(files)
+    merged.prompt = shared_prompt([(path, file.prompt) for path, file in files])
     accuracy = routing_accuracy(merged) if len(merged.tasks) > 1 else {}
     for task in merged.tasks:
         task.held_out = None  # measured now; the merged file goes to every training run and needs no queries

@@ -23,6 +23,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--sequence", default=os.environ.get("SEQUENCE", "vqa-rad"), help="task sequence, name or file")
     parser.add_argument("--model-base", "--model_base", dest="model_base", help="base model (default: $BASE_MODEL)")
     parser.add_argument("--image_folder", help="picture folder (default: the sequence's)")
+    parser.add_argument("--image_aspect_ratio", help="pad, square or anyres (default: the base's)")
     parser.add_argument("--query_mode", default="text+image", choices=("text", "image", "text+image"))
     parser.add_argument("--text_encoder", default="auto", help="auto, base, minilm, or a sentence encoder's folder")
     parser.add_argument(
@@ -44,7 +45,11 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=int(os.environ.get("SEED", 42)))
     parser.add_argument("--batch_size", type=int, default=16, help="pictures encoded at a time")
     parser.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")
-    parser.add_argument("--cache_dir", default="output/cache/queries", help="where computed queries are kept")
+    parser.add_argument(
+        "--cache_dir",
+        default="output/cache/queries",
+        help="where queries and picture features are kept, for stage 2 too",
+    )
     return parser.parse_args()
 
 
@@ -73,6 +78,9 @@ def main() -> None:
         args.image_folder or sequence.image_folder,
         KeyOptions(**values),
         args.cache_dir or None,
+        answer_suffix=sequence.answer_suffix,
+        answer_style=sequence.answer_style,
+        aspect_ratio=args.image_aspect_ratio,
     )
     write_slot_file(save_path, slots)
     report(slots, fitted, save_path)

@@ -51,7 +51,8 @@ def select_best_resolution(original_size: Size, possible_resolutions: list[Size]
         kept = min(shown, original_size[0] * original_size[1])
         return kept, -(width * height - kept)
 
-    return tuple(max(possible_resolutions, key=fitness))
+    width, height = max(possible_resolutions, key=fitness)
+    return width, height
 
 
 def resize_and_pad_image(image: Image.Image, target_resolution: Size) -> Image.Image:

@@ -79,7 +79,7 @@ class Registry(Generic[Item]):
         return self._items[name]
 
     def _find_all(self) -> None:
-        if not self._complete:
+        if self.package is not None and not self._complete:
             self._complete = True
             for module in pkgutil.iter_modules(importlib.import_module(self.package).__path__):
                 importlib.import_module(f"{self.package}.{module.name}")
@@ -105,6 +105,7 @@ def _import_file(file: Path) -> None:
     if name in sys.modules:
         return
     spec = importlib.util.spec_from_file_location(name, file)
+    assert spec is not None and spec.loader is not None  # a file that ends in .py has both
     module = importlib.util.module_from_spec(spec)
     sys.modules[name], _plugin_files[name] = module, file
     try:

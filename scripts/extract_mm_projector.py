@@ -26,26 +26,27 @@ def main() -> None:
     quiet_libraries()
     import torch
 
-    from llava.checkpoints.hf_layout import TO_LLAVA, renamed
+    from llava.checkpoints.checkpoint import Checkpoint
     from llava.checkpoints.kinds import PROJECTOR_PREFIX
-    from llava.checkpoints.weights import read_tensors, resolve_checkpoint, tensor_files
     from llava.model.configs import llava_config
 
-    folder, output = resolve_checkpoint(arguments.model_path), Path(arguments.output)
-    names = {key: renamed(key, TO_LLAVA) for key in tensor_files(folder)}
+    checkpoint, output = Checkpoint.open(arguments.model_path), Path(arguments.output)
+    names = checkpoint.llava_names
     wanted = [key for key, name in names.items() if name.startswith((PROJECTOR_PREFIX, "model.image_newline"))]
     if not wanted:
-        raise UserError(f"{folder} holds no projector tensors ({PROJECTOR_PREFIX}*); is it a full LLaVA checkpoint?")
-    state = {names[key]: value.clone() for key, value in read_tensors(folder, wanted).items()}
+        raise UserError(
+            f"{checkpoint} holds no projector tensors ({PROJECTOR_PREFIX}*); is it a full LLaVA checkpoint?"
+        )
+    state = {names[key]: value.clone() for key, value in checkpoint.read_tensors(wanted).items()}
     with atomic_write(output, "wb") as stream:
         torch.save(state, stream)
     if not (output.parent / "config.json").exists():
-        config = llava_config(folder)
+        config = llava_config(checkpoint)
         if not (getattr(config, "mm_vision_tower", None) or ""):
             print("note: the checkpoint ships its vision tower and names none; set mm_vision_tower in config.json")
         config.vision_config = None
         config.save_pretrained(output.parent)
-    print(f"{output}: {len(state)} tensors of {folder}")
+    print(f"{output}: {len(state)} tensors of {checkpoint}")
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "data" / "README.md", ROOT / "output" / "README.md"]
+PAGES += [ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
 PAGES += sorted((ROOT / "docs").glob("*.md"))
 COMMAND = re.compile(r"(?:python3?|deepspeed)[ \t]+(?:-m[ \t]+)?(?P<target>[\w./]+)(?P<rest>(?:\\\n|[^\n])*)")
 
@@ -21,7 +22,7 @@ def test_relative_links_lead_somewhere(page):
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_named_tests_exist(page):
-    for file, name in re.findall(r"`(tests/\w+\.py)(?:::(\w+))?`", page.read_text(encoding="utf-8")):
+    for file, name in re.findall(r"`(tests/[\w/]+\.py)(?:::(\w+))?`", page.read_text(encoding="utf-8")):
         assert f"def {name}" in (ROOT / file).read_text(encoding="utf-8"), f"{file}::{name}"
 
 

@@ -39,6 +39,7 @@ class World:
         arguments += ["--retriever_state_dict", self.keys, "--output_dir", stage, "--use_cpu", "True"]
         arguments += ["--max_steps", 3, "--per_device_train_batch_size", 4, "--learning_rate", "2e-2"]
         arguments += ["--save_strategy", "no", "--report_to", "none", "--disable_tqdm", "True"]
+        arguments += ["--query_cache", ""]
         arguments += ["--previous_stage", previous] if previous else []
         return [str(word) for word in [*arguments, *more]]
 

@@ -15,6 +15,7 @@ Only names and plain dicts here; ``convert`` moves the tensors, ``builder`` load
 from __future__ import annotations
 
 import re
+from typing import Any
 
 from llava.utils import UserError
 
@@ -50,7 +51,7 @@ KEPT_KEY = "llava"
 KEPT = ("image_aspect_ratio", "conversation_version", "mm_vision_tower", "tokenizer_model_max_length", "mm_hidden_size")
 
 
-def is_hf_layout(values: dict) -> bool:
+def is_hf_layout(values: dict[str, Any]) -> bool:
     """Whether ``config.json`` values are Hugging Face's LLaVA config (which shares ``model_type: llava`` with ours)."""
     named = any(name in HF_ARCHITECTURES for name in values.get("architectures") or [])
     return named or ("text_config" in values and "vision_config" in values)
@@ -65,7 +66,7 @@ def renamed(key: str, table: dict[str, str]) -> str:
     return key
 
 
-def config_from_hf(values: dict) -> dict:
+def config_from_hf(values: dict[str, Any]) -> dict[str, Any]:
     """LLaVA config values from Hugging Face's.
 
     Raises:
@@ -108,7 +109,7 @@ def config_from_hf(values: dict) -> dict:
     return {**result, **(values.get(KEPT_KEY) or {})}
 
 
-def config_to_hf(values: dict, vision: dict, image_token: int) -> dict:
+def config_to_hf(values: dict[str, Any], vision: dict[str, Any], image_token: int) -> dict[str, Any]:
     """Hugging Face's config values from LLaVA's; ``vision`` is the tower's config, ``image_token`` the id of <image>.
 
     Raises:
@@ -147,12 +148,13 @@ def config_to_hf(values: dict, vision: dict, image_token: int) -> dict:
     return result
 
 
-def _parsed(values: dict, anyres: bool) -> tuple[dict, dict]:
+def _parsed(values: dict[str, Any], anyres: bool) -> tuple[dict[str, Any], dict[str, Any]]:
     """Text and vision config as transformers reads them: published configs leave its defaults out."""
     from transformers import LlavaConfig, LlavaNextConfig
 
-    config = (LlavaNextConfig if anyres else LlavaConfig).from_dict(values)
-    return tuple(
+    config: Any = (LlavaNextConfig if anyres else LlavaConfig).from_dict(values)
+    text, vision = (
         {key: value for key, value in part.to_dict().items() if key not in ("architectures", "transformers_version")}
         for part in (config.text_config, config.vision_config)
     )
+    return text, vision

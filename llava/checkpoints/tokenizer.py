@@ -8,17 +8,21 @@ time when such folders were written (``legacy``, a beginning-of-text token).
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+from llava.checkpoints.weights import first_line, read_json
 from llava.utils import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 SENTENCEPIECE_FILE = "tokenizer.model"
 LLAMA_CLASSES = (None, "LlamaTokenizer", "LlamaTokenizerFast", "CodeLlamaTokenizer")
 OLD_DEFAULTS = {"legacy": True, "add_bos_token": True, "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
 
 
-def load_tokenizer(folder: Path):
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """The tokenizer in ``folder``.
 
     Raises:
@@ -27,16 +31,17 @@ def load_tokenizer(folder: Path):
     from transformers import AutoTokenizer, LlamaTokenizer
 
     path = folder / "tokenizer_config.json"
-    settings = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    settings = read_json(path) if path.is_file() else {}
     alone = (folder / SENTENCEPIECE_FILE).is_file() and not (folder / "tokenizer.json").is_file()
     try:
         if alone and settings.get("tokenizer_class") in LLAMA_CLASSES:
-            missing = {key: value for key, value in OLD_DEFAULTS.items() if settings.get(key) is None}
-            return LlamaTokenizer.from_pretrained(folder, **missing)
-        return AutoTokenizer.from_pretrained(folder)
+            missing: dict[str, Any] = {key: value for key, value in OLD_DEFAULTS.items() if settings.get(key) is None}
+            found: PreTrainedTokenizerBase = LlamaTokenizer.from_pretrained(folder, **missing)
+        else:
+            found = AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
-            f"{folder}: no tokenizer can be read here ({reason}); copy tokenizer.model or tokenizer.json and "
-            "tokenizer_config.json from the base model"
+            f"{folder}: no tokenizer can be read here ({first_line(error)}); copy tokenizer.model or "
+            "tokenizer.json and tokenizer_config.json from the base model"
         ) from error
+    return found

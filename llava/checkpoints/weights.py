@@ -1,28 +1,36 @@
-"""Reading checkpoint folders without building a model: single tensors, fingerprints, where a name leads.
+"""The files of a checkpoint folder, before anything is known of it: where a name leads, which files hold the weights.
 
-Works on a folder with ``model.safetensors`` or ``pytorch_model.bin`` (both also sharded, with their index files).
+Weights are ``model.safetensors`` or ``pytorch_model.bin``, both also sharded with an index file. Transformers decides
+which of them a model is made of, and everything else here follows it: safetensors before ``.bin``, within one format
+the single file before the shards. Where that choice would pass over tensors of the same names in the same format, the
+folder holds two saves and is refused. ``Checkpoint`` puts these parts together.
 """
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
 import os
 import pickle
 import zipfile
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from llava.utils import UserError
 
+FORMATS = (("model", "safetensors"), ("pytorch_model", "bin"))
+"""Stem and ending of the two formats, the preferred one first."""
+HARMLESS = ("rotary_emb.inv_freq", "position_ids")
+"""Endings of tensors that old checkpoints hold and the model computes, or the reverse."""
 _EDGE = 1 << 16  # bytes read at each end of a weight file for the fingerprint
 
 
-def resolve_checkpoint(name: str | os.PathLike) -> Path:
+def resolve_checkpoint(name: str | os.PathLike[str]) -> Path:
     """The local folder of a checkpoint given by path or by hub name (from the local cache, else downloaded)."""
     folder = Path(name).expanduser()
     if folder.is_dir():
@@ -35,82 +43,156 @@ def resolve_checkpoint(name: str | os.PathLike) -> Path:
     try:
         return Path(snapshot_download(str(name)))
     except Exception as error:  # the hub client raises many kinds; all mean: not to be had
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
-            f"checkpoint {name!r} is no local folder and cannot be fetched from the hub ({reason}); download it on a "
-            "machine with internet and give its folder"
+            f"checkpoint {name!r} is no local folder and cannot be fetched from the hub ({first_line(error)}); "
+            "download it on a machine with internet and give its folder"
         ) from error
 
 
-def read_config(folder: Path) -> dict:
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON file of a checkpoint; ``UserError`` if it is broken."""
+    try:
+        values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}: broken JSON at line {error.lineno}; restore the file") from error
+    return values
+
+
+def read_config(folder: Path) -> dict[str, Any]:
     """``config.json`` of a checkpoint folder; ``UserError`` if it is missing or broken."""
     path = folder / "config.json"
     if not path.is_file():
         raise UserError(f"{folder}: no config.json, so this is no checkpoint folder")
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}: broken JSON at line {error.lineno}; restore the file") from error
+    return read_json(path)
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The files that hold the weights, in name order; empty if the folder has none."""
-    safetensors = sorted(folder.glob("model*.safetensors"))
-    return safetensors or sorted(folder.glob("pytorch_model*.bin"))
+    """The files that hold the weights, in name order; empty if the folder has none.
+
+    Raises:
+        UserError: a single file and shards beside it hold tensors of the same names.
+    """
+    for stem, ending in FORMATS:
+        if files := sorted(folder.glob(f"{stem}*.{ending}")):
+            _refuse_two_sets(folder / f"{stem}.{ending}", _shards(folder, stem, ending))
+            return files
+    return []
 
 
-def tensor_files(folder: Path) -> dict[str, Path]:
-    """Which file holds which tensor."""
-    for index_name in ("model.safetensors.index.json", "pytorch_model.bin.index.json"):
-        index = folder / index_name
+def tensor_places(folder: Path, files: list[Path]) -> dict[str, Path]:
+    """Which file holds which tensor, for those of the folder's ``weight_files`` that transformers makes a model of.
+
+    Raises:
+        UserError: the index is broken or names a file that is gone; a file cannot be read; two saves in one folder.
+    """
+    for stem, ending in FORMATS:
+        single, index = folder / f"{stem}.{ending}", folder / f"{stem}.{ending}.index.json"
+        if single.is_file():
+            return dict.fromkeys(tensor_names(single), single)
         if index.is_file():
-            weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            return {key: folder / file for key, file in weight_map.items()}
+            return _indexed(index)
     places: dict[str, Path] = {}
-    for file in weight_files(folder):
-        if file.suffix == ".safetensors":
-            with safe_open(file, framework="pt") as tensors:
-                places.update(dict.fromkeys(tensors.keys(), file))
-        else:
-            places.update(dict.fromkeys(load_bin(file), file))
+    for file in files:  # shards whose index is lost: enough to read tensors, not to build a model
+        names = tensor_names(file)
+        if twice := sorted(places.keys() & set(names)):
+            raise _two_sets(places[twice[0]], file, twice[0])
+        places.update(dict.fromkeys(names, file))
     return places
 
 
-def read_tensors(folder: Path, wanted: list[str]) -> dict[str, Tensor]:
-    """The named tensors, reading nothing else of a safetensors checkpoint."""
-    places = tensor_files(folder)
-    found: dict[str, Tensor] = {}
-    for file in sorted({places[key] for key in wanted}):
-        mine = [key for key in wanted if places[key] == file]
-        if file.suffix == ".safetensors":
-            with safe_open(file, framework="pt") as tensors:
-                found.update({key: tensors.get_tensor(key) for key in mine})
-        else:
-            tensors = load_bin(file)
-            found.update({key: tensors[key].clone() for key in mine})
-    return found
+def _indexed(index: Path) -> dict[str, Path]:
+    weight_map = read_json(index).get("weight_map") or {}
+    for file in sorted(set(weight_map.values())):
+        if not (index.parent / file).is_file():
+            raise UserError(f"{index} names {file}, which is not there; copy the checkpoint again")
+    return {key: index.parent / file for key, file in weight_map.items()}
+
+
+def _shards(folder: Path, stem: str, ending: str) -> list[Path]:
+    """The files beside the single one: numbered ones, and those that an index names."""
+    index = folder / f"{stem}.{ending}.index.json"
+    named = set((read_json(index).get("weight_map") or {}).values()) if index.is_file() else set()
+    shards = {*folder.glob(f"{stem}-*-of-*.{ending}"), *(folder / name for name in named)}
+    return sorted(file for file in shards if file.is_file() and file.name != f"{stem}.{ending}")
+
+
+def _refuse_two_sets(single: Path, shards: list[Path]) -> None:
+    if not (single.is_file() and shards):
+        return
+    names = set(tensor_names(single))
+    for shard in shards:
+        if twice := sorted(names & set(tensor_names(shard))):
+            raise _two_sets(single, shard, twice[0])
+
+
+def _two_sets(one: Path, other: Path, name: str) -> UserError:
+    return UserError(
+        f"{one.parent} holds two sets of weights: {one.name} and {other.name} both have {name}; remove the stale set "
+        "(shards go with their index file)"
+    )
+
+
+def tensor_names(file: Path) -> list[str]:
+    """Names of the tensors in a weight file."""
+    if file.suffix != ".safetensors":
+        return list(load_bin(file))
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            return list(tensors.keys())
+    except SafetensorError as error:
+        raise UserError(f"{file}: cannot be read as safetensors ({first_line(error)}); copy it again") from error
+
+
+def load_tensors(file: Path, names: Iterable[str]) -> dict[str, Tensor]:
+    """The named tensors of one file, reading nothing else of a safetensors file."""
+    if file.suffix == ".safetensors":
+        with safe_open(file, framework="pt") as tensors:
+            return {name: tensors.get_tensor(name) for name in names}
+    found = load_bin(file)
+    return {name: found[name].clone() for name in names}
 
 
 def load_bin(file: Path) -> dict[str, Tensor]:
     """Tensors of a ``.bin`` file, tensors and plain containers only; ``UserError`` if it holds anything else."""
     try:
-        return torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+        state: dict[str, Tensor] = torch.load(
+            file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file)
+        )
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"{file}: cannot be read as a file of plain tensors ({reason}); copy it again") from error
+        raise UserError(
+            f"{file}: cannot be read as a file of plain tensors ({first_line(error)}); copy it again"
+        ) from error
+    return state
 
 
-@functools.lru_cache(maxsize=8)
+def lacking_tensors(report: Mapping[str, Any]) -> list[str]:
+    """Tensors that ``from_pretrained(..., output_loading_info=True)`` reports as not in the files.
+
+    Transformers gives them random numbers and a warning; here each caller says which of them may be missing.
+    """
+    return sorted(key for key in report["missing_keys"] if not key.endswith(HARMLESS))
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an error's text, its kind where it has none."""
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__
+
+
 def fingerprint(folder: Path) -> str:
+    """``fingerprint_of`` a folder that is needed for nothing else."""
+    return fingerprint_of(read_config(folder), weight_files(folder))
+
+
+def fingerprint_of(config: dict[str, Any], files: list[Path]) -> str:
     """16 hex digits that tell one base checkpoint from another: config fields that shape it, sizes and ends of weights.
 
     Reads a few hundred kilobytes, also of a 14 GB checkpoint.
     """
     digest = hashlib.sha256()
-    config = read_config(folder)
     shape = {key: config.get(key) for key in ("hidden_size", "num_hidden_layers", "vocab_size", "intermediate_size")}
     digest.update(json.dumps(shape, sort_keys=True).encode())
-    for file in weight_files(folder):
+    for file in files:
         size = file.stat().st_size
         digest.update(f"{file.name}:{size}".encode())
         with open(file, "rb") as stream:

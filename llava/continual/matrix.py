@@ -42,12 +42,14 @@ def check_matrix(matrix: np.ndarray) -> np.ndarray:
 
 def average_final(matrix: np.ndarray) -> np.ndarray:
     """Mean over tasks after the last stage, ``[..., T, T] -> [...]``."""
-    return check_matrix(matrix)[..., -1, :].mean(-1)
+    found: np.ndarray = check_matrix(matrix)[..., -1, :].mean(-1)
+    return found
 
 
 def learning_accuracy(matrix: np.ndarray) -> np.ndarray:
     """Mean over tasks right after each was trained, ``[..., T, T] -> [...]``."""
-    return _diagonal(check_matrix(matrix)).mean(-1)
+    found: np.ndarray = _diagonal(check_matrix(matrix)).mean(-1)
+    return found
 
 
 def backward_transfer(matrix: np.ndarray) -> np.ndarray:
@@ -78,7 +80,7 @@ def forward_transfer(matrix: np.ndarray, zero_shot: np.ndarray) -> np.ndarray:
 
 def summary(matrix: np.ndarray, zero_shot: np.ndarray | None = None) -> dict[str, np.ndarray]:
     """All metrics by name; ``fwt`` is NaN without a zero-shot row."""
-    measures: dict[str, Callable] = {
+    measures: dict[str, Callable[[np.ndarray], np.ndarray]] = {
         "average_final": average_final,
         "learning_accuracy": learning_accuracy,
         "bwt": backward_transfer,

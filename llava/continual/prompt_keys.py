@@ -5,13 +5,16 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from llava.checkpoints.weights import fingerprint, resolve_checkpoint
 from llava.continual.queries import compute_queries
+from llava.data.prompt import Prompt
 from llava.data.rows import Row, read_rows
 from llava.folds import held_out
+from llava.mm_utils import get_model_name_from_path
 from llava.model.configs import llava_config
 from llava.slots.file import SlotFile, TaskSlots
 from llava.slots.fit import FittedKeys, fit_keys, seed_of
@@ -54,14 +57,17 @@ def fit_task(
     image_folder: str,
     options: KeyOptions,
     cache_dir: str | None,
+    **asked: Any,
 ) -> tuple[SlotFile, FittedKeys]:
     """Fit a task's keys and router statistics to its training questions.
 
     Rows of ``held_out`` of the pictures are kept from fitting; their queries go into the file, so that merging can
-    measure routing on questions that no key has seen.
+    measure routing on questions that no key has seen. ``asked`` are fields of the prompt that are not as the base has
+    them; the file keeps the prompt.
     """
-    rows = [row for path in data_paths for row in read_rows(path)]
     base = resolve_checkpoint(base_name)
+    prompt = Prompt.of(llava_config(base), get_model_name_from_path(str(base_name)), **asked)
+    rows = [row for path in data_paths for row in read_rows(path)]
     queries = compute_queries(
         rows,
         base,
@@ -72,6 +78,7 @@ def fit_task(
         options.device,
         cache_dir,
         options.image_query,
+        prompt.aspect_ratio,
     )
     settings = _settings(base, queries, options)
     kept, held = split_by_picture(rows, options.held_out, options.seed)
@@ -104,7 +111,8 @@ def fit_task(
             "mixture": mean_weights(fitted, mine, settings),
         },
     )
-    return SlotFile(settings, [task_slots], {"path": str(base_name), "fingerprint": fingerprint(base)}), fitted
+    made_for = {"path": str(base_name), "fingerprint": fingerprint(base)}
+    return SlotFile(settings, [task_slots], made_for, prompt.to_dict()), fitted
 
 
 def mean_weights(fitted: FittedKeys, queries: Queries, settings: RetrieverSettings) -> list[float]:

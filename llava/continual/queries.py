@@ -1,32 +1,44 @@
 """Queries of a data file: what the router sees of each row, computed once and cached.
 
 The text query is the encoded question; the image query is the mean of the vision tower's features, which the answer
-needs anyway. A row without a picture has zeros for its image query.
+needs anyway. A row without a picture has zeros for its image query. One pass over the pictures gives their queries and
+the features that training reuses: each picture is opened once and goes through the tower once.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
+import functools
 import os
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from llava.checkpoints.weights import fingerprint
+from llava.continual.query_cache import QueryCache
+from llava.data.prompt import Picture, check_aspect_ratio, pixels_of
 from llava.data.rows import Row
-from llava.data.samples import check_image_files
-from llava.files import atomic_write
+from llava.data.samples import Features, check_image_files, picture_names, picture_sha256
+from llava.files import file_sha256
 from llava.model.configs import llava_config
-from llava.model.vision.features import tower_features
+from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower
+from llava.model.vision.features import load_vision_tower, tower_features
 from llava.slots.encoders import TextEncoder, load_text_encoder
 from llava.slots.picture_query import image_queries, image_query_dim
 from llava.slots.queries import Queries
 from llava.utils import UserError, is_main_process, rank0_print
 
 DEFAULT_CACHE = "output/cache/queries"
+
+FEATURES_ON_DISK = 2**30
+"""Bytes of picture features that one entry of the cache may hold; more are computed where they are needed."""
+
+_TOWER_FIELDS = ("mm_vision_tower", "mm_vision_select_layer", "mm_vision_select_feature", "image_grid_pinpoints")
+_PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 
 
 def compute_queries(
@@ -39,73 +51,171 @@ def compute_queries(
     device: str = "cpu",
     cache_dir: str | os.PathLike | None = DEFAULT_CACHE,
     image_query: str = "tower",
+    aspect_ratio: str | None = None,
 ) -> Queries:
     """Queries of ``rows`` in the space of ``base``; read from the cache when the same were computed before.
 
     Args:
-        query_mode: ``text``, ``image`` or ``text+image``. text_encoder: see ``query_encoder``.
-        cache_dir: where results are kept, keyed by base, encoder and rows; ``None`` keeps none.
+        query_mode: ``text``, ``image`` or ``text+image``. text_encoder: see ``llava.slots.encoders``.
+        cache_dir: where results are kept (see ``query_cache``); ``None`` keeps none.
         image_query: what the image query is made of, see ``llava.slots.picture_query``.
+        aspect_ratio: picture mode, LLaVA's ``image_aspect_ratio``; None for the base's own.
     """
-    encoder = load_text_encoder(text_encoder, base) if "text" in query_mode else None
+    cache = QueryCache(cache_dir)
+    queries = Queries(text=None, image=None, encoder={})
+    if "text" in query_mode:
+        encoder = load_text_encoder(text_encoder, base)
+        queries.encoder = encoder.identity
+        queries.text = text_queries(rows, encoder.identity, lambda: encoder, cache)
     if "image" in query_mode:
         check_image_files(rows, image_folder)
-    cache = None
-    if cache_dir is not None:
-        cache = Path(cache_dir) / f"{_cache_key(rows, base, image_folder, query_mode, encoder, image_query)}.pt"
-        if cache.is_file():
-            stored = torch.load(cache, map_location="cpu", weights_only=True)
-            return Queries(**stored)
-    queries = Queries(
-        text=_text_queries(rows, encoder) if encoder else None,
-        image=None,
-        encoder=encoder.identity if encoder else {},
-    )
-    if "image" in query_mode:
-        queries.image = compute_image_queries(rows, base, image_folder, image_query, batch_size, device)
-    if cache is not None and is_main_process():
-        with atomic_write(cache, "wb") as stream:
-            torch.save({"text": queries.text, "image": queries.image, "encoder": queries.encoder}, stream)
+        source = PictureSource.standalone(base, image_folder, aspect_ratio, device, batch_size=batch_size)
+        queries.image, _ = look_at_pictures(rows, source, image_query, cache, FEATURES_ON_DISK if cache else 0)
     return queries
 
 
-def _text_queries(rows: list[Row], encoder: TextEncoder) -> Tensor:
-    shown = tqdm(rows, desc="text queries", unit="question", disable=not is_main_process(), leave=False)
-    return torch.stack([encoder([row.question])[0] for row in shown])
+def text_queries(rows: list[Row], identity: dict, load: Callable[[], TextEncoder], cache: QueryCache) -> Tensor:
+    """Text queries ``[rows, text_dim]``; ``load`` gives the encoder of this identity where they must be computed."""
+    content = {"encoder": identity, "questions": [row.question for row in rows]}
+    found = cache.read("text", content)
+    if found is None:
+        encoder = load()
+        shown = tqdm(rows, desc="text queries", unit="question", disable=not is_main_process(), leave=False)
+        found = torch.stack([encoder([row.question])[0] for row in shown])
+        cache.write("text", content, found)
+    return found
 
 
-def compute_image_queries(
-    rows: list[Row], base: Path, image_folder: str | os.PathLike, kind: str, batch_size: int = 16, device: str = "cpu"
-) -> Tensor:
-    """Image queries ``[rows, image_dim]``. Each picture goes through the tower once, however many questions it has."""
-    names = list(dict.fromkeys(row.image for row in rows if row.image))
-    dim = image_query_dim(kind, llava_config(base).mm_hidden_size)
-    by_name: dict[str | None, Tensor] = {None: torch.zeros(dim)}
-    for name, features, pixels, _ in tower_features(
-        names, base, image_folder, batch_size, device, purpose="image queries"
-    ):
-        by_name[name] = image_queries(kind, [[features]], [[pixels]], dim)[0].cpu()
-    return torch.stack([by_name[row.image or None] for row in rows])
+@dataclass(frozen=True)
+class PictureSource:
+    """Picture files and the tower that looks at them.
+
+    Args:
+        base: checkpoint folder that names or ships the tower. config: its LLaVA config.
+        load_tower: gives the tower, on ``device`` and in ``dtype``; called only where pictures must be looked at.
+    """
+
+    base: Path
+    config: Any
+    image_folder: str | os.PathLike
+    aspect_ratio: str
+    load_tower: Callable[[], CLIPVisionTower]
+    device: str
+    dtype: torch.dtype
+    batch_size: int = 16
+
+    @classmethod
+    def standalone(
+        cls,
+        base: Path,
+        image_folder: str | os.PathLike,
+        aspect_ratio: str | None,
+        device: str,
+        dtype: torch.dtype = torch.float32,
+        batch_size: int = 16,
+    ) -> PictureSource:
+        """With a tower of its own, read from the base without its language model, at most once.
+
+        Raises:
+            UserError: a picture mode that is not known, or that the base cannot do.
+        """
+        config = llava_config(base)
+        mode = aspect_ratio or getattr(config, "image_aspect_ratio", None) or "square"
+        check_aspect_ratio(mode, config)
+        load = functools.cache(lambda: load_vision_tower(base, device).to(dtype))
+        return cls(base, config, image_folder, mode, load, device, dtype, batch_size)
+
+    def content(self, names: list[str]) -> dict[str, Any]:
+        """What decides the features of these pictures."""
+        tower = getattr(self.config, "mm_vision_tower", None) or ""
+        return {
+            "base": fingerprint(self.base),
+            "tower": {name: getattr(self.config, name, None) for name in _TOWER_FIELDS},
+            "tower_weights": fingerprint(Path(tower)) if Path(tower, "config.json").is_file() else None,
+            "processor": [
+                file_sha256(folder / name)
+                for folder in (self.base, Path(tower or self.base))
+                for name in _PROCESSOR_FILES
+                if (folder / name).is_file()
+            ],
+            "aspect_ratio": self.aspect_ratio,
+            "run": [self.device, str(self.dtype), self.batch_size],
+            "pictures": [picture_sha256(Path(self.image_folder) / name) for name in names],
+        }
+
+    def look(self, names: list[str]):
+        """One pass over the files, see ``tower_features``; nothing is loaded where there are none."""
+        if not names:
+            return iter(())
+        tower = self.load_tower()
+
+        def preprocess(pictures):
+            return pixels_of(pictures, tower.image_processor, self.config, self.aspect_ratio)
+
+        return tower_features(names, tower, self.image_folder, preprocess, self.batch_size)
 
 
-def _cache_key(
-    rows: list[Row], base: Path, image_folder, query_mode: str, encoder: TextEncoder | None, image_query: str
-) -> str:
-    stamps = {}
-    if "image" in query_mode:
-        for row in rows:
-            if row.image and row.image not in stamps:
-                status = os.stat(Path(image_folder) / row.image)
-                stamps[row.image] = [status.st_size, status.st_mtime_ns]
-    content = {
-        "base": fingerprint(base),
-        "encoder": encoder.identity if encoder else None,
-        "mode": [query_mode, image_query],
-        "rows": [[row.question, row.image] for row in rows],
-        "pictures": stamps,
-        "folder": str(Path(image_folder).resolve()),
-    }
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
+def look_at_pictures(
+    rows: list[Row], source: PictureSource, kind: str | None, cache: QueryCache, feature_bytes: int
+) -> tuple[Tensor | None, Features | None]:
+    """Image queries and tower features of the rows' pictures, from the cache or from one pass.
+
+    Args:
+        kind: of the image queries; None for none.
+        feature_bytes: memory that the features may take; 0 for none.
+
+    Returns:
+        queries ``[rows, image_dim]`` or None, and the features by file name, or None where they would take more.
+    """
+    names = picture_names(rows)
+    content = source.content(names) if cache else {}
+    queries = cache.read("image", {**content, "query": kind}) if kind else None
+    features = _kept_features(cache, content, names, feature_bytes) if feature_bytes else None
+    missing = kind if queries is None else None
+    if missing or (feature_bytes and features is None):
+        fresh, features = _look_once(names, source, missing, feature_bytes)
+        if missing:
+            queries = fresh
+            cache.write("image", {**content, "query": kind}, queries)
+        if features is not None and _size(features.values()) <= FEATURES_ON_DISK:
+            cache.write("features", content, list(features.values()))
+    return _by_row(rows, dict(zip(names, queries, strict=True)), source, kind) if kind else None, features
+
+
+def _look_once(
+    names: list[str], source: PictureSource, kind: str | None, feature_bytes: int
+) -> tuple[list[Tensor], Features | None]:
+    """Image queries (where ``kind`` asks for some) and features (as far as they fit) from one pass over the files."""
+    dim = image_query_dim(kind, source.config.mm_hidden_size) if kind else 0
+    queries: list[Tensor] = []
+    features: Features = {}
+    taken = 0
+    for name, feature, pixels, size in source.look(names):
+        taken += feature.nbytes
+        if kind:
+            queries.append(image_queries(kind, [[feature]], [[pixels]], dim)[0].cpu())
+        elif taken > feature_bytes:
+            return queries, None
+        if taken <= feature_bytes:
+            features[name] = feature.cpu().clone(), size
+    return queries, features if feature_bytes and taken <= feature_bytes else None
+
+
+def _kept_features(cache: QueryCache, content: dict, names: list[str], limit: int) -> Features | None:
+    """Features from the cache, where they are there and within the limit."""
+    kept = cache.read("features", content)
+    if kept is None or _size(kept) > limit:
+        return None
+    return {name: (feature, tuple(size)) for name, (feature, size) in zip(names, kept, strict=True)}
+
+
+def _size(pictures: Iterable[Picture]) -> int:
+    return sum(feature.nbytes for feature, _ in pictures)
+
+
+def _by_row(rows: list[Row], by_name: dict[str, Tensor], source: PictureSource, kind: str) -> Tensor:
+    blank = torch.zeros(image_query_dim(kind, source.config.mm_hidden_size))
+    return torch.stack([by_name[row.image] if row.image else blank for row in rows])
 
 
 def default_base(given: str | None) -> str:

@@ -23,11 +23,12 @@ import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+from llava.data.rows import ANSWER_STYLES
 from llava.slots.settings import check_task_name
 from llava.utils import UserError, require_file, run_cli
 
-ANSWER_STYLES = ("as_is", "lower")
 SEQUENCE_FOLDER = Path(__file__).resolve().parents[2] / "scripts" / "tasks"
 _DEFAULTED_VARIABLE = re.compile(r"\$\{(\w+):-([^}]*)\}")
 
@@ -79,7 +80,7 @@ class TaskSequence:
         return f"llava-{self.name}{mark}_" + "_".join(self.task_names[:number])
 
 
-def load_sequence(name_or_path: str | os.PathLike) -> TaskSequence:
+def load_sequence(name_or_path: str | os.PathLike[str]) -> TaskSequence:
     """Read a task sequence by file, or by the name of one that ships (``vqa-rad``, ``slake``, ``phantom``)."""
     path = Path(name_or_path)
     if path.suffix != ".json":
@@ -93,7 +94,7 @@ def load_sequence(name_or_path: str | os.PathLike) -> TaskSequence:
     return _validated(values, path)
 
 
-def _validated(values: dict, path: Path) -> TaskSequence:
+def _validated(values: dict[str, Any], path: Path) -> TaskSequence:
     if not isinstance(values, dict) or not isinstance(values.get("tasks", []), list):
         raise UserError(f"{path}: a task sequence is a JSON object with a list of tasks (see scripts/tasks)")
     for name in ("name", "tasks", "test", "image_folder"):

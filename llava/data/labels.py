@@ -14,6 +14,7 @@ with one) are tokenised segment by segment there; only then do the ids differ fr
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -25,7 +26,7 @@ from llava.constants import (
     IMAGE_TOKEN_INDEX,
 )
 from llava.conversation import Conversation, Segment, SeparatorStyle, get_conversation
-from llava.mm_utils import bos_ids
+from llava.mm_utils import bos_ids, parse_grid_pinpoints
 from llava.utils import UserError
 
 Turn = tuple[str, str]
@@ -178,6 +179,28 @@ def expanded_length(ids: Sequence[int], image_tokens: int) -> int:
     """Positions the ids take in the language model once each picture has become ``image_tokens`` features."""
     pictures = sum(token == IMAGE_TOKEN_INDEX for token in ids)
     return len(ids) + pictures * (image_tokens - 1)
+
+
+def image_token_count(model_cfg: Any, image_processor: Any, aspect_ratio: str) -> int:
+    """The most features one picture becomes, as far as the config tells; 1 where it tells nothing.
+
+    The patch size comes from ``vision_config``, or from the tower's name (``…-patch14-336``).
+    """
+    vision = getattr(model_cfg, "vision_config", None) or {}
+    read = vision.get if isinstance(vision, dict) else lambda name: getattr(vision, name, None)
+    named = re.search(r"patch-?(\d+)", str(getattr(model_cfg, "mm_vision_tower", None) or ""))
+    patch = read("patch_size") or (int(named.group(1)) if named else None)
+    crop = getattr(image_processor, "crop_size", None)
+    size = read("image_size") or (crop["height"] if crop else None)
+    if not patch or not size:
+        return 1
+    side = int(size) // int(patch)
+    base = side * side + (getattr(model_cfg, "mm_vision_select_feature", "patch") == "cls_patch")
+    if aspect_ratio != "anyres":
+        return base
+    grids = [(width // size, height // size) for width, height in parse_grid_pinpoints(model_cfg.image_grid_pinpoints)]
+    # Tiles, and one newline feature per row of patches.
+    return base + max(columns * rows * side * side + rows * side for columns, rows in grids)
 
 
 def truncate(ids: list[int], labels: list[int], max_length: int, image_tokens: int = 1) -> tuple[list[int], list[int]]:

@@ -22,6 +22,8 @@ from llava.utils import UserError, require_file
 
 HUMAN, GPT = "human", "gpt"
 ANSWER_TYPES = ("OPEN", "CLOSED")
+ANSWER_STYLES = ("as_is", "lower")
+"""How answers are taught: as the data has them, or in lower case."""
 CONVERSATION_KEYS = ("conversations", "conversatons")  # the second is a slip in LLaVA-Med's published files
 
 

@@ -5,13 +5,13 @@ Notable points:
   picture don't fit, rows that no label is left of;
 - a sample carries its own picture or none, so a text-only row or a stray ``<image>`` can't shift the pictures of its
   neighbours;
-- pictures are kept in memory after preprocessing up to a byte limit, since many questions share one.
+- ids, labels and pixels are the prompt encoder's, which answering uses too.
 """
 
 from __future__ import annotations
 
-import re
-from collections import OrderedDict
+import functools
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,12 +20,15 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset
 
-from llava.constants import DEFAULT_IMAGE_TOKEN, IGNORE_INDEX, IMAGE_TOKEN_INDEX
-from llava.data.labels import conversation_ids, expanded_length, has_labels, place_image, truncate
-from llava.data.rows import HUMAN, Row
-from llava.image_io import load_image
-from llava.mm_utils import parse_grid_pinpoints, process_images
+from llava.constants import IGNORE_INDEX
+from llava.data.labels import expanded_length, has_labels
+from llava.data.prompt import Picture, PromptEncoder
+from llava.data.rows import Row
+from llava.files import file_sha256
 from llava.utils import UserError, rank0_print
+
+Features = dict[str, Picture]
+"""Per file name the tower's features ``[tiles, patches, C]`` and the picture's ``(width, height)``."""
 
 MAX_UNLABELLED = 0.01
 """Share of rows without a label above which a run is stopped."""
@@ -39,62 +42,47 @@ class LazySupervisedDataset(Dataset):
 
     Args:
         rows: training rows.
-        tokenizer: the model's tokenizer.
-        image_folder: folder that the rows' file names are relative to; None when no row has a picture.
-        image_processor: the vision tower's image processor.
-        model_cfg: the model's config (``image_aspect_ratio``, ``image_grid_pinpoints``, ``mm_use_im_start_end``,
-            and what tells the number of features a picture becomes).
-        conv_mode: a key of ``conv_templates``.
-        text_queries: ``[N, d]`` query of each row, handed on in the sample.
-        answer_suffix: put after each question on a line of its own, as evaluation puts it.
-        features: per file name the frozen tower's features ``[tiles, patches, C]`` and the picture's size; where
-            given, a sample carries these as ``image_features`` instead of ``image``, and no picture is opened.
-        max_length: longest sample in positions, features of the picture included; None for no limit.
-        cache_megabytes: memory for preprocessed pictures.
+        encoder: turns a row into ids, labels and pixels, as answering does.
 
     A sample is a dict of ``input_ids`` ``[T]``, ``labels`` ``[T]``, ``image`` (``[3, H, W]``, ``[tiles, 3, H, W]`` or
-    None), ``image_size`` ``(width, height)`` or None, and ``text_query`` ``[d]`` where given.
+    None), ``image_size`` ``(width, height)`` or None, and what ``add`` gave the dataset.
 
     Raises:
         UserError: a missing picture, a row whose text and picture don't fit, too many rows without a label.
     """
 
-    def __init__(
-        self,
-        rows: Sequence[Row],
-        tokenizer: Any,
-        image_folder: str | Path | None,
-        image_processor: Any,
-        model_cfg: Any,
-        conv_mode: str,
-        text_queries: torch.Tensor | None = None,
-        *,
-        image_queries: torch.Tensor | None = None,
-        answer_suffix: str = "",
-        features: dict[str, tuple[torch.Tensor, tuple[int, int]]] | None = None,
-        max_length: int | None = None,
-        cache_megabytes: int = 256,
-    ) -> None:
+    def __init__(self, rows: Sequence[Row], encoder: PromptEncoder) -> None:
         if not rows:
             raise UserError("the training data holds no rows")
-        for kind, queries in (("text", text_queries), ("image", image_queries)):
-            if queries is not None and len(queries) != len(rows):
-                raise UserError(f"{len(queries)} {kind} queries for {len(rows)} rows")
-        self.rows = list(rows)
-        self.tokenizer = tokenizer
-        self.image_folder = Path(image_folder) if image_folder is not None else None
-        self.image_processor = image_processor
-        self.model_cfg = model_cfg
-        self.conv_mode = conv_mode
-        self.text_queries, self.image_queries = text_queries, image_queries
-        self.features = features
-        self.answer_suffix = answer_suffix
-        self.max_length = max_length
-        self.image_tokens = image_token_count(model_cfg, image_processor)
+        self.rows, self.encoder = list(rows), encoder
+        self.text_queries: torch.Tensor | None = None
+        self.image_queries: torch.Tensor | None = None
+        self.features: Features | None = None
         self._encoded: dict[int, tuple[list[int], list[int]]] = {}
-        self._pictures = _PictureCache(cache_megabytes * 2**20)
-        check_image_files(self.rows, self.image_folder)
+        check_image_files(self.rows, encoder.image_folder)
         self.unlabelled = self._check_labels()
+
+    def add(
+        self,
+        text_queries: torch.Tensor | None = None,
+        image_queries: torch.Tensor | None = None,
+        features: Features | None = None,
+    ) -> LazySupervisedDataset:
+        """Give samples what was computed ahead of training; returns the dataset.
+
+        Args:
+            text_queries, image_queries: ``[N, d]``, the query of each row: ``text_query`` and ``image_query`` ``[d]``.
+            features: per file name the frozen tower's features ``[tiles, patches, C]`` and the picture's size; a
+                sample carries these as ``image_features`` instead of ``image``, and no picture is opened.
+
+        Raises:
+            UserError: another number of queries than rows.
+        """
+        for kind, queries in (("text", text_queries), ("image", image_queries)):
+            if queries is not None and len(queries) != len(self.rows):
+                raise UserError(f"{len(queries)} {kind} queries for {len(self.rows)} rows")
+        self.text_queries, self.image_queries, self.features = text_queries, image_queries, features
+        return self
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -106,7 +94,7 @@ class LazySupervisedDataset(Dataset):
         if self.features is not None:
             sample["image_features"], sample["image_size"] = self.features.get(row.image, (None, None))
         else:
-            sample["image"], sample["image_size"] = self._picture(row)
+            sample["image"], sample["image_size"] = self.encoder.picture(row)
         if self.text_queries is not None:
             sample["text_query"] = self.text_queries[index]
         if self.image_queries is not None:
@@ -125,35 +113,13 @@ class LazySupervisedDataset(Dataset):
 
     def _length(self, index: int) -> int:
         if index in self._encoded:
-            return max(expanded_length(self._encoded[index][0], self.image_tokens), 1)
+            return max(expanded_length(self._encoded[index][0], self.encoder.image_tokens), 1)
         row = self.rows[index]
         words = sum(len(text.split()) for _, text in row.conversations)
-        return max(words * 3 // 2 + (self.image_tokens if row.image else 0), 1)
+        return max(words * 3 // 2 + (self.encoder.image_tokens if row.image else 0), 1)
 
     def _encode(self, index: int) -> tuple[list[int], list[int]]:
-        row = self.rows[index]
-        im_start_end = bool(getattr(self.model_cfg, "mm_use_im_start_end", False))
-        try:
-            ids, labels = conversation_ids(
-                self._turns(row), self.tokenizer, self.conv_mode, row.image is not None, im_start_end
-            )
-            pictures = ids.count(IMAGE_TOKEN_INDEX)
-            if row.image is not None and pictures != 1:
-                raise UserError(f"{pictures} times {DEFAULT_IMAGE_TOKEN} for one image (keep the first)")
-            return truncate(ids, labels, self.max_length, self.image_tokens) if self.max_length else (ids, labels)
-        except UserError as error:
-            raise UserError(f"row {row.id!r}: {error}") from error
-
-    def _turns(self, row: Row) -> Sequence[tuple[str, str]]:
-        """The row's turns, with the suffix after each question (``<image>`` in front, so that it stays at the end)."""
-        if not self.answer_suffix:
-            return row.conversations
-        return [
-            (speaker, f"{place_image(text, text.count(DEFAULT_IMAGE_TOKEN))}\n{self.answer_suffix}")
-            if speaker == HUMAN
-            else (speaker, text)
-            for speaker, text in row.conversations
-        ]
+        return self.encoder.tokens(self.rows[index], answer=True)
 
     def _check_labels(self) -> int:
         """Tokenise the rows (or a spread of them), keep the result, and return how many have no label."""
@@ -169,40 +135,6 @@ class LazySupervisedDataset(Dataset):
             raise UserError(f"{found}; at most {MAX_UNLABELLED:.0%} may (fill in or drop these rows)")
         rank0_print(f"note: {found}; they carry no loss")
         return len(empty)
-
-    def _picture(self, row: Row) -> tuple[torch.Tensor | None, tuple[int, int] | None]:
-        if row.image is None:
-            return None, None
-        found = self._pictures.get(row.image)
-        if found is None:
-            try:
-                image = load_image(self.image_folder / row.image)
-            except UserError as error:
-                raise UserError(f"row {row.id!r}: {error}") from error
-            found = process_images([image], self.image_processor, self.model_cfg)[0], image.size
-            self._pictures.put(row.image, found)
-        return found
-
-
-class _PictureCache:
-    """Preprocessed pictures by file name; the ones used longest ago go first when the byte limit is reached."""
-
-    def __init__(self, limit: int) -> None:
-        self.limit = limit
-        self.used = 0
-        self.entries: OrderedDict[str, tuple[torch.Tensor, tuple[int, int]]] = OrderedDict()
-
-    def get(self, name: str) -> tuple[torch.Tensor, tuple[int, int]] | None:
-        if name not in self.entries:
-            return None
-        self.entries.move_to_end(name)
-        return self.entries[name]
-
-    def put(self, name: str, entry: tuple[torch.Tensor, tuple[int, int]]) -> None:
-        self.entries[name] = entry
-        self.used += entry[0].nbytes
-        while self.used > self.limit:
-            self.used -= self.entries.popitem(last=False)[1][0].nbytes
 
 
 def check_image_files(rows: Sequence[Row], image_folder: str | Path | None) -> None:
@@ -227,26 +159,31 @@ def check_image_files(rows: Sequence[Row], image_folder: str | Path | None) -> N
     raise UserError(f"row {first.id!r}: image file not found: {folder / first.image}{others} (check the image folder)")
 
 
-def image_token_count(model_cfg: Any, image_processor: Any) -> int:
-    """The most features one picture becomes, as far as the config tells; 1 where it tells nothing.
+def picture_names(rows: Sequence[Row]) -> list[str]:
+    """The rows' picture files, each once, in the order of their first use."""
+    return list(dict.fromkeys(row.image for row in rows if row.image))
 
-    The patch size comes from ``vision_config``, or from the tower's name (``…-patch14-336``).
-    """
-    vision = getattr(model_cfg, "vision_config", None) or {}
-    read = vision.get if isinstance(vision, dict) else lambda name: getattr(vision, name, None)
-    named = re.search(r"patch-?(\d+)", str(getattr(model_cfg, "mm_vision_tower", None) or ""))
-    patch = read("patch_size") or (int(named.group(1)) if named else None)
-    crop = getattr(image_processor, "crop_size", None)
-    size = read("image_size") or (crop["height"] if crop else None)
-    if not patch or not size:
-        return 1
-    side = int(size) // int(patch)
-    base = side * side + (getattr(model_cfg, "mm_vision_select_feature", "patch") == "cls_patch")
-    if getattr(model_cfg, "image_aspect_ratio", None) != "anyres":
-        return base
-    grids = [(width // size, height // size) for width, height in parse_grid_pinpoints(model_cfg.image_grid_pinpoints)]
-    # Tiles, and one newline feature per row of patches.
-    return base + max(columns * rows * side * side + rows * side for columns, rows in grids)
+
+def picture_sha256(path: str | Path) -> str:
+    """Hex SHA-256 of a picture file; a file that has not changed is read once per process."""
+    status = Path(path).stat()
+    return _hashed(str(path), status.st_size, status.st_mtime_ns)
+
+
+@functools.cache
+def _hashed(path: str, size: int, changed: int) -> str:
+    return file_sha256(path)
+
+
+def pictures_checksum(rows: Sequence[Row], image_folder: str | Path | None) -> str | None:
+    """16 hex digits over the contents of the rows' pictures, whatever their folder is called; None without any."""
+    names = picture_names(rows)
+    if not names:
+        return None
+    digest = hashlib.sha256()
+    for name in sorted(names):
+        digest.update(f"{name}:{picture_sha256(Path(image_folder or '') / name)}\n".encode())
+    return digest.hexdigest()[:16]
 
 
 @dataclass

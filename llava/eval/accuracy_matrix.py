@@ -68,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Build, print, write and draw."""
     arguments = parse_arguments(argv)
     sequence = load_sequence(arguments.sequence) if arguments.sequence else None
-    tasks = arguments.tasks or sequence.task_names
+    tasks = arguments.tasks or (sequence.task_names if sequence else [])
     names = arguments.metrics or (sequence.metrics if sequence else None) or DEFAULT_METRICS
     stages = [load_stage(path, tasks) for path in arguments.scores]
     zero_shot = load_stage(arguments.zero_shot, tasks) if arguments.zero_shot else None
@@ -219,8 +219,8 @@ def _replicates(
     """Bootstrap replicates of the scores, ``[draws, stages, tasks]``; None when a cell is no mean over rows."""
     columns = []
     for task, drawn in zip(tasks, weights, strict=True):
-        values = [stage.row_values(task, metric) for stage in stages]
-        if any(found is None or len(found) != drawn.shape[1] for found in values):
+        values = [found for stage in stages if (found := stage.row_values(task, metric)) is not None]
+        if len(values) < len(stages) or any(len(found) != drawn.shape[1] for found in values):
             return None
         table = np.stack(values, axis=-1)  # [rows, stages]
         counted = drawn @ np.isfinite(table)

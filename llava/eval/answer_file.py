@@ -24,7 +24,15 @@ HASHED_WHOLE = 64 << 20
 SAMPLES, SAMPLE_SIZE = 64, 1 << 16
 """Model files up to ``HASHED_WHOLE`` bytes are hashed; of larger ones the size and evenly spread samples are."""
 _WEIGHT_FILES = (".safetensors", ".bin", ".pth", ".pt", ".model", ".jinja")
-_SETTING_FILES = ("config", "generation_config", "tokenizer", "special_tokens", "added_tokens", "vocab", "merges")
+_SETTING_FILES: tuple[str, ...] = (
+    "config",
+    "generation_config",
+    "tokenizer",
+    "special_tokens",
+    "added_tokens",
+    "vocab",
+    "merges",
+)
 _SETTING_FILES += ("preprocessor_config", "processor_config", "adapter_config", "chat_template")
 
 

@@ -3,12 +3,12 @@
     python -m llava.eval.model_vqa_loader --model-path output/llava-vqa-rad_abd --model-base BASE \\
         --question-file data/test_vqa_rad.jsonl --image-folder data/vqa-rad/images --answers-file answers.jsonl
 
-LLaVA's flags, and: any ``--batch-size``; greedy by default; the conversation template follows the checkpoint unless
-``--conv-mode`` is given. Killed and started again with the same command, it goes on where it was and ends with the
-same file: batches are fixed by the chunk, not by where the run stopped. The route each answer took is in its
-``metadata``. ``--task-id`` (one task for all rows) and ``--route oracle`` (each row's own domain, where the model has
-learned it) give the task away, for comparison; other values of ``--route`` choose a router, ``none`` answers with the
-base model.
+LLaVA's flags, and: any ``--batch-size``; greedy by default; a stage is asked as it was trained (template, answer
+suffix, picture mode) unless ``--conv-mode``, ``--answer-suffix`` or ``--image_aspect_ratio`` is given. Killed and
+started again with the same command, it goes on where it was and ends with the same file: batches are fixed by the
+chunk, not by where the run stopped. The route each answer took is in its ``metadata``. ``--task-id`` (one task for all
+rows) and ``--route oracle`` (each row's own domain, where the model has learned it) give the task away, for
+comparison; other values of ``--route`` choose a router, ``none`` answers with the base model.
 """
 
 from __future__ import annotations
@@ -16,20 +16,24 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterator, Sequence
-from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import llava
 from llava.data.rows import Row, read_rows
 from llava.devices import default_device
 from llava.eval.answer_file import answer_row, append, appending, batches, chunk_range, model_fingerprint, run_id
-from llava.eval.loading_flags import add_loading_flags
+from llava.eval.loading_flags import add_loading_flags, add_prompt_flags
 from llava.files import file_sha256
 from llava.mm_utils import get_model_name_from_path
 from llava.utils import UserError, run_cli
 
-CACHED_IMAGES = 512
+if TYPE_CHECKING:
+    from llava.data.prompt import Prompt, PromptEncoder
+
+CACHED_MEGABYTES = 768
+"""Memory for preprocessed pictures, about 500 of LLaVA-1.5."""
+
 ORACLE, NO_ROUTE = "oracle", "none"
 REFUSAL = "I cannot answer this: the question or the picture is unlike everything I was trained on."
 
@@ -42,8 +46,8 @@ def parse_arguments(argv: Sequence[str] | None = None, **defaults: Any) -> argpa
     parser.add_argument("--image-folder", default="", help="folder of the rows' images")
     parser.add_argument("--question-file", required=True)
     parser.add_argument("--answers-file", default="answer.jsonl", help="default %(default)s")
-    parser.add_argument("--conv-mode", help="conversation template (default: the checkpoint's own)")
-    parser.add_argument("--answer-suffix", default="", help="appended to each question on a line of its own")
+    add_prompt_flags(parser)
+    parser.add_argument("--default-answer-suffix", default="", help="for a model that keeps none of its own")
     parser.add_argument("--num-chunks", type=int, default=1)
     parser.add_argument("--chunk-idx", type=int, default=0)
     parser.add_argument("--temperature", type=float, default=0.0, help="0 (default) is greedy")
@@ -101,7 +105,7 @@ def main(argv: Sequence[str] | None = None, **defaults: Any) -> None:
 def run_settings(arguments: argparse.Namespace) -> dict[str, Any]:
     """Everything that decides the answers of a chunk set; equal settings mean equal answers."""
     names = "conv_mode answer_suffix num_chunks temperature top_p num_beams max_new_tokens batch_size seed".split()
-    names += ["load_8bit", "load_4bit", "task_id", "route"]
+    names += ["load_8bit", "load_4bit", "task_id", "route", "default_answer_suffix", "image_aspect_ratio"]
     names += [name for name in ("refuse_unknown", "attn_implementation") if vars(arguments).get(name)]
     return {
         "version": llava.__version__,
@@ -110,6 +114,35 @@ def run_settings(arguments: argparse.Namespace) -> dict[str, Any]:
         "question_file": file_sha256(arguments.question_file),
         **{name: getattr(arguments, name) for name in names},
     }
+
+
+def asked_prompt(arguments: argparse.Namespace) -> dict[str, str | None]:
+    """The fields of the prompt that the command line names; None where it leaves them to the checkpoint."""
+    given = vars(arguments)
+    names = {"conv_mode": "conv_mode", "answer_suffix": "answer_suffix", "aspect_ratio": "image_aspect_ratio"}
+    asked = {field: given.get(name) for field, name in names.items()}
+    return {field: None if value == "" and field != "answer_suffix" else value for field, value in asked.items()}
+
+
+def check_prompt_flags(arguments: argparse.Namespace) -> None:
+    """Refuse flags of the prompt that name nothing, or nothing that the model can do, before it is loaded.
+
+    Raises:
+        UserError: an unknown template or picture mode; ``anyres`` for a model that has no grids for it.
+    """
+    from llava.checkpoints.weights import resolve_checkpoint
+    from llava.conversation import get_conversation
+    from llava.data.prompt import check_aspect_ratio
+    from llava.model.configs import llava_config
+
+    asked = asked_prompt(arguments)
+    if asked["conv_mode"]:
+        get_conversation(asked["conv_mode"])
+    if asked["aspect_ratio"]:
+        check_aspect_ratio(asked["aspect_ratio"])
+        folder = resolve_checkpoint(arguments.model_path)
+        if (folder / "config.json").is_file():
+            check_aspect_ratio(asked["aspect_ratio"], llava_config(folder))
 
 
 def check_images(rows: Sequence[Row], image_folder: str) -> None:
@@ -136,7 +169,7 @@ def answer_rows(
     from tqdm import tqdm
 
     plan = [batch for batch in batches(len(rows), arguments.batch_size) if batch.stop > done]
-    dataset = QuestionDataset(rows, speaker, arguments.image_folder, arguments.answer_suffix)
+    dataset = QuestionDataset(rows, speaker, arguments.image_folder)
     loader = DataLoader(dataset, batch_sampler=plan, num_workers=arguments.num_workers, collate_fn=speaker.collate)
     answered = len(rows) - sum(map(len, plan))
     with tqdm(total=len(rows), initial=answered, unit="question", disable=not sys.stderr.isatty()) as progress:
@@ -147,14 +180,10 @@ def answer_rows(
 
 
 class QuestionDataset:
-    """Rows as model inputs: prompt ids, pixels and the plain question.
+    """Rows as model inputs: prompt ids, pixels and the row; many rows ask about one picture, which is kept."""
 
-    Many rows ask about one picture: the pixels of the last ``CACHED_IMAGES`` pictures are kept.
-    """
-
-    def __init__(self, rows: Sequence[Row], speaker: Speaker, image_folder: str, answer_suffix: str = ""):
-        self.rows, self.speaker, self.folder, self.suffix = rows, speaker, Path(image_folder), answer_suffix
-        self.pixels = lru_cache(maxsize=CACHED_IMAGES)(self._pixels)
+    def __init__(self, rows: Sequence[Row], speaker: Speaker, image_folder: str):
+        self.rows, self.encoder = rows, speaker.encoder(image_folder)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -162,42 +191,32 @@ class QuestionDataset:
     def __getitem__(self, number: int) -> dict[str, Any]:
         """``input_ids`` (list), ``image`` (``[3, H, W]``, ``[tiles, 3, H, W]`` or None), ``image_size``, ``row``."""
         row = self.rows[number]
-        question = f"{row.question}\n{self.suffix}" if self.suffix else row.question
-        image, size = self.pixels(row.image) if row.image is not None else (None, None)
-        return {
-            "input_ids": self.speaker.prompt_ids(question, has_image=image is not None),
-            "image": image,
-            "image_size": size,
-            "row": row,
-        }
-
-    def _pixels(self, name: str) -> tuple[Any, tuple[int, int]]:
-        from llava.mm_utils import load_image, process_images
-
-        picture = load_image(self.folder / name)
-        speaker = self.speaker
-        return process_images([picture], speaker.image_processor, speaker.model.config)[0], picture.size
+        sample = self.encoder.encode(row, answer=False)
+        return {"input_ids": sample.input_ids, "image": sample.pixels, "image_size": sample.size, "row": row}
 
 
 class Speaker:
-    """A loaded model with its tokenizer, image processor and conversation template."""
+    """A loaded model with its tokenizer and image processor, and the prompt by which it is asked."""
 
-    def __init__(self, tokenizer: Any, model: Any, image_processor: Any, conv_mode: str):
+    def __init__(self, tokenizer: Any, model: Any, image_processor: Any, prompt: Prompt):
         from llava.conversation import get_conversation
 
-        self.tokenizer, self.model, self.image_processor = tokenizer, model, image_processor
-        self.conv_mode = conv_mode
-        template = get_conversation(conv_mode)
+        self.tokenizer, self.model, self.image_processor, self.prompt = tokenizer, model, image_processor, prompt
+        template = get_conversation(prompt.conv_mode)
         self.stop = (template.sep2 if template.sep_style.name in ("TWO", "LLAMA_2") else template.sep) or None
-        self.use_im_start_end = bool(getattr(model.config, "mm_use_im_start_end", False))
 
     @classmethod
     def load(cls, arguments: argparse.Namespace) -> Speaker:
-        """Load the checkpoint that the arguments name, with the router they ask for."""
+        """Load the checkpoint that the arguments name, with the router and the prompt they ask for.
 
-        from llava.conversation import conv_mode_for
+        Raises:
+            UserError: a text-only model, an unknown router, template, picture mode or task.
+        """
+
+        from llava.data.prompt import Prompt
         from llava.model.builder import load_pretrained_model
 
+        check_prompt_flags(arguments)
         name = get_model_name_from_path(arguments.model_path)
         tokenizer, model, image_processor, _ = load_pretrained_model(
             arguments.model_path,
@@ -211,19 +230,21 @@ class Speaker:
         if not hasattr(model, "get_vision_tower"):
             raise UserError(f"{arguments.model_path} is a plain language model, not a LLaVA checkpoint")
         model.eval()
+        defaults = {"answer_suffix": vars(arguments).get("default_answer_suffix") or ""}
+        prompt = Prompt.of(model.config, name, defaults, **asked_prompt(arguments))
+        prompt.tell(model.config)
         choose_router(model, arguments.route)
         if arguments.task_id and arguments.task_id not in known_tasks(model):
             known = ", ".join(known_tasks(model)) or "no slots"
             raise UserError(f"no trained slots for task {arguments.task_id!r}; the model has {known}")
-        return cls(tokenizer, model, image_processor, arguments.conv_mode or conv_mode_for(model.config, name))
+        return cls(tokenizer, model, image_processor, prompt)
 
-    def prompt_ids(self, question: str, has_image: bool) -> list[int]:
-        """Token ids of the open prompt, the same as in training."""
-        from llava.data.labels import prompt_ids
+    def encoder(self, image_folder: str = "") -> PromptEncoder:
+        """What turns rows and conversations into this model's inputs, as training does."""
+        from llava.data.prompt import PromptEncoder
 
-        if has_image and self.image_processor is None:
-            raise UserError("the rows have images but the model has no vision tower (is it a LLaVA checkpoint?)")
-        return prompt_ids(question, self.tokenizer, self.conv_mode, has_image, self.use_im_start_end)
+        parts = (self.prompt, self.tokenizer, self.image_processor, self.model.config)
+        return PromptEncoder(*parts, image_folder, CACHED_MEGABYTES)
 
     def collate(self, items: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """A left-padded batch: ``input_ids`` and ``attention_mask`` ``[batch, length]``, images, sizes, rows."""

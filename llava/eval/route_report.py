@@ -121,6 +121,7 @@ def read_queries(arguments: argparse.Namespace, slots: Any, base: Path) -> tuple
                 device=arguments.device,
                 cache_dir=arguments.cache_dir or None,
                 image_query=settings.image_query,
+                aspect_ratio=slots.prompt.get("aspect_ratio"),
             )
         )
     if settings.uses_text and parts[0].encoder != settings.encoder:

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from llava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_PLACEHOLDER
-from llava.eval.loading_flags import add_loading_flags
+from llava.eval.loading_flags import add_loading_flags, add_prompt_flags
 from llava.utils import UserError, quiet_libraries, run_cli
 
 URL_TIMEOUT = 30  # seconds
@@ -32,12 +32,12 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--model-base", help="base model that a light checkpoint is applied to")
     parser.add_argument("--image-file", required=True, help="file or URL; several with --sep between them")
     parser.add_argument("--query", required=True)
-    parser.add_argument("--conv-mode", help="conversation template (default: the checkpoint's own)")
     parser.add_argument("--sep", default=",", help="between file names (default %(default)s)")
     parser.add_argument("--temperature", type=float, default=0.2, help="0 is greedy (default %(default)s)")
     parser.add_argument("--top_p", "--top-p", type=float)
     parser.add_argument("--num_beams", "--num-beams", type=int, default=1)
     parser.add_argument("--max_new_tokens", "--max-new-tokens", type=int, default=512)
+    add_prompt_flags(parser)
     add_loading_flags(parser)
     parser.add_argument("--task-id", help="route the question to this task's slots")
     parser.add_argument("--route", help="router to use; 'none' answers with the base model")
@@ -119,14 +119,11 @@ def ask(speaker, turns: Sequence[tuple[str, str]], pictures: list, arguments: ar
     """
     import torch
 
-    from llava.data.labels import conversation_ids
     from llava.data.rows import Row
-    from llava.mm_utils import process_images
 
-    if pictures and speaker.image_processor is None:
-        raise UserError("the model has no vision tower (is it a LLaVA checkpoint?)")
-    ids, _ = conversation_ids(turns, speaker.tokenizer, speaker.conv_mode, bool(pictures), speaker.use_im_start_end)
-    pixels = process_images(pictures, speaker.image_processor, speaker.model.config) if pictures else []
+    encoder = speaker.encoder()
+    ids, _ = encoder.conversation(turns, bool(pictures))
+    pixels = encoder.pixels(pictures) if pictures else []
     question = turns[-1][1].replace(DEFAULT_IMAGE_TOKEN, "").strip()
     batch = {
         "input_ids": torch.tensor([ids]),

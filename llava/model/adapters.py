@@ -10,16 +10,17 @@ the LLaVA class itself, with or without LoRA layers inside.
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from llava.checkpoints.kinds import ADAPTER_CONFIG, NON_LORA_FILE, PROJECTOR_FILE
-from llava.checkpoints.weights import load_bin
+from llava.checkpoints.weights import load_bin, read_json
 from llava.utils import UserError, rank0_print
 
 PEFT_PREFIX = "base_model.model."
@@ -30,10 +31,7 @@ def adapter_base(folder: Path, model_base: str | None) -> str:
     """The base of a LoRA folder: ``model_base``, else the one its config names."""
     if model_base:
         return model_base
-    try:
-        named = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8")).get("base_model_name_or_path")
-    except json.JSONDecodeError as error:
-        raise UserError(f"{folder / ADAPTER_CONFIG}: broken JSON at line {error.lineno}; restore the file") from error
+    named = read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
     if not named:
         raise UserError(f"{folder} holds a LoRA adapter that names no base; give its base as --model-base")
     rank0_print(f"base of the LoRA: {named} ({ADAPTER_CONFIG} names it)")
@@ -59,7 +57,7 @@ def _plain_name(key: str) -> str:
     return f"model.{key}" if key.startswith("mm_projector.") else key
 
 
-def load_extra_tensors(model, folder: Path, lacking: list[str]) -> None:
+def load_extra_tensors(model: PreTrainedModel, folder: Path, lacking: list[str]) -> None:
     """Put ``mm_projector.bin`` and ``non_lora_trainables.bin`` into the model.
 
     Args:
@@ -91,14 +89,15 @@ def load_extra_tensors(model, folder: Path, lacking: list[str]) -> None:
             own[key].copy_(value)
 
 
-def _fit_vocabulary(model, state: dict[str, Tensor]) -> None:
+def _fit_vocabulary(model: PreTrainedModel, state: dict[str, Tensor]) -> None:
     """Grow the embeddings to the rows in the file (LLaVA adds image start and end tokens)."""
     rows = next((value.shape[0] for key, value in state.items() if key.endswith("embed_tokens.weight")), None)
-    if rows and rows != model.get_input_embeddings().weight.shape[0]:
+    table: Any = model.get_input_embeddings()
+    if rows and rows != table.weight.shape[0]:
         model.resize_token_embeddings(rows)
 
 
-def apply_adapter(model, folder: Path, merge: bool, trainable: bool = False):
+def apply_adapter(model: PreTrainedModel, folder: Path, merge: bool, trainable: bool = False) -> PreTrainedModel:
     """``model`` with the LoRA of ``folder`` in it: merged into its weights, or as LoRA layers.
 
     Raises:
@@ -125,8 +124,8 @@ def apply_adapter(model, folder: Path, merge: bool, trainable: bool = False):
         )
     if merge:
         rank0_print("LoRA merged into the base")
-        return wrapped.merge_and_unload()
-    return wrapped.get_base_model()
+        return cast(PreTrainedModel, wrapped.merge_and_unload())
+    return cast(PreTrainedModel, wrapped.get_base_model())
 
 
 def _adapter_tensors(folder: Path) -> dict[str, Tensor]:

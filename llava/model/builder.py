@@ -1,20 +1,30 @@
-"""Load any checkpoint by its content (``layouts``), over a base where it needs one; print which rule fired."""
+"""Load any checkpoint by its content (``Checkpoint.kind``), over a base where it needs one; print which rule fired."""
 
 from __future__ import annotations
 
 import pickle
-from pathlib import Path
+from collections.abc import Mapping
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import (
+    AutoModelForCausalLM,
+    BaseImageProcessor,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
+from llava.checkpoints.checkpoint import Checkpoint, Place
 from llava.checkpoints.hf_layout import TO_LLAVA as HF_TO_LLAVA
-from llava.checkpoints.kinds import ADAPTER_CONFIG, PROJECTOR_PREFIX, SLOTS_FILE, checkpoint_kind, language_family
+from llava.checkpoints.kinds import ADAPTER_CONFIG, PROJECTOR_PREFIX, SLOTS_FILE
 from llava.checkpoints.tokenizer import load_tokenizer
-from llava.checkpoints.weights import fingerprint, read_config, resolve_checkpoint, weight_files
+from llava.checkpoints.weights import HARMLESS, first_line, lacking_tensors
+from llava.conversation import conv_mode_for
+from llava.mm_utils import get_model_name_from_path
 from llava.model.adapters import adapter_base, apply_adapter, load_extra_tensors
-from llava.model.configs import FAMILIES, llava_config
+from llava.model.configs import FAMILIES, Config, Model, llava_config
 from llava.model.multimodal_encoder.clip_encoder import shipped_image_processor
 from llava.model.vision.features import load_vision_tower
 from llava.slots.encoders import encoder_from_identity
@@ -26,8 +36,6 @@ __all__ = ["SLOTS_FILE", "attach_slots", "load_base", "load_pretrained_model", "
 
 DEFAULT_CONTEXT = 2048
 NEWLINE = "model.image_newline"
-HARMLESS = ("rotary_emb.inv_freq", "position_ids")
-"""Endings of tensors that old checkpoints hold and the model computes, or the reverse."""
 
 
 def load_pretrained_model(
@@ -36,13 +44,13 @@ def load_pretrained_model(
     model_name: str | None = None,
     load_8bit: bool = False,
     load_4bit: bool = False,
-    device_map: str | dict | None = "auto",
+    device_map: str | dict[str, Any] | None = "auto",
     device: str = "cuda",
     use_flash_attn: bool = False,
     attn_implementation: str | None = None,
     dtype: torch.dtype | None = None,
-    **kwargs,
-):
+    **kwargs: Any,
+) -> tuple[PreTrainedTokenizerBase, PreTrainedModel, BaseImageProcessor | None, int]:
     """Load a model for inference.
 
     Args:
@@ -58,21 +66,23 @@ def load_pretrained_model(
     Raises:
         UserError: the folder is missing, is no checkpoint, needs a base, or does not fit its base.
     """
-    folder = resolve_checkpoint(model_path)
-    kind, rule = checkpoint_kind(folder, model_name)
+    checkpoint = Checkpoint.open(model_path, model_name)
+    kind, folder = checkpoint.kind, checkpoint.folder
     slots = read_slot_file(folder / SLOTS_FILE) if kind == "stage" else None
-    base = _base_of(folder, kind, slots, model_base)
-    rank0_print(f"{folder}: {_DESCRIPTION[kind]}{f' over base {base}' if base != folder else ''} ({rule})")
+    base = _base_of(checkpoint, slots, model_base, model_name)
+    over_base = f" over base {base}" if base.folder != folder else ""
+    rank0_print(f"{folder}: {_DESCRIPTION[kind]}{over_base} ({checkpoint.rule})")
     options = loading_options(load_8bit, load_4bit, device_map, device, use_flash_attn, attn_implementation, dtype)
-    over = folder if kind in ("lora", "projector") else None
-    model, tokenizer, image_processor = load_base(base, config_from=over, name=model_name, **options, **kwargs)
-    if kind == "lora" or (kind == "stage" and (folder / ADAPTER_CONFIG).is_file()):
+    over = checkpoint if kind in ("lora", "projector") else None
+    model, tokenizer, image_processor = load_base(base, config_from=over, **options, **kwargs)
+    if kind == "lora" or (kind == "stage" and checkpoint.has(ADAPTER_CONFIG)):
         quantised = load_8bit or load_4bit
         model = apply_adapter(model, folder, merge=not quantised)
         if quantised:
             rank0_print("LoRA kept beside the base, which is quantised")
     if slots is not None:
-        attach_slots(model, slots, base)
+        attach_slots(cast(Model, model), slots, base)
+        tell_prompt(model.config, slots, model_base or slots.base.get("path") or str(base))
     context = getattr(model.config, "max_sequence_length", None) or DEFAULT_CONTEXT
     return tokenizer, model.eval(), image_processor, context
 
@@ -87,30 +97,33 @@ _DESCRIPTION = {
 }
 
 
-def _base_of(folder: Path, kind: str, slots: SlotFile | None, model_base: str | None) -> Path:
-    """The folder that holds the full weights: the checkpoint itself, or its base."""
-    if kind == "stage" and not weight_files(folder):
-        return stage_base(folder, slots, model_base)
-    if kind == "lora":
-        return resolve_checkpoint(adapter_base(folder, model_base))
-    if kind == "projector":
+def _base_of(checkpoint: Checkpoint, slots: SlotFile | None, model_base: str | None, name: str | None) -> Checkpoint:
+    """The checkpoint that holds the full weights: itself, or its base, which goes by the same name in ties."""
+    if slots is not None and not checkpoint.has_weights:
+        model_base = model_base or slots.base.get("path")
+        if not model_base:
+            raise UserError(f"{checkpoint} holds only slots; give the base model they were trained on as --model-base")
+    elif checkpoint.kind == "lora":
+        model_base = adapter_base(checkpoint.folder, model_base)
+    elif checkpoint.kind == "projector":
         if model_base is None:
-            raise UserError(f"{folder} holds only a projector; give its language model as --model-base")
-        return resolve_checkpoint(model_base)
-    return folder
+            raise UserError(f"{checkpoint} holds only a projector; give its language model as --model-base")
+    else:
+        return checkpoint
+    return Checkpoint.open(model_base, name)
 
 
 def loading_options(
-    load_8bit=False,
-    load_4bit=False,
-    device_map="auto",
-    device="cuda",
-    use_flash_attn=False,
-    attn_implementation=None,
-    dtype=None,
-) -> dict:
+    load_8bit: bool = False,
+    load_4bit: bool = False,
+    device_map: str | dict[str, Any] | None = "auto",
+    device: str = "cuda",
+    use_flash_attn: bool = False,
+    attn_implementation: str | None = None,
+    dtype: torch.dtype | None = None,
+) -> dict[str, Any]:
     """Keyword arguments for ``from_pretrained`` from LLaVA's loading flags."""
-    options: dict = {"attn_implementation": attention(attn_implementation, use_flash_attn)}
+    options: dict[str, Any] = {"attn_implementation": attention(attn_implementation, use_flash_attn)}
     if load_8bit and load_4bit:
         raise UserError("choose one of --load-8bit and --load-4bit")
     if load_8bit or load_4bit:
@@ -150,111 +163,101 @@ def attention(wanted: str | None, use_flash_attn: bool = False) -> str:
     return wanted
 
 
-def load_base(folder: Path, config_from: Path | None = None, name: str | None = None, **options):
+def load_base(
+    place: Place, config_from: Checkpoint | None = None, **options: Any
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, BaseImageProcessor | None]:
     """A checkpoint with full weights: ``(model, tokenizer, image_processor)``.
 
     Args:
         config_from: a projector's or LoRA's folder: its config and its tensors go over the base's.
         options: for ``from_pretrained``.
+
+    Raises:
+        UserError: the checkpoint holds no full weights, or they do not fit its config.
     """
-    kind, _ = checkpoint_kind(folder, name)
-    if not weight_files(folder):
-        raise UserError(f"{folder} is itself no full model ({_DESCRIPTION[kind]}); give the base it was trained on")
-    tokenizer = load_tokenizer(folder)
-    if kind == "plain" and config_from is None:
-        return AutoModelForCausalLM.from_pretrained(folder, **options), tokenizer, None
-    config = llava_config(_config_folder(folder, config_from, kind), weights=folder, name=name)
+    checkpoint = Checkpoint.open(place)
+    if not checkpoint.has_weights:
+        described = _DESCRIPTION[checkpoint.kind]
+        raise UserError(f"{checkpoint} is itself no full model ({described}); give the base it was trained on")
+    tokenizer = load_tokenizer(checkpoint.folder)
+    if checkpoint.kind == "plain" and config_from is None:
+        return AutoModelForCausalLM.from_pretrained(checkpoint.folder, **options), tokenizer, None
+    configured = _configured(checkpoint, config_from)
+    config = llava_config(configured, weights=checkpoint)
     if config_from is not None:
-        config.vocab_size = _vocabulary(folder)  # a longer one is in the tensors beside the adapter
-    model_class = FAMILIES[language_family({"model_type": config.model_type})]
-    model, report = _from_pretrained(model_class, folder, config, kind, options)
-    lacking = _check_loading(folder, report, config_from is not None)
-    image_processor = _ready_tower(model, folder)
+        config.vocab_size = checkpoint.vocab_size  # a longer one is in the tensors beside the adapter
+    model, report = _from_pretrained(FAMILIES[configured.family], checkpoint, config, options)
+    lacking = _check_loading(checkpoint, report, config_from is not None)
+    image_processor = _ready_tower(model, checkpoint)
     if config_from is not None:
-        load_extra_tensors(model, config_from, lacking)
+        load_extra_tensors(model, config_from.folder, lacking)
     _sanitise_generation(model)
     return model, tokenizer, image_processor
 
 
-def _config_folder(folder: Path, config_from: Path | None, kind: str) -> Path:
+def _configured(checkpoint: Checkpoint, config_from: Checkpoint | None) -> Checkpoint:
     """Where the LLaVA config is: beside the adapter, else in the base."""
     if config_from is None:
-        return folder
-    if (config_from / "config.json").is_file():
+        return checkpoint
+    if config_from.has("config.json"):
         return config_from
-    if kind == "plain":
+    if checkpoint.kind == "plain":
         raise UserError(
-            f"{config_from} has no config.json and {folder} is a plain language model, so the projector's type is "
+            f"{config_from} has no config.json and {checkpoint} is a plain language model, so the projector's type is "
             "unknown; copy config.json from the training run's final folder"
         )
-    return folder
+    return checkpoint
 
 
-def _from_pretrained(model_class, folder: Path, config, kind: str, options: dict):
+def _from_pretrained(
+    model_class: type[Model], checkpoint: Checkpoint, config: Config, options: dict[str, Any]
+) -> tuple[Model, dict[str, Any]]:
     """``(model, loading report)``; what is wrong with the files becomes a ``UserError``."""
-    mapping = {"key_mapping": HF_TO_LLAVA} if kind == "hf" else {}
+    folder = checkpoint.folder
+    mapping: dict[str, Any] = {"key_mapping": HF_TO_LLAVA} if checkpoint.kind == "hf" else {}
     try:
-        model, report = model_class.from_pretrained(
-            folder, config=config, output_loading_info=True, **mapping, **options
-        )
+        loaded: Any = model_class.from_pretrained(folder, config=config, output_loading_info=True, **mapping, **options)
     except pickle.UnpicklingError as error:
         raise UserError(
             f"{folder}: a pytorch_model*.bin file holds more than plain tensors and is not run; get the checkpoint as "
             "safetensors"
         ) from error
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{folder}: the weights cannot be read ({_first_line(error)}); copy them again") from error
+        raise UserError(f"{folder}: the weights cannot be read ({first_line(error)}); copy them again") from error
     except RuntimeError as error:
         if "mismatch" not in str(error):
             raise
         raise UserError(
-            f"{folder}: tensors don't have the shapes that config.json asks for ({_first_line(error)}); the config "
+            f"{folder}: tensors don't have the shapes that config.json asks for ({first_line(error)}); the config "
             "and the weights belong to different models"
         ) from error
+    model, report = loaded
     if mapping and "quantization_config" not in options:
         model._weight_conversions = []  # saved again, it has LLaVA's names
     return model, report
 
 
-def _first_line(error: Exception) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__
-
-
-def _vocabulary(folder: Path) -> int:
-    values = read_config(folder)
-    return (values.get("text_config") or values).get("vocab_size", 32000)
-
-
-def _ready_tower(model, folder: Path):
+def _ready_tower(model: Model, checkpoint: Checkpoint) -> BaseImageProcessor | None:
     """Load the vision tower if the checkpoint did not ship it; returns the image processor, ``None`` without tower."""
     tower = model.get_vision_tower()
     if tower is None:
-        rank0_print(f"{folder}: the config names no vision tower; pictures are ignored")
+        rank0_print(f"{checkpoint}: the config names no vision tower; pictures are ignored")
         return None
     if tower.is_loaded:
-        tower.image_processor = shipped_image_processor(folder, tower.config)
+        tower.image_processor = shipped_image_processor(checkpoint.folder, tower.config)
     else:
         tower.load_model()
-        tower.to(device=model.device, dtype=model.get_model().embed_tokens.weight.dtype)
+        tower.to(device=model.device, dtype=model.get_input_embeddings().weight.dtype)
     return tower.image_processor
 
 
-def stage_base(folder: Path, slots: SlotFile, model_base: str | None) -> Path:
-    """The base of a light stage checkpoint: ``model_base``, else the path it was trained with."""
-    name = model_base or slots.base.get("path")
-    if not name:
-        raise UserError(f"{folder} holds only slots; give the base model they were trained on as --model-base")
-    return resolve_checkpoint(name)
-
-
-def attach_slots(model, slots: SlotFile, base: Path, with_encoder: bool = True) -> None:
+def attach_slots(model: Model, slots: SlotFile, base: Place, with_encoder: bool = True) -> None:
     """Give ``model`` the slots of a file made for ``base``; refuses another base or shape by name."""
-    expected = slots.base.get("fingerprint")
-    if expected and expected != fingerprint(base):
+    expected, checkpoint = slots.base.get("fingerprint"), Checkpoint.open(base)
+    if expected and expected != checkpoint.fingerprint:
         raise UserError(
-            f"the slots were trained on base {slots.base.get('path')} ({expected}), but {base} is {fingerprint(base)}; "
-            "give the right --model-base"
+            f"the slots were trained on base {slots.base.get('path')} ({expected}), but {checkpoint} is "
+            f"{checkpoint.fingerprint}; give the right --model-base"
         )
     layers = model.config.num_hidden_layers
     if slots.settings.num_layers != layers:
@@ -267,29 +270,42 @@ def attach_slots(model, slots: SlotFile, base: Path, with_encoder: bool = True) 
             )
     retriever = retriever_from(slots)
     if with_encoder and slots.settings.uses_text and slots.settings.encoder:
-        retriever.encode_text = encoder_from_identity(slots.settings.encoder, base)
+        retriever.encode_text = encoder_from_identity(slots.settings.encoder, checkpoint)
     model.attach_retriever(retriever)
 
 
-def _check_loading(folder: Path, report: dict, with_extra: bool) -> list[str]:
+def tell_prompt(config, slots: SlotFile, base_name: str) -> None:
+    """Put the stage's prompt into the model's config, so that whoever asks it finds it there.
+
+    A stage of an older version keeps none: it is asked as its base is, whose name ``base_name`` ends with.
+    """
+    known = slots.prompt or {"conv_mode": conv_mode_for(config, get_model_name_from_path(base_name))}
+    config.prompt = dict(known)
+    for field, name in (("conv_mode", "conversation_version"), ("aspect_ratio", "image_aspect_ratio")):
+        if field in known:
+            setattr(config, name, known[field])
+
+
+def _check_loading(checkpoint: Checkpoint, report: Mapping[str, Any], with_extra: bool) -> list[str]:
     """Refuse a checkpoint with missing or surplus tensors, listing them.
 
     With ``with_extra`` the projector (and the newline of any-resolution pictures) may be missing: their names are
     returned, and ``load_extra_tensors`` must supply them.
     """
-    problems = {}
-    for what, kind in (("lacks", "missing_keys"), ("has no place for", "unexpected_keys")):
-        problems[what] = sorted(key for key in report[kind] if not key.endswith(HARMLESS))
+    problems = {"lacks": lacking_tensors(report)}
+    problems["has no place for"] = sorted(key for key in report["unexpected_keys"] if not key.endswith(HARMLESS))
     problems["has another shape for"] = sorted(str(entry[0]) for entry in report.get("mismatched_keys", ()))
     supplied = [key for key in problems["lacks"] if with_extra and key.startswith((PROJECTOR_PREFIX, NEWLINE))]
     problems["lacks"] = [key for key in problems["lacks"] if key not in supplied]
     for what, keys in problems.items():
         if keys:
-            raise UserError(f"{folder}: the checkpoint {what} {len(keys)} tensors, among them {', '.join(keys[:4])}")
+            raise UserError(
+                f"{checkpoint}: the checkpoint {what} {len(keys)} tensors, among them {', '.join(keys[:4])}"
+            )
     return supplied
 
 
-def _sanitise_generation(model) -> None:
+def _sanitise_generation(model: PreTrainedModel) -> None:
     """Published Vicuna settings carry a temperature without sampling, which newer transformers refuse to save."""
     settings = model.generation_config
     if settings is not None and not settings.do_sample:

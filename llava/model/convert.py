@@ -11,17 +11,20 @@ import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from llava.checkpoints.hf_layout import TO_HF, TO_LLAVA, config_from_hf, config_to_hf, is_hf_layout, renamed
+from llava.checkpoints.checkpoint import Checkpoint
+from llava.checkpoints.hf_layout import TO_HF, TO_LLAVA, config_to_hf, renamed
 from llava.checkpoints.kinds import TOWER_PREFIX
 from llava.checkpoints.tokenizer import load_tokenizer
-from llava.checkpoints.weights import load_bin, read_config, tensor_files, weight_files
+from llava.checkpoints.weights import load_bin
 from llava.constants import DEFAULT_IMAGE_TOKEN
-from llava.files import atomic_write
+from llava.files import atomic_folder, atomic_write
 from llava.model.configs import llava_config
 from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower, shipped_image_processor
 from llava.utils import UserError, rank0_print
@@ -41,33 +44,29 @@ def convert(source: Path, target: Path, direction: str) -> None:
         raise UserError(f"unknown direction {direction!r} (choose {FROM_HF} or {TO_HF_DIRECTION})")
     if target.exists() and any(target.iterdir()):
         raise UserError(f"{target} is there already; give a new folder")
-    if is_hf_layout(read_config(source)) != (direction == FROM_HF):
+    checkpoint = Checkpoint(source)
+    if checkpoint.is_hf != (direction == FROM_HF):
         found = "Hugging Face's" if direction == TO_HF_DIRECTION else "LLaVA's"
         raise UserError(f"{source} has {found} layout already, or is no LLaVA checkpoint; nothing to convert")
-    if not weight_files(source):
+    if not checkpoint.has_weights:
         raise UserError(f"{source} holds no full weights; merge the adapter first (scripts/merge_lora_weights.py)")
-    partial = target.with_name(f".{target.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    for name in COPIED:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, partial / name)
-    (_from_hf if direction == FROM_HF else _to_hf)(source, partial)
-    shutil.rmtree(target, ignore_errors=True)
-    partial.rename(target)
+    with atomic_folder(target) as partial:
+        for name in COPIED:
+            if checkpoint.has(name):
+                shutil.copyfile(source / name, partial / name)
+        (_from_hf if direction == FROM_HF else _to_hf)(checkpoint, partial)
     rank0_print(f"{source} converted ({direction}) to {target}")
 
 
-def _from_hf(source: Path, target: Path) -> None:
-    values = config_from_hf(read_config(source))
-    _write_json(target / "config.json", values)
-    load_tokenizer(source).save_pretrained(target)
+def _from_hf(source: Checkpoint, target: Path) -> None:
+    _write_json(target / "config.json", source.llava_config)
+    load_tokenizer(source.folder).save_pretrained(target)
     write_shards(target, ({renamed(key, TO_LLAVA): value for key, value in shard.items()} for shard in shards(source)))
 
 
-def _to_hf(source: Path, target: Path) -> None:
+def _to_hf(source: Checkpoint, target: Path) -> None:
     config = llava_config(source)
-    tokenizer = load_tokenizer(source)
+    tokenizer = load_tokenizer(source.folder)
     tower = None
     if getattr(config, "vision_config", None) is None:
         tower = CLIPVisionTower(getattr(config, "mm_vision_tower", None) or "", args=config)
@@ -76,16 +75,16 @@ def _to_hf(source: Path, target: Path) -> None:
     config.vocab_size = max(config.vocab_size, image_token + 1)
     _write_json(target / "config.json", config_to_hf(_plain_values(config), vision, image_token))
     write_shards(target, _hf_shards(source, config.vocab_size, tower))
-    _write_processor(source, target, tokenizer, config, vision, tower)
+    _write_processor(source.folder, target, tokenizer, config, vision, tower)
 
 
-def _plain_values(config) -> dict:
+def _plain_values(config: PretrainedConfig) -> dict[str, Any]:
     values = json.loads(config.to_json_string(use_diff=False))
     values.pop("transformers_version", None)
     return {**values, "model_type": config.model_type}
 
 
-def _hf_shards(source: Path, vocabulary: int, tower: CLIPVisionTower | None) -> Iterator[dict[str, Tensor]]:
+def _hf_shards(source: Checkpoint, vocabulary: int, tower: CLIPVisionTower | None) -> Iterator[dict[str, Tensor]]:
     for shard in shards(source):
         for key in VOCABULARY_TENSORS:
             if key in shard:
@@ -105,19 +104,26 @@ def grown(table: Tensor, rows: int) -> Tensor:
     return torch.cat([table, mean.expand(lacking, -1)])
 
 
-def _image_token(tokenizer) -> int:
+def _image_token(tokenizer: PreTrainedTokenizerBase) -> int:
     """The id of ``<image>``, which is added where the tokenizer lacks it."""
     if DEFAULT_IMAGE_TOKEN not in tokenizer.get_vocab():
         tokenizer.add_tokens([DEFAULT_IMAGE_TOKEN], special_tokens=True)
-    return tokenizer.convert_tokens_to_ids(DEFAULT_IMAGE_TOKEN)
+    return tokenizer.get_vocab()[DEFAULT_IMAGE_TOKEN]
 
 
-def _write_processor(source: Path, target: Path, tokenizer, config, vision: dict, tower) -> None:
+def _write_processor(
+    source: Path,
+    target: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    config: PretrainedConfig,
+    vision: dict[str, Any],
+    tower: CLIPVisionTower | None,
+) -> None:
     """Tokenizer, image processor and the file that tells transformers' processor how many tokens a picture is."""
     from transformers import CLIPVisionConfig
 
     tokenizer.save_pretrained(target)
-    processor = tower.image_processor if tower else shipped_image_processor(source, CLIPVisionConfig(**vision))
+    processor: Any = tower.image_processor if tower else shipped_image_processor(source, CLIPVisionConfig(**vision))
     pictures, mode = processor.to_dict(), getattr(config, "image_aspect_ratio", None)
     if mode == "anyres":
         pinpoints = [[height, width] for width, height in config.image_grid_pinpoints]
@@ -136,9 +142,9 @@ def _write_processor(source: Path, target: Path, tokenizer, config, vision: dict
     _write_json(target / "processor_config.json", settings)
 
 
-def shards(folder: Path) -> Iterator[dict[str, Tensor]]:
+def shards(source: Checkpoint) -> Iterator[dict[str, Tensor]]:
     """The tensors of each weight file in turn."""
-    for file in sorted(set(tensor_files(folder).values())):
+    for file in sorted(set(source.tensor_files.values())):
         yield load_file(file) if file.suffix == ".safetensors" else load_bin(file)
 
 
@@ -162,6 +168,6 @@ def write_shards(folder: Path, parts: Iterator[dict[str, Tensor]]) -> None:
     _write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
-def _write_json(path: Path, values: dict) -> None:
+def _write_json(path: Path, values: dict[str, Any]) -> None:
     with atomic_write(path) as stream:
         json.dump(values, stream, indent=2, sort_keys=True)

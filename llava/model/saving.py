@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
+from typing import Any
 
+from transformers import BaseImageProcessor, PreTrainedModel, PreTrainedTokenizerBase
+
+from llava.files import atomic_folder
 from llava.utils import UserError, rank0_print
 
 
-def save_whole_model(folder: Path, tokenizer, model, image_processor=None, max_shard_size: str = "5GB") -> None:
+def save_whole_model(
+    folder: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    model: PreTrainedModel,
+    image_processor: BaseImageProcessor | None = None,
+    max_shard_size: str = "5GB",
+) -> None:
     """Write ``model`` to the new ``folder``, which appears under its name only when it is whole.
 
     Raises:
@@ -16,16 +25,14 @@ def save_whole_model(folder: Path, tokenizer, model, image_processor=None, max_s
     """
     if folder.exists() and any(folder.iterdir()):
         raise UserError(f"{folder} is there already; give a new folder")
-    tower = model.get_vision_tower() if hasattr(model, "get_vision_tower") else None
+    find_tower: Any = getattr(model, "get_vision_tower", None)  # a plain language model has none
+    tower = find_tower() if find_tower else None
     if tower is not None:
         model.config.vision_config = tower.config.to_dict()  # its weights are written too, fine-tuned or not
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
     state = {key: value for key, value in model.state_dict().items() if not key.startswith("retriever.")}
-    model.save_pretrained(partial, state_dict=state, max_shard_size=max_shard_size)
-    tokenizer.save_pretrained(partial)
-    if image_processor is not None:
-        image_processor.save_pretrained(partial)
-    shutil.rmtree(folder, ignore_errors=True)
-    partial.rename(folder)
+    with atomic_folder(folder) as partial:
+        model.save_pretrained(partial, state_dict=state, max_shard_size=max_shard_size)
+        tokenizer.save_pretrained(partial)
+        if image_processor is not None:
+            image_processor.save_pretrained(partial)
     rank0_print(f"written to {folder}")

@@ -12,7 +12,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from llava.eval.loading_flags import add_loading_flags
+from llava.eval.loading_flags import add_loading_flags, add_prompt_flags
 from llava.utils import quiet_libraries, run_cli
 
 
@@ -22,10 +22,10 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--model-path", required=True, help="checkpoint folder or hub id")
     parser.add_argument("--model-base", help="base model that a light checkpoint is applied to")
     parser.add_argument("--image-file", required=True, help="file or URL")
-    parser.add_argument("--conv-mode", help="conversation template (default: the checkpoint's own)")
     parser.add_argument("--temperature", type=float, default=0.2, help="0 is greedy (default %(default)s)")
     parser.add_argument("--top_p", "--top-p", type=float)
     parser.add_argument("--max-new-tokens", "--max_new_tokens", type=int, default=512)
+    add_prompt_flags(parser)
     add_loading_flags(parser)
     parser.add_argument("--task-id", help="route every question to this task's slots")
     parser.add_argument("--route", help="router to use; 'none' answers with the base model")
@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     pictures = load_pictures(arguments.image_file, sep="\0")  # one picture, whatever its name
     speaker = Speaker.load(arguments)
-    names = get_conversation(speaker.conv_mode).roles
+    names = get_conversation(speaker.prompt.conv_mode).roles
     print("ask about the picture; an empty line ends the chat")
     chat(speaker, pictures, arguments, names)
 
@@ -63,7 +63,7 @@ def chat(speaker, pictures: list, arguments: argparse.Namespace, names: Sequence
             print("(the model gave an empty answer)")
         turns.append(("gpt", text))
         if arguments.debug:
-            print({"turns": turns, "conv_mode": speaker.conv_mode, "route": route})
+            print({"turns": turns, "conv_mode": speaker.prompt.conv_mode, "route": route})
     return turns
 
 

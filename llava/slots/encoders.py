@@ -14,17 +14,22 @@ Every question is encoded by itself, so its query does not depend on what it is 
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from llava.checkpoints.checkpoint import Checkpoint, Place
 from llava.checkpoints.tokenizer import load_tokenizer
-from llava.checkpoints.weights import read_tensors, resolve_checkpoint, tensor_files
+from llava.checkpoints.weights import lacking_tensors
 from llava.utils import UserError
 
 REFERENCE_ENCODER = "sentence-transformers/nli-roberta-base-v2"
+UNUSED_PART = re.compile(r"(^|\.)pooler\.")
+"""Tensors that many published encoders leave out: the pooler stands behind the last hidden layer, which is used."""
 EMBEDDING_KEYS = ("model.embed_tokens.weight", "language_model.model.embed_tokens.weight", "embed_tokens.weight")
 
 
@@ -37,7 +42,7 @@ class TextEncoder:
 
     kind = ""
 
-    def __init__(self, name: str, fingerprint: str, dim: int):
+    def __init__(self, name: str, fingerprint: str, dim: int) -> None:
         self.identity = {"kind": self.kind, "name": name, "fingerprint": fingerprint, "dim": dim}
         self.dim = dim
         self._cache: dict[str, Tensor] = {}
@@ -58,10 +63,11 @@ class BaseEmbeddingEncoder(TextEncoder):
 
     kind = "base"
 
-    def __init__(self, base_path: str | Path):
-        table = read_embedding_table(base_path)
+    def __init__(self, base_path: Place) -> None:
+        checkpoint = Checkpoint.open(base_path)
+        table = read_embedding_table(checkpoint)
         self.table = torch.nn.functional.normalize(table.float(), dim=-1)
-        self.tokenizer = load_tokenizer(resolve_checkpoint(base_path))
+        self.tokenizer = load_tokenizer(checkpoint.folder)
         digest = hashlib.sha256(table.contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()[:16]
         super().__init__("base", digest, table.shape[1])
 
@@ -75,19 +81,28 @@ class SentenceEncoder(TextEncoder):
 
     kind = "sentence"
 
-    def __init__(self, name: str, path: str | Path | None = None):
+    def __init__(self, name: str, path: str | Path | None = None) -> None:
         from transformers import AutoModel, AutoTokenizer
 
         source = str(path or name)
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(source)
-            self.model = AutoModel.from_pretrained(source).eval().float()
+            model, report = AutoModel.from_pretrained(source, output_loading_info=True)
         except (OSError, ValueError) as error:
             raise UserError(
                 f"text encoder {name!r} cannot be loaded ({str(error).splitlines()[0]}); give a local folder, or "
                 "--text_encoder base, which needs no download"
             ) from error
-        sample = torch.cat([p.detach().flatten()[:64] for p in self.model.parameters()]).numpy().tobytes()
+        self.model = model.eval().float()
+        lacking = lacking_tensors(report)
+        if needed := [key for key in lacking if not UNUSED_PART.search(key)]:
+            raise UserError(
+                f"text encoder {name!r} lacks {len(needed)} tensors, among them {', '.join(needed[:4])}; copy the "
+                "whole model, or give --text_encoder base"
+            )
+        # What no file holds is random at each load and unused; the identity is made of what was read.
+        read = [value for key, value in self.model.named_parameters() if key not in lacking]
+        sample = torch.cat([value.detach().flatten()[:64] for value in read]).numpy().tobytes()
         digest = hashlib.sha256(sample + str(self.model.config.hidden_size).encode()).hexdigest()[:16]
         super().__init__(name, digest, self.model.config.hidden_size)
 
@@ -98,7 +113,7 @@ class SentenceEncoder(TextEncoder):
         return hidden.mean(0).clone()
 
 
-def load_text_encoder(choice: str, base_path: str | Path | None) -> TextEncoder:
+def load_text_encoder(choice: str, base_path: Place | None) -> TextEncoder:
     """The encoder that ``choice`` names (see the module's docstring); ``base_path`` serves ``base`` and ``auto``."""
     if choice == "auto":
         choice = REFERENCE_ENCODER if _in_local_cache(REFERENCE_ENCODER) else "base"
@@ -111,7 +126,7 @@ def load_text_encoder(choice: str, base_path: str | Path | None) -> TextEncoder:
     return BaseEmbeddingEncoder(base_path)
 
 
-def encoder_from_identity(identity: dict, base_path: str | Path | None) -> TextEncoder:
+def encoder_from_identity(identity: dict[str, Any], base_path: Place | None) -> TextEncoder:
     """The encoder a key file was made with; ``UserError`` if what is found here is a different one."""
     encoder = load_text_encoder(identity["name"], base_path)
     if encoder.identity != identity:
@@ -123,14 +138,13 @@ def encoder_from_identity(identity: dict, base_path: str | Path | None) -> TextE
     return encoder
 
 
-def read_embedding_table(base_path: str | Path) -> Tensor:
+def read_embedding_table(base_path: Place) -> Tensor:
     """The token embeddings ``[vocabulary, hidden]`` of a checkpoint, reading that tensor alone."""
-    folder = resolve_checkpoint(base_path)
-    places = tensor_files(folder)
+    checkpoint = Checkpoint.open(base_path)
     for key in EMBEDDING_KEYS:
-        if key in places:
-            return read_tensors(folder, [key])[key]
-    raise UserError(f"no token embeddings found in {folder} (expected one of {', '.join(EMBEDDING_KEYS)})")
+        if key in checkpoint.tensor_files:
+            return checkpoint.read_tensors([key])[key]
+    raise UserError(f"no token embeddings found in {checkpoint} (expected one of {', '.join(EMBEDDING_KEYS)})")
 
 
 def _in_local_cache(name: str) -> bool:

@@ -62,7 +62,9 @@ def adapter_tensors(slots: SlotFile, task: TaskSlots, mixture: dict[int, float])
     return tensors
 
 
-def export_peft(slots: SlotFile, task_name: str, folder: str | Path, weights: list[float] | None = None) -> dict:
+def export_peft(
+    slots: SlotFile, task_name: str, folder: str | Path, weights: list[float] | None = None
+) -> dict[int, float]:
     """Write ``adapter_config.json`` and ``adapter_model.safetensors``; returns the mixture that was folded in.
 
     Raises:

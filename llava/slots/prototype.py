@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from llava.checkpoints.weights import fingerprint, read_config, read_tensors, tensor_files
+from llava.checkpoints.checkpoint import Checkpoint
 from llava.slots.encoders import load_text_encoder
 from llava.slots.file import SlotFile, TaskSlots
 from llava.slots.pool import RetrieverSettings
@@ -52,7 +52,8 @@ def import_prototype(
         raise UserError(f"{source}: the keys hold NaN or infinite numbers")
     groups, pool, part = keys.shape
     _check_ranges(source, ranges, pool)
-    config = read_config(base)
+    checkpoint = Checkpoint(base)
+    config = checkpoint.config
     layers, hidden = config["num_hidden_layers"], config["hidden_size"]
     a, b = _components(source, found.get(COMPONENTS), pool, layers, hidden)
     settings = RetrieverSettings(
@@ -81,16 +82,15 @@ def import_prototype(
         )
         for name, (start, stop) in ranges.items()
     ]
-    return SlotFile(settings, tasks, {"path": base_name, "fingerprint": fingerprint(base)})
+    return SlotFile(settings, tasks, {"path": base_name, "fingerprint": checkpoint.fingerprint})
 
 
 def _read(source: Path) -> dict[str, Tensor]:
     """The two tensors, by the names they have in a full checkpoint."""
     names = {"keys": KEYS, "weight_offset_components": COMPONENTS, KEYS: KEYS, COMPONENTS: COMPONENTS}
     if source.is_dir():
-        places = tensor_files(source)
-        wanted = [name for name in (KEYS, COMPONENTS) if name in places]
-        return read_tensors(source, wanted)
+        checkpoint = Checkpoint(source)
+        return checkpoint.read_tensors(name for name in (KEYS, COMPONENTS) if name in checkpoint.tensor_files)
     if not source.is_file():
         raise UserError(f"prototype checkpoint not found: {source}")
     try:

@@ -160,7 +160,7 @@ class MedicalText:
 def sayable_pieces(tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """The tokens of a vocabulary that are text of their own (a byte of a longer character is not), sorted."""
     special = set(tokenizer.all_special_ids)
-    texts = {tokenizer.decode([number]) for number in tokenizer.get_vocab().values() if number not in special}
+    texts = {str(tokenizer.decode([number])) for number in tokenizer.get_vocab().values() if number not in special}
     return sorted(text for text in texts if text.isascii() and text.isprintable() and text.strip())
 
 

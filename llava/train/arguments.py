@@ -51,6 +51,9 @@ class TrainingArguments(transformers.TrainingArguments):
     )
     previous_stage: str | None = field(default=None, metadata={"help": "checkpoint of the stage before this one"})
     feature_cache_mb: int = field(default=4096, metadata={"help": "memory for the frozen tower's picture features"})
+    query_cache: str = field(
+        default="output/cache/queries", metadata={"help": "where queries and picture features are kept; '' keeps none"}
+    )
     bits: int = field(default=16, metadata={"help": "4 or 8: quantise the frozen base with bitsandbytes"})
     double_quant: bool = field(default=True, metadata={"help": "4 bits: quantise the scales too"})
     quant_type: str = field(default="nf4", metadata={"help": "4 bits: nf4 or fp4"})

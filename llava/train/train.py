@@ -21,20 +21,22 @@ from accelerate.utils import set_seed
 
 from llava.checkpoints.weights import resolve_checkpoint
 from llava.continual.methods import load_method
-from llava.continual.queries import compute_image_queries
+from llava.continual.queries import PictureSource, look_at_pictures, text_queries
+from llava.continual.query_cache import QueryCache
 from llava.continual.run import check_same_run, finished_stage, read_stage_slots, write_stage
 from llava.continual.tasks import TaskSequence, load_sequence
-from llava.conversation import conv_mode_for
-from llava.data.rows import Row, in_lower_case, read_rows
-from llava.data.samples import DataCollatorForSupervisedDataset, LazySupervisedDataset, check_image_files
+from llava.data.prompt import Prompt, PromptEncoder
+from llava.data.rows import Row, read_rows
+from llava.data.samples import DataCollatorForSupervisedDataset, LazySupervisedDataset
 from llava.devices import default_device, has_accelerator
 from llava.files import atomic_write, file_sha256
 from llava.mm_utils import get_model_name_from_path
 from llava.model.builder import attach_slots, attention, load_base
-from llava.model.vision.features import tower_features
+from llava.model.configs import llava_config
 from llava.slots.encoders import encoder_from_identity
 from llava.slots.file import SlotFile, read_slot_file
 from llava.slots.fit import seed_of
+from llava.slots.settings import RetrieverSettings
 from llava.train.arguments import DataArguments, ModelArguments, TrainingArguments, parse_arguments, translate
 from llava.train.deepspeed_config import check_agreement, check_deepspeed_config, prepare_cpu_deepspeed
 from llava.train.llava_trainer import LLaVATrainer, last_complete_checkpoint, trainable_state
@@ -77,8 +79,11 @@ def train(attn_implementation: str | None = None) -> None:
     previous = read_stage_slots(Path(args.previous_stage)) if args.previous_stage else None
     merged = read_slot_file(args.retriever_state_dict)
     files = [data_args.data_path] if data_args.data_path else method.training_files(sequence, data_args.task)
-    rows = read_training_rows(files, sequence)
-    held_out_rows = read_training_rows([data_args.eval_data_path], sequence) if data_args.eval_data_path else None
+    rows = read_training_rows(files)
+    held_out_rows = read_training_rows([data_args.eval_data_path]) if data_args.eval_data_path else None
+    prompt = stage_prompt(model_args, data_args, args, sequence, base, merged.prompt)
+    if previous is not None and (changed := prompt.difference(previous.prompt)):
+        rank0_print(f"note: earlier tasks were trained with another prompt and will be asked with this one: {changed}")
     run = describe_run(model_args, data_args, sequence, args, merged, previous, files)
     if finished_stage(stage, run):
         rank0_print(f"{stage} is finished already; skipped")
@@ -95,6 +100,7 @@ def train(attn_implementation: str | None = None) -> None:
     )
     model.requires_grad_(False)
     attach_slots(model, slots, base, with_encoder=False)
+    prompt.tell(model.config)
     before = Path(args.previous_stage) if args.previous_stage else None
     lora = add_lora(model, args, before, str(model_args.model_name_or_path))
     parameters = model.retriever.train_only(trained_task)
@@ -102,11 +108,11 @@ def train(attn_implementation: str | None = None) -> None:
         f"task {data_args.task}: {len(rows)} rows; {sum(p.numel() for p in parameters):,} weights in "
         f"{model.retriever.pool_size} slots train, the base is frozen"
     )
-    dataset = build_dataset(rows, sequence, data_args, args, model_args, model, tokenizer, image_processor, slots, base)
-    held_out = None
-    if held_out_rows is not None:
-        shared = (sequence, data_args, args, model_args, model, tokenizer, image_processor, slots, base)
-        held_out = build_dataset(held_out_rows, *shared)
+    image_folder = data_args.image_folder or sequence.image_folder
+    encoder = PromptEncoder(prompt, tokenizer, image_processor, model.config, image_folder)
+    source = picture_source(model, base, prompt, image_folder, args)
+    dataset = build_dataset(rows, encoder, slots.settings, source, args)
+    held_out = None if held_out_rows is None else build_dataset(held_out_rows, encoder, slots.settings, source, args)
     trainer = build_trainer(model, tokenizer, dataset, args, held_out)
     if args.should_save:
         with atomic_write(work / "run.json") as stream:
@@ -127,7 +133,9 @@ def train(attn_implementation: str | None = None) -> None:
         whole = model if args.save_full_model and not uses_deepspeed else None
         adapter = None if lora is None else partial(save_lora, config=lora, state=state)
         log = trainer.state.log_history
-        write_stage(stage, method.end(previous, trained), config, tokenizer, run, log, whole, adapter)
+        final = method.end(previous, trained)
+        final.prompt = prompt.to_dict()
+        write_stage(stage, final, config, tokenizer, run, log, whole, adapter)
         shutil.rmtree(work, ignore_errors=True)
     rank0_print(f"task {data_args.task}: training loss {result.training_loss:.4f}; written to {stage}")
 
@@ -143,10 +151,39 @@ def _look_at_deepspeed(argv: list[str]) -> bool:
     return True
 
 
-def read_training_rows(files: list[str], sequence: TaskSequence) -> list[Row]:
-    """The files' rows, with answers in the sequence's style."""
-    rows = [row for file in files for row in read_rows(file, require_answer=True)]
-    return [in_lower_case(row) for row in rows] if sequence.answer_style == "lower" else rows
+def read_training_rows(files: list[str]) -> list[Row]:
+    """The files' rows; each has an answer to each question."""
+    return [row for file in files for row in read_rows(file, require_answer=True)]
+
+
+def stage_prompt(
+    model_args: ModelArguments,
+    data_args: DataArguments,
+    args: TrainingArguments,
+    sequence: TaskSequence,
+    base: Path,
+    of_keys: dict,
+) -> Prompt:
+    """How this stage asks: the flags, else the pictures as the keys saw them, else what the base says.
+
+    Args:
+        of_keys: prompt of the merged keys; empty in files of older versions.
+
+    Raises:
+        UserError: an unknown template or picture mode, or one that the base cannot do.
+    """
+    prompt = Prompt.of(
+        llava_config(base),
+        get_model_name_from_path(str(model_args.model_name_or_path)),
+        conv_mode=model_args.version,
+        answer_suffix=sequence.answer_suffix,
+        answer_style=sequence.answer_style,
+        aspect_ratio=data_args.image_aspect_ratio or of_keys.get("aspect_ratio"),
+        max_length=args.model_max_length,
+    )
+    if changed := prompt.difference({name: of_keys[name] for name in ("aspect_ratio",) if name in of_keys}):
+        rank0_print(f"note: the keys were fitted to other pictures: {changed}; routes may suffer")
+    return prompt
 
 
 def base_dtype(args: TrainingArguments) -> torch.dtype:
@@ -181,51 +218,34 @@ def describe_run(
 
 
 def build_dataset(
-    rows: list[Row], sequence: TaskSequence, data_args, args, model_args, model, tokenizer, image_processor, slots, base
+    rows: list[Row], encoder: PromptEncoder, settings: RetrieverSettings, source: PictureSource, args: TrainingArguments
 ) -> LazySupervisedDataset:
-    """Training samples with their queries."""
-    image_folder = data_args.image_folder or sequence.image_folder
-    text_queries = image_queries = None
-    if slots.settings.uses_text and slots.settings.encoder:
-        encoder = encoder_from_identity(slots.settings.encoder, base)
-        text_queries = encoder([row.question for row in rows])
-    if slots.settings.uses_images:
-        check_image_files(rows, image_folder)
-        kind = slots.settings.image_query
-        image_queries = compute_image_queries(
-            rows, base, image_folder, kind, device=default_device(use_cpu=args.use_cpu)
+    """Training samples with their queries, and with the frozen tower's features where these fit the memory.
+
+    The rows are checked before anything is computed of them; each picture is then looked at once.
+    """
+    dataset, cache = LazySupervisedDataset(rows, encoder), QueryCache(args.query_cache)
+    texts = None
+    if settings.uses_text and settings.encoder:
+        texts = text_queries(
+            rows, settings.encoder, lambda: encoder_from_identity(settings.encoder, source.base), cache
         )
-    if data_args.image_aspect_ratio:
-        model.config.image_aspect_ratio = data_args.image_aspect_ratio
-    name = get_model_name_from_path(str(model_args.model_name_or_path))
-    return LazySupervisedDataset(
-        rows,
-        tokenizer,
-        image_folder,
-        image_processor,
-        model.config,
-        model_args.version or conv_mode_for(model.config, name),
-        text_queries,
-        image_queries=image_queries,
-        answer_suffix=sequence.answer_suffix,
-        features=picture_features(rows, base, image_folder, args),
-        max_length=args.model_max_length,
-    )
+    kind = settings.image_query if settings.uses_images else None
+    images, features = look_at_pictures(rows, source, kind, cache, args.feature_cache_mb * 2**20)
+    if features is None:
+        rank0_print("note: the pictures' features exceed --feature_cache_mb; the tower runs every step")
+    return dataset.add(texts, images, features)
 
 
-def picture_features(rows: list[Row], base: Path, image_folder: str, args: TrainingArguments):
-    """The frozen tower's features of every picture, so that no epoch runs it again; ``None`` if they take too much."""
-    names = list(dict.fromkeys(row.image for row in rows if row.image))
-    check_image_files(rows, image_folder)
-    found: dict[str, tuple[torch.Tensor, tuple[int, int]]] = {}
-    device = default_device(use_cpu=args.use_cpu)
-    features = tower_features(names, base, image_folder, 16, device, base_dtype(args), "picture features")
-    for name, feature, _, size in features:
-        found[name] = (feature.cpu().clone(), size)
-        if len(found) * feature.nbytes > args.feature_cache_mb * 2**20:
-            rank0_print(f"note: features of {len(names)} pictures exceed --feature_cache_mb; the tower runs every step")
-            return None
-    return found
+def picture_source(model, base: Path, prompt: Prompt, image_folder: str, args: TrainingArguments) -> PictureSource:
+    """The pictures as this stage sees them: by the model's own tower where it is whole, else by one of its own.
+
+    Under ZeRO-3 the model's weights are in parts, and beside a quantised decoder they are where accelerate puts them.
+    """
+    device, dtype, tower = default_device(use_cpu=args.use_cpu), base_dtype(args), model.get_vision_tower()
+    if args.bits < 16 or any(hasattr(weight, "ds_id") for weight in tower.parameters()):
+        return PictureSource.standalone(base, image_folder, prompt.aspect_ratio, device, dtype)
+    return PictureSource(base, model.config, image_folder, prompt.aspect_ratio, lambda: tower.to(device), device, dtype)
 
 
 def build_trainer(model, tokenizer, dataset, args: TrainingArguments, held_out=None) -> LLaVATrainer:

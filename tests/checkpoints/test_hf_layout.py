@@ -23,8 +23,8 @@ from transformers import (
     LlavaProcessor,
 )
 
+from llava.checkpoints.checkpoint import Checkpoint
 from llava.checkpoints.hf_layout import config_from_hf
-from llava.checkpoints.weights import tensor_files
 from llava.mm_utils import process_images, tokenizer_image_token
 from llava.model.builder import load_pretrained_model
 from llava.model.convert import convert, grown
@@ -132,8 +132,10 @@ def test_a_converted_checkpoint_goes_back_to_equal_tensors(written, tmp_path):
 def test_a_model_loaded_from_their_layout_saves_in_ours(written, tmp_path):
     _, model, *_ = written["ours"]["direct"]
     model.save_pretrained(tmp_path)
-    assert "model.mm_projector.0.weight" in tensor_files(tmp_path)
-    assert not [key for key in tensor_files(tmp_path) if "multi_modal" in key or "language_model" in key]
+    assert "model.mm_projector.0.weight" in Checkpoint.open(tmp_path).tensor_files
+    assert not [
+        key for key in Checkpoint.open(tmp_path).tensor_files if "multi_modal" in key or "language_model" in key
+    ]
 
 
 def test_our_checkpoint_opens_in_transformers_with_equal_logits(tmp_path):
@@ -215,6 +217,7 @@ def test_head_rows_added_for_the_image_token_never_win():
     assert (logits.argmax(1) < 50).all()
 
 
+@pytest.mark.slow
 def test_the_command_line_names_what_is_wrong(tmp_path):
     write_base(tmp_path / "ours")
     script = [sys.executable, str(ROOT / "scripts" / "convert_llava_weights.py"), "--source", str(tmp_path / "ours")]

@@ -271,6 +271,7 @@ def test_broken_key_files_are_named(keys, capsys, tmp_path):
 # -- as a user runs them -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_scripts_exit_with_code_2_and_one_line():
     command = [sys.executable, "train_prompt_key.py", "--task", "foot", "--sequence", "phantom"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)

@@ -316,6 +316,7 @@ def test_what_question_row_builds_is_read_back(tmp_path, question, answer, image
         st.sampled_from(FIELDS), JSON | st.lists(st.dictionaries(st.sampled_from(FIELDS), JSON)), max_size=6
     )
 )
+@pytest.mark.slow
 def test_any_json_is_a_row_or_one_line_of_reason(value):
     try:
         row = parse_row(value, "here")

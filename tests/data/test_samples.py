@@ -11,10 +11,11 @@ from PIL import Image
 from transformers import CLIPImageProcessor
 
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
-from llava.data import samples as module
-from llava.data.labels import expanded_length, prompt_ids
+from llava.data import prompt as module
+from llava.data.labels import expanded_length, image_token_count, prompt_ids
+from llava.data.prompt import Prompt, PromptEncoder
 from llava.data.rows import parse_row
-from llava.data.samples import DataCollatorForSupervisedDataset, LazySupervisedDataset, image_token_count
+from llava.data.samples import DataCollatorForSupervisedDataset, LazySupervisedDataset
 from llava.utils import UserError
 
 CONFIG = SimpleNamespace(image_aspect_ratio="pad", vision_config={"image_size": 32, "patch_size": 8})
@@ -38,9 +39,10 @@ def row(number, image="a.png", answer="yes", question="Is there a fracture?"):
     return parse_row(value | ({"image": image} if image else {}))
 
 
-def build(rows, folder, tokenizer, **options):
-    config = options.pop("config", CONFIG)
-    return LazySupervisedDataset(rows, tokenizer, folder, PROCESSOR, config, "v1", **options)
+def build(rows, folder, tokenizer, config=CONFIG, cache_megabytes=256, **fields):
+    prompt = Prompt("v1", aspect_ratio=config.image_aspect_ratio, **fields)
+    encoder = PromptEncoder(prompt, tokenizer, PROCESSOR, config, folder, cache_megabytes)
+    return LazySupervisedDataset(rows, encoder)
 
 
 def test_sample_holds_ids_labels_picture_and_its_size(folder, tokenizer):
@@ -104,18 +106,18 @@ def test_training_prompt_is_the_evaluation_prompt(image, suffix, folder, tokeniz
 def test_given_features_replace_the_pictures(folder, tokenizer, monkeypatch):
     monkeypatch.setattr(module, "load_image", lambda path: pytest.fail(f"opened {path}"))
     features = {"a.png": (torch.ones(1, 16, 8), (40, 20))}
-    data = build([row(1), row(2, None)], folder, tokenizer, features=features)
+    data = build([row(1), row(2, None)], folder, tokenizer).add(features=features)
     batch = DataCollatorForSupervisedDataset(tokenizer)([data[0], data[1]])
     assert batch["image_features"][0][0].shape == (1, 16, 8) and batch["image_features"][1] == []
     assert "images" not in batch and batch["image_sizes"] == [(40, 20), None]
 
 
 def test_text_queries_travel_with_their_rows(folder, tokenizer):
-    data = build([row(1), row(2, None)], folder, tokenizer, text_queries=torch.eye(2, 5))
+    data = build([row(1), row(2, None)], folder, tokenizer).add(torch.eye(2, 5))
     batch = DataCollatorForSupervisedDataset(tokenizer)([data[1], data[0]])
     assert batch["text_query"].equal(torch.eye(2, 5).flip(0))
     with pytest.raises(UserError, match="1 text queries for 2 rows"):
-        build([row(1), row(2)], folder, tokenizer, text_queries=torch.eye(1, 5))
+        build([row(1), row(2)], folder, tokenizer).add(torch.eye(1, 5))
 
 
 def test_one_picture_is_opened_once(folder, tokenizer, monkeypatch):
@@ -129,7 +131,7 @@ def test_one_picture_is_opened_once(folder, tokenizer, monkeypatch):
 def test_cache_stays_within_its_bytes(folder, tokenizer):
     data = build([row(1), row(2, "b.png")], folder, tokenizer, cache_megabytes=0)
     assert data[0]["image"] is not None and data[1]["image"] is not None
-    assert data._pictures.used == 0 and not data._pictures.entries
+    assert data.encoder.pictures.used == 0 and not data.encoder.pictures.entries
 
 
 def test_missing_picture_is_named_before_training(folder, tokenizer):
@@ -217,4 +219,4 @@ def test_lengths_tell_text_only_rows_by_their_sign(folder, tokenizer):
     ],
 )
 def test_features_a_picture_becomes(config, tokens):
-    assert image_token_count(SimpleNamespace(**config), PROCESSOR) == tokens
+    assert image_token_count(SimpleNamespace(**config), PROCESSOR, config.get("image_aspect_ratio", "square")) == tokens

@@ -155,6 +155,7 @@ def test_ptb_tokenizer_equals_pycocoevalcap():
 
 
 @needs_java
+@pytest.mark.slow
 def test_every_text_metric_equals_pycocoevalcap():
     from pycocoevalcap.bleu.bleu import Bleu
     from pycocoevalcap.cider.cider import Cider

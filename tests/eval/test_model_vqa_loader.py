@@ -10,6 +10,8 @@ import pytest
 import torch
 from tiny_llava import write_base, write_images, write_stage
 
+from llava.data.labels import prompt_ids
+from llava.data.prompt import Prompt
 from llava.data.rows import question_row, read_rows, write_jsonl
 from llava.eval import model_vqa_loader
 from llava.eval.answer_file import merge_answers
@@ -181,6 +183,7 @@ model_vqa_loader.main(sys.argv[1:])
 """
 
 
+@pytest.mark.slow
 def test_sigkill_in_the_middle_of_a_line_and_the_same_command_again(place, tmp_path):
     target = tmp_path / "killed.jsonl"
     command = [sys.executable, "-c", KILLED_AFTER_TWO_BATCHES, *arguments(place, target, "--batch-size", 3)]
@@ -277,15 +280,15 @@ class StubModel:
         return torch.tensor([self.tokenizer(self.text, add_special_tokens=False).input_ids] * len(input_ids))
 
 
-def ask_stub(place, text, conv_mode, *more):
+def ask_stub(place, text, conv_mode, suffix=""):
     from tiny_llava import make_tokenizer
     from transformers import CLIPImageProcessorPil
 
     tokenizer = make_tokenizer()
     model = StubModel(text, tokenizer)
     processor = CLIPImageProcessorPil.from_pretrained(place / "tiny-base")
-    speaker = Speaker(tokenizer, model, processor, conv_mode)
-    parsed = model_vqa_loader.parse_arguments(arguments(place, "unused", "--batch-size", 3, *more))
+    speaker = Speaker(tokenizer, model, processor, Prompt(conv_mode, suffix, aspect_ratio="pad"))
+    parsed = model_vqa_loader.parse_arguments(arguments(place, "unused", "--batch-size", 3))
     rows = read_rows(place / "mixed.jsonl")
     replies = [reply for _, found in model_vqa_loader.answer_rows(speaker, rows, parsed) for reply in found]
     return model, speaker, rows, replies
@@ -295,7 +298,7 @@ def test_prompts_are_left_padded_and_masked(place):
     model, speaker, rows, _ = ask_stub(place, "yes", "vicuna_v1")
     call = model.calls[0]
     for number, row in enumerate(rows[:3]):
-        ids = speaker.prompt_ids(row.question, has_image=True)
+        ids = prompt_ids(row.question, speaker.tokenizer, "vicuna_v1", has_image=True)
         pad = call["input_ids"].shape[1] - len(ids)
         assert call["input_ids"][number].tolist() == [0] * pad + ids
         assert call["attention_mask"][number].tolist() == [0] * pad + [1] * len(ids)
@@ -316,18 +319,18 @@ def test_text_after_the_templates_end_mark_is_cut(place):
 
 
 def test_the_answer_suffix_is_in_the_prompt_but_not_in_the_routed_question(place):
-    model, speaker, rows, _ = ask_stub(place, "no", "vicuna_v1", "--answer-suffix", "Answer briefly.")
-    expected = speaker.prompt_ids(f"{rows[0].question}\nAnswer briefly.", has_image=True)
+    model, speaker, rows, _ = ask_stub(place, "no", "vicuna_v1", "Answer briefly.")
+    expected = prompt_ids(f"{rows[0].question}\nAnswer briefly.", speaker.tokenizer, "vicuna_v1", has_image=True)
     assert model.calls[0]["input_ids"][0].tolist()[-len(expected) :] == expected
     assert model.calls[0]["questions"][0] == rows[0].question
 
 
 def test_each_picture_is_read_once(place, monkeypatch):
-    from llava import mm_utils
+    from llava.data import prompt
 
     opened = []
-    original = mm_utils.load_image
-    monkeypatch.setattr(mm_utils, "load_image", lambda path: opened.append(path) or original(path))
+    original = prompt.load_image
+    monkeypatch.setattr(prompt, "load_image", lambda path: opened.append(path) or original(path))
     ask_stub(place, "no", "vicuna_v1")
     assert len(opened) == len(set(opened)) == 4
 
@@ -336,5 +339,5 @@ def test_a_model_without_a_tower_refuses_pictures(place):
     _, speaker, rows, _ = ask_stub(place, "no", "vicuna_v1")
     speaker.image_processor = None
     with pytest.raises(UserError, match="no vision tower"):
-        speaker.prompt_ids("what?", has_image=True)
-    assert len(QuestionDataset(rows, speaker, "")) == 9
+        QuestionDataset(rows, speaker, place / "images")[0]
+    assert QuestionDataset(rows, speaker, "")[4]["image"] is None

@@ -15,7 +15,8 @@ from tiny_llava import FAMILIES, make_tokenizer, write_base
 from tokenizer_zoo import CORPUS
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig
 
-from llava.checkpoints.kinds import checkpoint_kind, language_family
+from llava.checkpoints.checkpoint import Checkpoint
+from llava.checkpoints.kinds import language_family
 from llava.checkpoints.tokenizer import load_tokenizer
 from llava.mm_utils import tokenizer_image_token
 from llava.model.builder import attention, load_pretrained_model
@@ -197,7 +198,7 @@ def test_plain_language_model_is_loaded_and_said_to_be_one(plain, capsys):
 def test_empty_folder(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(UserError, match="nothing to load"):
-        checkpoint_kind(tmp_path)
+        _ = Checkpoint.open(tmp_path).kind
 
 
 # -- projector and LoRA over a base ------------------------------------------------------------------------------------
@@ -306,10 +307,10 @@ def test_lora_for_another_base_is_refused(base, reference, tmp_path):
 def test_adapter_beside_full_weights_is_a_tie_that_the_name_decides(base, tmp_path, capsys):
     folder = copy(base, tmp_path / "both")
     (folder / "adapter_config.json").write_text("{}")
-    assert checkpoint_kind(folder, "llava-merged")[0] == "llava"
+    assert Checkpoint.open(folder, "llava-merged").kind == "llava"
     assert "the adapter is left out" in capsys.readouterr().out
-    kind, rule = checkpoint_kind(folder, "llava-lora")
-    assert kind == "lora" and "the name holds 'lora'" in rule
+    lora = Checkpoint.open(folder, "llava-lora")
+    assert lora.kind == "lora" and "the name holds 'lora'" in lora.rule
 
 
 # -- tokenizer and attention -------------------------------------------------------------------------------------------

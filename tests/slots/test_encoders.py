@@ -1,7 +1,10 @@
 """Text queries: deterministic, one question at a time, and never confused between encoders; and their cache."""
 
+import shutil
+
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tiny_llava import HIDDEN, VISION, make_tokenizer, write_base, write_images
 from torch.nn.functional import normalize
 from transformers import BertConfig, BertModel
@@ -88,6 +91,42 @@ def test_identity_tells_encoders_apart(base, tmp_path, sentence_folder):
         encoder_from_identity(mine, other)
 
 
+def without_tensors(folder, target, part):
+    """A copy of an encoder whose file lacks the tensors with ``part`` in their names."""
+    shutil.copytree(folder, target)
+    state = {key: value for key, value in load_file(folder / "model.safetensors").items() if part not in key}
+    save_file(state, target / "model.safetensors", {"format": "pt"})
+    return target
+
+
+def test_an_encoder_without_a_pooler_has_one_identity(sentence_folder, base, tmp_path):
+    """The pooler is random then, at each load another, and no query is made with it."""
+    folder = without_tensors(sentence_folder, tmp_path / "headless", "pooler.")
+    seen = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        seen.append(load_text_encoder(str(folder), base))
+    assert seen[0].identity == seen[1].identity
+    assert torch.equal(seen[0](ASKED), seen[1](ASKED))
+    assert torch.equal(seen[0](ASKED), load_text_encoder(str(sentence_folder), base)(ASKED))
+
+
+def test_the_identity_of_a_whole_encoder_is_the_one_in_key_files(sentence_folder, base, tmp_path):
+    folder = shutil.copytree(sentence_folder, tmp_path / "counted")
+    state = load_file(folder / "model.safetensors")
+    counted = {key: torch.arange(value.numel()).view(value.shape) / 64 for key, value in state.items()}
+    save_file(counted, folder / "model.safetensors", {"format": "pt"})
+    assert load_text_encoder(str(folder), base).identity["fingerprint"] == "6ed470977b865452"
+
+
+def test_an_encoder_that_lacks_more_than_a_pooler_is_refused(sentence_folder, base, tmp_path):
+    folder = without_tensors(sentence_folder, tmp_path / "cut", "attention.output.dense")
+    with pytest.raises(
+        UserError, match=r"cut' lacks 2 tensors, among them \S+output.dense.bias, .*copy the whole model"
+    ):
+        load_text_encoder(str(folder), base)
+
+
 def test_auto_is_the_base_unless_the_reference_is_at_hand(base, monkeypatch, sentence_folder):
     monkeypatch.setattr(query_encoder, "_in_local_cache", lambda name: False)
     assert load_text_encoder("auto", base).identity["kind"] == "base"
@@ -150,7 +189,7 @@ def test_queries_are_computed_once(base, rows, tmp_path, monkeypatch):
     (folder / "a.png").write_bytes((folder / "b.png").read_bytes())  # another picture under the same name
     changed = compute_queries(read, base, folder, "text+image", "base", cache_dir=tmp_path)
     assert torch.equal(changed.image[0], first.image[1])
-    assert len(list(tmp_path.iterdir())) == 2
+    assert sorted(path.name.split("-")[0] for path in tmp_path.iterdir()) == ["features"] * 2 + ["image"] * 2 + ["text"]
 
 
 def test_a_missing_picture_is_named(base, rows, tmp_path):
@@ -174,8 +213,6 @@ def test_the_base_is_the_flag_then_the_environment_then_the_tiny_one(tmp_path, m
 
 
 def test_a_checkpoint_without_embeddings_is_named(tmp_path):
-    from safetensors.torch import save_file
-
     (tmp_path / "config.json").write_text("{}")
     save_file({"something.else": torch.zeros(2)}, tmp_path / "model.safetensors")
     with pytest.raises(UserError, match="no token embeddings found in .*embed_tokens"):

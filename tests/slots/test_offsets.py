@@ -349,6 +349,7 @@ def test_a_question_is_needed_where_the_route_depends_on_it():
         model.generate(inputs_embeds=torch.zeros(1, 3, HIDDEN))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("targets", [("o_proj",), TARGETS])
 def test_a_compiled_model_gives_the_same_logits_for_every_route(targets):
     """With routes that differ from call to call; the graphs are traced, not code-generated, which needs a compiler."""

@@ -106,6 +106,7 @@ def test_missing_pictures_are_named(tmp_path):
         RealPictures(folder, 32)
 
 
+@pytest.mark.slow
 def test_a_medical_base_is_built_with_and_without_slake(tmp_path):
     pictures = slake(tmp_path / "slake")
     with_pictures = build(tmp_path / "llava-with", f"--slake_dir={pictures}")

@@ -64,6 +64,7 @@ def test_the_same_seed_gives_the_same_bytes_and_another_seed_others(tmp_path):
     assert not (first == draw_scene(_scene(seed=4), 64)).all()
 
 
+@pytest.mark.slow
 def test_a_complete_folder_is_left_alone_and_other_settings_replace_it(tmp_path):
     target = tmp_path / "phantom"
     make_phantom(target, SMALL_CONFIG)
@@ -74,6 +75,7 @@ def test_a_complete_folder_is_left_alone_and_other_settings_replace_it(tmp_path)
     assert cv2.imread(str(next((target / "images").iterdir())), cv2.IMREAD_GRAYSCALE).shape == (48, 48)
 
 
+@pytest.mark.slow
 def test_a_killed_run_leaves_nothing_half_written_and_the_next_one_completes(tmp_path, monkeypatch):
     make_phantom(tmp_path / "whole", SMALL_CONFIG)
     with monkeypatch.context() as patch:
@@ -196,6 +198,7 @@ def test_an_abnormality_is_drawn_where_the_scene_says(domain):
         assert (other > left) == right
 
 
+@pytest.mark.slow
 def test_the_command_line_prints_a_summary_and_draws_an_overview(tmp_path):
     sizes = [f"--{name}={value}" for name, value in vars(SMALL_CONFIG).items()]
     command = [sys.executable, "scripts/make_phantom.py", "--output_dir", tmp_path / "p", *sizes]

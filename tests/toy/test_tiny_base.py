@@ -84,6 +84,7 @@ def test_patch_labels_lie_where_the_spots_are():
             assert (half > 0).sum() > (labels > 0).sum() / 2
 
 
+@pytest.mark.slow
 def test_the_tokenizer_says_every_text_and_names_its_special_tokens(loaded):
     tokenizer = loaded[0]
     assert (tokenizer.bos_token, tokenizer.eos_token) == ("<s>", "</s>")
@@ -92,6 +93,7 @@ def test_the_tokenizer_says_every_text_and_names_its_special_tokens(loaded):
         assert tokenizer.decode(tokenizer(text, add_special_tokens=False)["input_ids"]) == text
 
 
+@pytest.mark.slow
 def test_the_checkpoint_answers_a_question(loaded):
     tokenizer, model, processor, _ = loaded
     size = model.get_vision_tower().config.image_size
@@ -101,6 +103,7 @@ def test_the_checkpoint_answers_a_question(loaded):
     assert answer.shape[0] == 1 and answer.shape[1] <= 3
 
 
+@pytest.mark.slow
 def test_packed_questions_do_not_see_each_other(loaded):
     tokenizer, model, _, _ = loaded
     encode = Encoder(tokenizer, "mistral_instruct")
@@ -116,6 +119,7 @@ def test_packed_questions_do_not_see_each_other(loaded):
     assert loss(pairs) == pytest.approx(alone, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_a_finished_base_is_left_alone_and_other_settings_are_refused(base):
     before = (base / "model.safetensors").stat().st_mtime_ns
     again = _build(base)
@@ -125,6 +129,7 @@ def test_a_finished_base_is_left_alone_and_other_settings_are_refused(base):
     assert other.returncode != 0 and other.stderr.strip().count("\n") == 0 and "other settings" in other.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", ["tower", "language"])
 def test_a_killed_build_ends_in_the_same_weights(base, tmp_path, stage):
     code = f"""

@@ -42,7 +42,8 @@ def load_method(name: str) -> Method:
     """The method called ``name``; ``UserError`` names the ones there are."""
     if name not in method_names():
         raise UserError(f"unknown method {name!r}; known: {', '.join(method_names())}")
-    return importlib.import_module(f"{__name__}.{name}").METHOD
+    method: Method = importlib.import_module(f"{__name__}.{name}").METHOD
+    return method
 
 
 def only(slots: SlotFile, task: TaskSlots) -> SlotFile:

@@ -48,7 +48,7 @@ def read_metadata(path: Path, report: Report, split: str | None = None, first_id
     table, columns = _read_table(path)
     report.inputs[str(path)] = file_sha256(path)
     lines = _line_numbers(table)
-    examples = []
+    examples: list[Example] = []
     for number, cells in enumerate(table.itertuples(index=False)):
         if not any(cell.strip() for cell in cells):
             continue

@@ -66,8 +66,8 @@ def fill_from_references(
         if example.domain is None:
             counts[decision.how] += 1
             if decision.how in LISTED:
-                row = {"question_id": example.id, "image": example.image, "question": example.question}
-                row |= {"answer": example.answer, "organ": organ, "how": decision.how}
+                row: dict[str, Any] = {"question_id": example.id, "image": example.image}
+                row |= {"question": example.question, "answer": example.answer, "organ": organ, "how": decision.how}
                 listed.append(row | {"candidates": list(decision.candidates)})
         if organ is not None:
             kept.append(_filled(example, organ, index))

@@ -71,7 +71,7 @@ def read_vqa_rad(path: Path, report: Report) -> list[Example]:
     examples = [_example(value, where, report) for where, value in json_values(source)]
     if not examples:
         raise UserError(f"{path}: the file holds no rows")
-    seen: set[int] = set()
+    seen: set[int | str] = set()
     for example in examples:
         if example.id in seen:
             raise UserError(f"{path}: qid {example.id} is used twice")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower
 from llava.utils import UserError
 
 
-def build_vision_tower(vision_tower_cfg, **kwargs) -> CLIPVisionTower:
+def build_vision_tower(vision_tower_cfg: object, **kwargs: Any) -> CLIPVisionTower:
     """The tower of ``vision_tower_cfg`` (a model config, or the model arguments of a training run).
 
     With ``vision_config`` in the config the checkpoint ships the tower, and its weights load with the checkpoint.

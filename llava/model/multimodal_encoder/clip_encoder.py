@@ -7,13 +7,19 @@ folder or hub name in ``mm_vision_tower``, loaded on demand by ``load_model``.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import CLIPImageProcessorPil as CLIPImageProcessor  # the one that needs no torchvision
 from transformers import CLIPVisionConfig, CLIPVisionModel
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from llava.checkpoints.weights import first_line, lacking_tensors, weight_files
 from llava.utils import UserError
+
+TOWER_TYPES = ("clip", "clip_vision_model")
+"""``model_type`` of the configs a tower is read from: a whole CLIP, or its vision half."""
 
 
 class CLIPVisionTower(nn.Module):
@@ -27,15 +33,17 @@ class CLIPVisionTower(nn.Module):
         delay_load: do not read weights from ``vision_tower`` yet.
     """
 
-    def __init__(self, vision_tower: str, args, vision_config: dict | None = None, delay_load: bool = False):
+    def __init__(
+        self, vision_tower: str, args: object, vision_config: dict[str, Any] | None = None, delay_load: bool = False
+    ) -> None:
         super().__init__()
         self.vision_tower_name = vision_tower
-        self.select_layer = getattr(args, "mm_vision_select_layer", None)
-        self.select_layer = -2 if self.select_layer is None else self.select_layer
+        layer = getattr(args, "mm_vision_select_layer", None)
+        self.select_layer: int = -2 if layer is None else layer
         self.select_feature = getattr(args, "mm_vision_select_feature", None) or "patch"
         if self.select_feature not in ("patch", "cls_patch"):
             raise ValueError(f"mm_vision_select_feature must be 'patch' or 'cls_patch', not {self.select_feature!r}")
-        self.image_processor = None
+        self.image_processor: CLIPImageProcessor | None = None
         self.is_loaded = False
         if vision_config is not None:
             self.vision_tower = CLIPVisionModel(CLIPVisionConfig(**vision_config))
@@ -43,16 +51,14 @@ class CLIPVisionTower(nn.Module):
         elif not delay_load:
             self.load_model()
 
-    def load_model(self, device_map=None) -> None:
-        """Read the tower's weights and image processor from ``vision_tower_name`` (once)."""
+    def load_model(self, device_map: str | dict[str, Any] | None = None) -> None:
+        """Read the tower's weights and image processor from ``vision_tower_name`` (once).
+
+        Raises:
+            UserError: it cannot be read, is no CLIP tower, or lacks tensors, which would be random otherwise.
+        """
         if not self.is_loaded:
-            try:
-                self.vision_tower = CLIPVisionModel.from_pretrained(self.vision_tower_name, device_map=device_map)
-            except OSError as error:
-                raise UserError(
-                    f"vision tower {self.vision_tower_name!r} cannot be read ({str(error).splitlines()[0]}); give a "
-                    "local folder in the checkpoint's config.json as mm_vision_tower"
-                ) from error
+            self.vision_tower = read_named_tower(self.vision_tower_name, device_map)
             self._finish_loading()
         if self.image_processor is None:
             self.image_processor = CLIPImageProcessor.from_pretrained(self.vision_tower_name)
@@ -61,9 +67,10 @@ class CLIPVisionTower(nn.Module):
         self.vision_tower.requires_grad_(False)
         self.is_loaded = True
 
-    def feature_select(self, outputs) -> Tensor:
+    def feature_select(self, outputs: BaseModelOutputWithPooling) -> Tensor:
         """The chosen hidden layer of a CLIP output, with or without its class token."""
-        features = outputs.hidden_states[self.select_layer]  # [images, 1 + patches, mm_hidden_size]
+        layers: Any = outputs.hidden_states  # asked for in ``forward``
+        features: Tensor = layers[self.select_layer]  # [images, 1 + patches, mm_hidden_size]
         return features[:, 1:] if self.select_feature == "patch" else features
 
     @torch.no_grad()
@@ -77,7 +84,7 @@ class CLIPVisionTower(nn.Module):
     def config(self) -> CLIPVisionConfig:
         if self.is_loaded:
             return self.vision_tower.config
-        return CLIPVisionConfig.from_pretrained(self.vision_tower_name)
+        return named_tower_config(self.vision_tower_name)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -93,7 +100,8 @@ class CLIPVisionTower(nn.Module):
 
     @property
     def num_patches_per_side(self) -> int:
-        return self.config.image_size // self.config.patch_size
+        config: Any = self.config  # its sizes are plain numbers in every CLIP
+        return config.image_size // config.patch_size
 
     @property
     def num_patches(self) -> int:
@@ -104,9 +112,57 @@ class CLIPVisionTower(nn.Module):
         return torch.zeros(1, self.hidden_size, device=self.device, dtype=self.dtype)
 
 
+def named_tower_config(name: str) -> CLIPVisionConfig:
+    """The config of the CLIP tower in a folder of its own, or of a hub model.
+
+    Raises:
+        OSError: it is not at hand.
+        UserError: it is no CLIP tower.
+    """
+    model_type = CLIPVisionConfig.get_config_dict(name)[0].get("model_type")
+    if model_type not in (None, *TOWER_TYPES):
+        raise UserError(
+            f"vision tower {name!r} is a {model_type!r}, and CLIP towers are known; name a CLIP folder in the "
+            "checkpoint's config.json as mm_vision_tower"
+        )
+    return CLIPVisionConfig.from_pretrained(name)
+
+
+def read_named_tower(name: str, device_map: str | dict[str, Any] | None = None) -> CLIPVisionModel:
+    """The CLIP tower in a folder of its own, or of a hub model, with every weight from its files.
+
+    Raises:
+        UserError: it cannot be read, is no CLIP tower, or its files lack tensors or have other shapes.
+    """
+    try:
+        named_tower_config(name)
+        if Path(name).is_dir():
+            weight_files(Path(name))  # refuses two sets of weights
+        loaded: Any = CLIPVisionModel.from_pretrained(name, device_map=device_map, output_loading_info=True)
+    except OSError as error:
+        raise UserError(
+            f"vision tower {name!r} cannot be read ({first_line(error)}); give a "
+            "local folder in the checkpoint's config.json as mm_vision_tower"
+        ) from error
+    except RuntimeError as error:
+        if "mismatch" not in str(error):
+            raise
+        raise UserError(
+            f"vision tower {name!r}: tensors don't have the shapes that its config.json asks for; the config and the "
+            "weights belong to different models"
+        ) from error
+    model: CLIPVisionModel = loaded[0]
+    if lacking := lacking_tensors(loaded[1]):
+        raise UserError(
+            f"vision tower {name!r} lacks {len(lacking)} tensors, among them {', '.join(lacking[:4])}; copy the whole "
+            "tower, with the names that transformers gives its tensors"
+        )
+    return model
+
+
 def shipped_image_processor(folder: Path, vision: CLIPVisionConfig) -> CLIPImageProcessor:
     """The image processor of a checkpoint that ships its tower: its own, else CLIP's for the tower's picture size."""
     if (folder / "preprocessor_config.json").is_file():
         return CLIPImageProcessor.from_pretrained(folder)
-    size = vision.image_size
+    size: Any = vision.image_size
     return CLIPImageProcessor(size={"shortest_edge": size}, crop_size={"height": size, "width": size})

@@ -6,27 +6,30 @@ the frozen tower again.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
+from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from llava.checkpoints.hf_layout import TO_LLAVA as HF_TO_LLAVA
-from llava.checkpoints.hf_layout import is_hf_layout, renamed
+from llava.checkpoints.checkpoint import Checkpoint, Place
 from llava.checkpoints.kinds import TOWER_PREFIX
-from llava.checkpoints.weights import read_config, read_tensors, tensor_files
 from llava.image_io import load_image
-from llava.mm_utils import process_images
 from llava.model.configs import llava_config
 from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower, shipped_image_processor
 from llava.utils import UserError, is_main_process
 
 
-def load_vision_tower(folder: Path, device: str = "cpu") -> CLIPVisionTower:
-    """The tower of a LLaVA checkpoint without its language model, with ``image_processor`` set."""
-    config = llava_config(folder)
+def load_vision_tower(place: Place, device: str = "cpu") -> CLIPVisionTower:
+    """The tower of a LLaVA checkpoint without its language model, with ``image_processor`` set.
+
+    Raises:
+        UserError: the tower lacks tensors, or is no CLIP tower.
+    """
+    checkpoint = Checkpoint.open(place)
+    config = llava_config(checkpoint)
     shipped = getattr(config, "vision_config", None)
     name = getattr(config, "mm_vision_tower", None) or ""
     tower = CLIPVisionTower(name, args=config, vision_config=shipped, delay_load=True)
@@ -34,42 +37,40 @@ def load_vision_tower(folder: Path, device: str = "cpu") -> CLIPVisionTower:
         tower.load_model()
         return tower.to(device).eval()
     state: dict[str, torch.Tensor] = {}
-    table = HF_TO_LLAVA if is_hf_layout(read_config(folder)) else {}
-    names = {key: renamed(key, table) for key in tensor_files(folder)}
+    names = checkpoint.llava_names
     places = [key for key, name in names.items() if name.startswith(TOWER_PREFIX)]
-    for key, value in read_tensors(folder, places).items():
+    for key, value in checkpoint.read_tensors(places).items():
         state[names[key].removeprefix(TOWER_PREFIX).replace(".vision_model.", ".")] = value.float()
     missing, unexpected = tower.load_state_dict(state, strict=False)
     unexpected = [key for key in unexpected if not key.endswith("position_ids")]
     if missing or unexpected:
-        raise UserError(f"{folder}: vision tower weights do not fit; missing {missing}, unexpected {unexpected}")
-    tower.image_processor = shipped_image_processor(folder, tower.config)
+        raise UserError(f"{checkpoint}: vision tower weights do not fit; missing {missing}, unexpected {unexpected}")
+    tower.image_processor = shipped_image_processor(checkpoint.folder, tower.config)
     return tower.to(device).eval()
 
 
 @torch.no_grad()
 def tower_features(
     names: list[str],
-    base: Path,
+    tower: CLIPVisionTower,
     image_folder: str | Path,
+    preprocess: Callable[[list[Image.Image]], Tensor | list[Tensor]],
     batch_size: int = 16,
-    device: str = "cpu",
-    dtype: torch.dtype = torch.float32,
     purpose: str = "pictures",
 ) -> Iterator[tuple[str, Tensor, Tensor, tuple[int, int]]]:
     """For each picture file: its name, features ``[tiles, patches, mm_hidden_size]``, pixels ``[tiles, 3, h, w]`` and
     ``(width, height)``.
 
     Args:
-        base: checkpoint folder that names or ships the tower. purpose: what the progress bar says.
+        tower: with its weights; it runs where it is and in the type it has.
+        preprocess: RGB pictures to pixels, ``[3, h, w]`` or ``[tiles, 3, h, w]`` each. purpose: of the progress bar.
     """
-    tower, config = load_vision_tower(base, device).to(dtype), llava_config(base)
     starts = range(0, len(names), batch_size)
     for start in tqdm(starts, desc=purpose, unit="batch", disable=not is_main_process(), leave=False):
         batch = names[start : start + batch_size]
         pictures = [load_image(Path(image_folder) / name) for name in batch]
-        pixels = process_images(pictures, tower.image_processor, config)
-        tiles = [tile if tile.dim() == 4 else tile[None] for tile in pixels]
-        features = tower(torch.cat(tiles).to(device=device, dtype=dtype)).split([len(tile) for tile in tiles])
+        tiles = [tile if tile.dim() == 4 else tile[None] for tile in preprocess(pictures)]
+        pixels = torch.cat(tiles).to(device=tower.device, dtype=tower.dtype)
+        features = tower(pixels).split([len(tile) for tile in tiles])
         for name, picture, feature, tile in zip(batch, pictures, features, tiles, strict=True):
             yield name, feature, tile, picture.size
