@@ -5,7 +5,7 @@ They stand here, below both, so that a sequence file with a misspelt metric is r
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
 from llava.registry import Registry
 
@@ -36,6 +36,9 @@ class NamedMetric(Protocol):
 
     name: str
     formula: str
+
+    def __call__(self, group: Any) -> Any:
+        """Its statistic in a group of scored rows."""
 
 
 METRICS: Registry[NamedMetric] = Registry("metric", "llava.eval.metrics")

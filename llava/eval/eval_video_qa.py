@@ -240,7 +240,7 @@ def package_version(name: str) -> str:
 
 def _plugins() -> dict[str, Any]:
     """The files of metrics that do not ship, where there are some: other code means other scores."""
-    files = {one.name: sys.modules[one.__module__].__file__ for one in METRICS if one.name not in METRIC_NAMES}
+    files = {one.name: str(sys.modules[one.__module__].__file__) for one in METRICS if one.name not in METRIC_NAMES}
     return {"plugins": {name: _fingerprint(file) for name, file in sorted(files.items())}} if files else {}
 
 

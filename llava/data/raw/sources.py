@@ -68,7 +68,7 @@ def _source_in(
     names = dict.fromkeys(name for data_set in known for name in data_set.file_names)
     for file in [place] if place.is_file() else [place / name for name in names]:
         owner = _owner_of(file, known) if file.is_file() else None
-        if owner in chosen:
+        if owner is not None and owner in chosen:
             return owner.source(file, options)
     return next(filter(None, (data_set.inside(place, options) for data_set in chosen)), None)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from llava.data.raw import RAW, Fused, RawDataset, Source
 from llava.data.raw.example import TEST, TRAIN, Example, Report
@@ -37,8 +37,8 @@ class VqaRad(RawDataset):
 
     name = "vqa-rad"
     title = "VQA-RAD"
-    row_fields = ("image_name", "image_organ")
-    file_names = FILE_NAMES
+    row_fields: ClassVar[tuple[str, ...]] = ("image_name", "image_organ")
+    file_names: ClassVar[tuple[str, ...]] = FILE_NAMES
     variable, folder = "VQA_RAD_DIR", "data/vqa-rad"
     what_to_place = WHAT_TO_PLACE
     domains = DOMAINS

@@ -29,6 +29,11 @@ class Example:
         """The right answer."""
         return self.row.answer or ""
 
+    @property
+    def domain(self) -> str:
+        """The row's task."""
+        return self.row.domain or ""
+
     @functools.cached_property
     def closed(self) -> bool:
         """Whether the question is closed: by its ``answer_type``, else by a yes/no reference."""
@@ -43,7 +48,8 @@ class Example:
     @property
     def routed_task(self) -> str | None:
         """The most probable task of the route, or None when the answer carries no posterior."""
-        return max(self.task_posterior, key=self.task_posterior.get, default=None)
+        posterior = self.task_posterior
+        return max(posterior, key=lambda task: posterior[task], default=None)
 
 
 @dataclass(frozen=True)

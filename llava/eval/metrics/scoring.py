@@ -50,9 +50,10 @@ def score(
     if scorer is None:
         with closing(TextScorer()) as own:
             return score(rows, answers, train_rows, own, draws, seed)
-    tokens = scorer.tokenize([text for example in examples for text in (example.row.answer, example.prediction)])
+    tokens = scorer.tokenize([text for example in examples for text in (example.reference, example.prediction)])
     references, predictions = tokens[0::2], tokens[1::2]
-    groups, per_row = {}, {}
+    groups: dict[str, dict[str, Any]] = {}
+    per_row: dict[str, list[float | None]] = {}
     for name, members in group_members(examples).items():
         group = Group(
             [examples[i] for i in members],
@@ -77,8 +78,8 @@ def score(
 def group_members(examples: Sequence[Example]) -> dict[str, list[int]]:
     """Row numbers per group: ``overall`` first, then the domains in alphabetical order."""
     groups = {OVERALL: list(range(len(examples)))}
-    for domain in sorted({example.row.domain for example in examples}):
-        groups[domain] = [number for number, example in enumerate(examples) if example.row.domain == domain]
+    for domain in sorted({example.domain for example in examples}):
+        groups[domain] = [number for number, example in enumerate(examples) if example.domain == domain]
     return groups
 
 
@@ -99,8 +100,10 @@ def _group_scores(group: Group, statistics: Mapping[str, Statistic | str], weigh
     figures = {}
     for name in metric_names():
         found = statistics[name]
-        missing = isinstance(found, str)
-        figures[name] = missing_figure(METRICS.get(name).formula, found) if missing else figure(found, weights)
+        if isinstance(found, str):
+            figures[name] = missing_figure(METRICS.get(name).formula, found)
+        else:
+            figures[name] = figure(found, weights)
     return {
         "rows": len(group.examples),
         "closed_rows": sum(example.closed for example in group.examples),
