@@ -67,7 +67,7 @@ def test_the_page_has_one_example_of_each_kind():
 def offsets(stage) -> list[torch.Tensor]:
     from llava.slots.pool import Pool
 
-    (task,) = Pool.read(stage).tasks
+    (task,) = Pool.read(stage / "slots.pth").tasks
     return [tensor for kind in (task.A, task.B) for tensor in kind.values()]
 
 
@@ -133,18 +133,27 @@ def test_a_task_sequence_is_learnt_and_answered(world, place, monkeypatch):
     assert {name for answer in answers for name in answer["metadata"]["route"]["task_posterior"]} == {"knee", "chest"}
 
 
-def learn(world, place, sequence, *more) -> Path:
-    """Keys of both tasks, and the first task's stage; returns its folder."""
+def learn(world, place, sequence) -> Path:
+    """Keys and stages of both tasks; returns the last stage's folder."""
     from llava.train.train import train
 
     for task in ("knee", "chest"):
-        fit(place, world.base, sequence, task, *more)
-    keys, stage = merge(place, sequence), place / "llava-joints_knee"
-    words = ["--model_name_or_path", world.base, "--sequence", sequence, "--task", "knee", "--output_dir", stage]
-    words += ["--retriever_state_dict", keys, "--use_cpu", "True", "--max_steps", 2, "--save_strategy", "no"]
-    with arguments([*words, "--report_to", "none", "--disable_tqdm", "True"]):
+        fit(place, world.base, sequence, task)
+    words = [
+        "--model_name_or_path",
+        world.base,
+        "--sequence",
+        sequence,
+        "--retriever_state_dict",
+        merge(place, sequence),
+    ]
+    words += ["--use_cpu", "True", "--max_steps", 2, "--save_strategy", "no", "--report_to", "none"]
+    first, both = place / "llava-joints_knee", place / "llava-joints_knee_chest"
+    with arguments([*words, "--task", "knee", "--output_dir", first]):
         train()
-    return stage
+    with arguments([*words, "--task", "chest", "--output_dir", both, "--previous_stage", first]):
+        train()
+    return both
 
 
 # -- a router --------------------------------------------------------------------------------------------------------
@@ -155,6 +164,7 @@ def test_a_router_from_a_plugin_routes(world, place, monkeypatch):
     """Fitted under its name, read back under it, and it sends questions to the nearest task."""
     from llava.slots.pool import Pool
     from llava.slots.queries import Query
+    from llava.slots.routers import build_router
 
     write_example(place, monkeypatch, "plugins/nearest_mean.py")
     sequence = world.sequence
@@ -162,10 +172,14 @@ def test_a_router_from_a_plugin_routes(world, place, monkeypatch):
         fit(place, world.base, sequence, task, "--router", "nearest_mean")
     pool = Pool.read(merge(place, sequence))
     assert pool.settings.router == "nearest_mean"
-    means = torch.stack([task.statistics.mean for task in pool.tasks])  # [tasks, text_dim + image_dim]
-    text, image = means.split([pool.settings.text_dim, pool.settings.image_dim], dim=1)
-    route = pool.route(Query(text, image))
-    assert [route.tasks[place] for place in route.posterior.argmax(1)] == [task.name for task in pool.tasks]
+    generator = torch.Generator().manual_seed(0)
+    sizes = (pool.settings.text_dim, pool.settings.image_dim)
+    query = Query(*(torch.randn(20, size, generator=generator) for size in sizes))
+    means = torch.stack([task.statistics.mean for task in pool.tasks]).double()  # [tasks, dim]
+    router = build_router(pool.settings.router, pool.settings, pool.tasks)
+    nearest = torch.cdist(query.joint(), means).argmin(1)
+    assert len(nearest.unique()) > 1
+    assert torch.equal(router.choose(query, 1).posterior.argmax(1), nearest)
 
 
 @pytest.mark.slow
@@ -175,11 +189,10 @@ def test_evaluation_takes_a_router_from_a_plugin(world, place, monkeypatch):
     world.train("abd", stage)
     words = ["--model-path", stage, "--model-base", world.base, "--question-file", world.folder / "test.jsonl"]
     words += ["--image-folder", world.folder / "images", "--device", "cpu", "--max_new_tokens", 2]
-    words += ["--answers-file", "answers.jsonl"]
-    run_main(model_vqa_loader.main, *words, "--route", "nearest_mean")
+    run_main(model_vqa_loader.main, *words, "--answers-file", "answers.jsonl", "--route", "nearest_mean")
     assert all("route" in answer["metadata"] for answer in read_answers(place / "answers.jsonl"))
     with pytest.raises(UserError, match="nearest_meen"):
-        run_main(model_vqa_loader.main, *words, "--route", "nearest_meen")
+        run_main(model_vqa_loader.main, *words, "--answers-file", "more.jsonl", "--route", "nearest_meen")
 
 
 # -- a raw data set --------------------------------------------------------------------------------------------------
