@@ -353,9 +353,7 @@ def test_a_metric_of_a_group_gives_a_statistic_or_a_reason(own_metrics):
 
 
 def test_two_metrics_of_one_name_are_refused(own_metrics):
-    with pytest.raises(
-        UserError, match="two metrics are called 'exact_match': llava.eval.metrics.medical"
-    ):
+    with pytest.raises(UserError, match="two metrics are called 'exact_match': llava.eval.metrics.medical"):
 
         @row_metric("1", name="exact_match")
         def always_right(example):
