@@ -5,13 +5,15 @@
 #     SEQUENCE=phantom BASE_MODEL=output/tiny-base bash cv805.sh
 #     CUDA_VISIBLE_DEVICES=0,1,2,3 BASE_MODEL=liuhaotian/llava-v1.5-7b bash cv805.sh
 # Finished work is skipped, interrupted work goes on where it stopped: run the same command again.
+# Relative paths mean the folder in which the command is given.
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")"
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}" TOKENIZERS_PARALLELISM=false
 
 # ---- settings (each can be overridden from the environment) ----------------------------------------------------
-SEQUENCE=${SEQUENCE:-scripts/tasks/vqa-rad.json}    # task sequence: a file, or the name of one in scripts/tasks
-BASE_MODEL=${BASE_MODEL:-output/tiny-base}          # the model that the stages were trained on (--model-base)
-OUTPUT_DIR=${OUTPUT_DIR:-output}                    # holds the stage checkpoints, llava-<sequence>_<task>...
+SEQUENCE=${SEQUENCE:-vqa-rad}                       # task sequence: a file, or the name of one in scripts/tasks
+BASE_MODEL=${BASE_MODEL:-}                          # model under the stages (--model-base); empty: the sequence's
+export OUTPUT_DIR=${OUTPUT_DIR:-output}             # holds the stage checkpoints, llava-<sequence>_<task>...
 METHOD=${METHOD:-retrieval}                         # continual method whose stages are evaluated
 ROUTE=${ROUTE:-}                                    # empty: as trained; oracle: the task is given; or a router
 ZERO_SHOT=${ZERO_SHOT:-1}                           # 1: also evaluate the base model alone
@@ -29,7 +31,6 @@ say() { echo "[cv805] $*"; }
 fail() { echo "error: $*" >&2; exit 2; }
 field() { python -m llava.continual.tasks get "$SEQUENCE" "$1"; }
 
-export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" TOKENIZERS_PARALLELISM=false
 trap 'kill $(jobs -p) 2>/dev/null || true' EXIT     # no chunk outlives this script
 
 name=$(field name)
@@ -57,6 +58,7 @@ fi
 for stage in "${stages[@]}"; do
     [ -d "$stage" ] || fail "stage checkpoint not found: $stage (train it with: bash finetune_continual.sh)"
 done
+BASE_MODEL=${BASE_MODEL:-$(field base_model)}
 
 # answer_chunk INDEX FOLDER MODEL...: one chunk of the questions, on its own device
 answer_chunk() {

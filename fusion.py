@@ -10,12 +10,12 @@ See data/README.md for the inputs, the files written and the fields of a row.
 
 from __future__ import annotations
 
-import argparse
-import dataclasses
 import sys
 from collections.abc import Iterable
+from dataclasses import dataclass, fields
 from pathlib import Path
 
+from llava.cli import flag, parse
 from llava.data.raw import RAW, Example, RawOptions, Report
 from llava.data.raw.outputs import report_text, summary_table, write_together
 from llava.data.raw.pictures import missing_images
@@ -24,8 +24,8 @@ from llava.utils import UserError, run_cli
 
 
 def main(arguments: list[str] | None = None) -> int:
-    options = parse_arguments(arguments)
-    wanted = {field.name: getattr(options, field.name) for field in dataclasses.fields(RawOptions)}
+    options = parse(Arguments, arguments, __doc__)
+    wanted = {field.name: getattr(options, field.name) for field in fields(RawOptions)}
     source = find_source(RawOptions(**wanted))
     print(f"{source.dataset} from {source.path}")
     data_set, report = RAW.get(source.dataset)(), Report(source.dataset)
@@ -43,20 +43,19 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dataset", default="auto", help=f"auto (told by content) or {', '.join(DATASETS)}")
-    parser.add_argument("--data_dir", help="raw data (default: VQA_RAD_DIR or data/vqa-rad; SLAKE_DIR or data/slake)")
-    parser.add_argument("--metadata", help="csv with image, question, answer (default: data/train/metadata.csv)")
-    parser.add_argument("--test_metadata", help="second csv, whose rows are the test rows")
-    parser.add_argument(
-        "--reference", nargs="+", default=[], help="vqa_<ORGAN>.json files or their folder (default: beside the csv)"
-    )
-    parser.add_argument("--image_dir", help="pictures (default: images/ of the data folder; imgs/ for SLAKE)")
-    parser.add_argument("--output_dir", default="data", help="where the JSONL files go (default: data)")
-    parser.add_argument("--seed", type=int, default=0, help="deals the pictures of the unseen-image split (default: 0)")
-    parser.add_argument("--allow_missing_images", action="store_true", help="keep rows whose picture is not there")
-    return parser.parse_args(arguments)
+@dataclass(kw_only=True)
+class Arguments:
+    """Flags."""
+
+    dataset: str = flag("auto", f"auto (told by content) or {', '.join(DATASETS)}")
+    data_dir: str | None = flag(None, "raw data (default: VQA_RAD_DIR or data/vqa-rad; SLAKE_DIR or data/slake)")
+    metadata: str | None = flag(None, "csv with image, question, answer (default: data/train/metadata.csv)")
+    test_metadata: str | None = flag(None, "second csv, whose rows are the test rows")
+    reference: list[str] = flag([], "vqa_<ORGAN>.json files or their folder (default: beside the csv)")
+    image_dir: str | None = flag(None, "pictures (default: images/ of the data folder; imgs/ for SLAKE)")
+    output_dir: str = flag("data", "where the JSONL files go")
+    seed: int = flag(0, "deals the pictures of the unseen-image split")
+    allow_missing_images: bool = flag(False, "keep rows whose picture is not there")
 
 
 def check_images(examples: list[Example], folder: Path, allow: bool, report: Report) -> None:

@@ -2,40 +2,44 @@
 
     python merge_prompt_key.py
 
-By default it merges what the task sequence names, in its slot order: ``output/prompt-key/<task>.pth`` for every task,
-into ``output/prompt-key/merged_prompt_key.pth``.
+By default it merges what the task sequence names, in its slot order: the files that ``train_prompt_key.py`` writes for
+its tasks, into ``merged_prompt_key.pth`` beside them (``output/prompt-key`` for vqa-rad, else a folder in it).
 """
 
 from __future__ import annotations
 
-import argparse
-import os
+from dataclasses import dataclass
 from pathlib import Path
 
+from llava.cli import flag, parse, word
+from llava.continual.tasks import sequence_flag
 from llava.utils import UserError, quiet_libraries, run_cli
 
 
-def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("key_files", nargs="*", help="key files (default: <key_dir>/<task>.pth for every task)")
-    parser.add_argument("--sequence", default=os.environ.get("SEQUENCE", "vqa-rad"), help="task sequence, name or file")
-    parser.add_argument("--key_dir", default="output/prompt-key", help="folder of the key files")
-    parser.add_argument("--save_path", help="file to write (default: <key_dir>/merged_prompt_key.pth)")
-    return parser.parse_args()
+@dataclass(kw_only=True)
+class Arguments:
+    """Flags."""
+
+    key_files: list[str] = word("key files (default: one for every task)", [])
+    sequence: str = sequence_flag()
+    key_dir: str | None = flag(None, "folder of the key files (default: the sequence's)")
+    save_path: str | None = flag(None, "file to write (default: <key_dir>/merged_prompt_key.pth)")
 
 
 def main() -> None:
-    args = parse_args()
+    args = parse(Arguments, description=__doc__)
     quiet_libraries()
+    from llava.continual.places import MERGED, places_of
     from llava.continual.prompt_keys import routing_accuracy
-    from llava.continual.tasks import load_sequence
     from llava.data.prompt import shared_prompt
     from llava.slots.file import read_slot_file, write_slot_file
     from llava.slots.merge import merge_slot_files
 
     paths = [Path(path) for path in args.key_files]
+    places = places_of(args.sequence)
+    folder = Path(args.key_dir or places.key_folder)
     if not paths:
-        paths = [Path(args.key_dir) / f"{task}.pth" for task in load_sequence(args.sequence).task_names]
+        paths = [folder / f"{task}.pth" for task in places.sequence.task_names]
         missing = [path for path in paths if not path.is_file()]
         if missing:
             raise UserError(
@@ -48,7 +52,7 @@ def main() -> None:
     accuracy = routing_accuracy(merged) if len(merged.tasks) > 1 else {}
     for task in merged.tasks:
         task.held_out = None  # measured now; the merged file goes to every training run and needs no queries
-    save_path = Path(args.save_path or Path(args.key_dir) / "merged_prompt_key.pth")
+    save_path = Path(args.save_path or folder / MERGED)
     write_slot_file(save_path, merged)
     print(f"merged {len(merged.tasks)} tasks, {sum(task.count for task in merged.tasks)} slots:")
     for task in merged.tasks:

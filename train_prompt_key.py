@@ -1,83 +1,69 @@
 """Stage 1: fit one task's prompt keys to the queries of its training questions.
 
     python train_prompt_key.py --task abd --data_paths data/train_abd.jsonl --save_path output/prompt-key/abd.pth
+    SEQUENCE=phantom python train_prompt_key.py --task abd
 
+What a flag does not say, the task sequence's ``keys`` block does (``llava/continual/settings.py``).
 Tasks can be fitted in any order, on any machine, at the same time; ``merge_prompt_key.py`` joins the files.
 """
 
 from __future__ import annotations
 
-import argparse
-import os
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from llava.cli import flag, flags_of, given, parse
+from llava.continual.settings import KeySettings
+from llava.continual.tasks import sequence_flag
 from llava.devices import default_device
 from llava.utils import UserError, quiet_libraries, run_cli
 
 
-def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--task", required=True, help="task name, as in the task sequence")
-    parser.add_argument("--data_paths", nargs="+", help="training files (default: the sequence's)")
-    parser.add_argument("--save_path", help="key file to write (default: output/prompt-key/<task>.pth)")
-    parser.add_argument("--sequence", default=os.environ.get("SEQUENCE", "vqa-rad"), help="task sequence, name or file")
-    parser.add_argument("--model-base", "--model_base", dest="model_base", help="base model (default: $BASE_MODEL)")
-    parser.add_argument("--image_folder", help="picture folder (default: the sequence's)")
-    parser.add_argument("--image_aspect_ratio", help="pad, square or anyres (default: the base's)")
-    parser.add_argument("--query_mode", default="text+image", choices=("text", "image", "text+image"))
-    parser.add_argument("--text_encoder", default="auto", help="auto, base, minilm, or a sentence encoder's folder")
-    parser.add_argument(
-        "--image_query", default="tower+picture", choices=("tower", "picture", "tower+picture"), help="of the picture"
-    )
-    parser.add_argument("--router", default="gaussian", help="keys, gaussian, ridge, uniform, random or batch_vote")
-    parser.add_argument("--groups", type=int, default=4, help="groups a key is split into")
-    parser.add_argument("--top_k", type=int, default=4, help="slots selected for each question")
-    parser.add_argument("--rank", type=int, default=8, help="rank of a slot")
-    parser.add_argument("--tau", type=float, default=0.1, help="temperature of the slot weights")
-    parser.add_argument("--scale", type=float, default=1.0, help="factor on every weight offset")
-    parser.add_argument("--image_weight", type=float, default=0.5, help="share of the picture in key similarity")
-    parser.add_argument("--targets", nargs="+", default=["o_proj"], help="projections that get offsets")
-    parser.add_argument(
-        "--unknown_share", type=float, default=0.005, help="share of a task's own questions that may count as unknown"
-    )
-    parser.add_argument("--held_out", type=float, default=0.1, help="share of pictures kept to measure routing")
-    parser.add_argument("--iterations", type=int, default=50, help="rounds of key fitting at most")
-    parser.add_argument("--seed", type=int, default=int(os.environ.get("SEED", 42)))
-    parser.add_argument("--batch_size", type=int, default=16, help="pictures encoded at a time")
-    parser.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")
-    parser.add_argument(
-        "--cache_dir",
-        default="output/cache/queries",
-        help="where queries and picture features are kept, for stage 2 too",
-    )
-    return parser.parse_args()
+@dataclass(kw_only=True)
+class Arguments(flags_of(KeySettings, default="the sequence's")):
+    """Flags; those of ``KeySettings`` override the sequence's ``keys`` block."""
+
+    task: str = flag(help="task name, as in the task sequence")
+    data_paths: list[str] | None = flag(None, "training files (default: the sequence's)")
+    save_path: str | None = flag(None, "key file to write (default: the sequence's)")
+    sequence: str = sequence_flag()
+    model_base: str | None = flag(None, "base model (default: BASE_MODEL or the sequence's)")
+    image_folder: str | None = flag(None, "picture folder (default: the sequence's)")
+    image_aspect_ratio: str | None = flag(None, "pad, square or anyres (default: the base's)")
+    seed: int | None = flag(None, "default: the sequence's")
+    batch_size: int = flag(16, "pictures encoded at a time")
+    device: str | None = flag(None, "cpu or cuda (default: cuda where there is one)")
+    cache_dir: str | None = flag(None, "keeps queries and picture features, for stage 2 too (default: cache/queries)")
 
 
 def main() -> None:
-    args = parse_args()
+    args = parse(Arguments, description=__doc__)
     quiet_libraries()
 
+    from llava.continual.places import places_of
     from llava.continual.prompt_keys import KeyOptions, fit_task
-    from llava.continual.queries import default_base
-    from llava.continual.tasks import load_sequence
     from llava.slots.file import write_slot_file
 
-    if not 0 <= args.held_out < 1:
-        raise UserError(f"--held_out is {args.held_out}; give a share of 0 or more and below 1")
-    sequence = load_sequence(args.sequence)
-    names = {name for name in vars(args) if name in KeyOptions.__dataclass_fields__}
-    values = {name: getattr(args, name) for name in names}
-    values["targets"] = tuple(args.targets)
-    values["device"] = default_device(args.device)
-    save_path = Path(args.save_path or f"output/prompt-key/{args.task}.pth")
+    places = places_of(args.sequence)
+    sequence = places.sequence
+    keys = replace(sequence.keys, **given(args, KeySettings))
+    if not 0 <= keys.held_out < 1:
+        raise UserError(f"--held_out is {keys.held_out}; give a share of 0 or more and below 1")
+    options = KeyOptions(
+        **vars(keys),
+        seed=sequence.train.seed if args.seed is None else args.seed,
+        batch_size=args.batch_size,
+        device=default_device(args.device),
+    )
+    save_path = Path(args.save_path or places.key_file(args.task))
     slots, fitted = fit_task(
         args.task,
         sequence.slot_range(args.task),
-        args.data_paths or [sequence.task(args.task).train],
-        default_base(args.model_base),
+        args.data_paths or list(sequence.task(args.task).files),
+        places.base_model(args.model_base),
         args.image_folder or sequence.image_folder,
-        KeyOptions(**values),
-        args.cache_dir or None,
+        options,
+        str(places.query_cache) if args.cache_dir is None else args.cache_dir or None,
         answer_suffix=sequence.answer_suffix,
         answer_style=sequence.answer_style,
         aspect_ratio=args.image_aspect_ratio,

@@ -30,7 +30,6 @@ On a phantom of 72 training and 72 test questions, over a base of a few thousand
 
 from __future__ import annotations
 
-import argparse
 import functools
 import hashlib
 import importlib.abc
@@ -41,6 +40,7 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
+from dataclasses import dataclass, field
 from pathlib import Path
 
 FOLDER = "COUNTS_FOLDER"
@@ -176,10 +176,17 @@ def table(events: list) -> str:
     return "\n".join(lines)
 
 
+@dataclass
+class Arguments:
+    """Words."""
+
+    command: list[str] = field(metadata={"positional": True, "help": "command to run, after --"})
+
+
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("command", nargs="+", help="command to run, after --")
-    command = parser.parse_args().command
+    from llava.cli import parse  # here: the watched processes load this file too
+
+    command = parse(Arguments, description=__doc__.splitlines()[0]).command
     with tempfile.TemporaryDirectory() as place:
         (Path(place) / "sitecustomize.py").write_text(STARTUP.format(counts=str(Path(__file__).resolve())))
         paths = os.pathsep.join([place, os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)

@@ -9,16 +9,17 @@ the smallest pool on the same machine, which is what other machines should find 
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from llava.cli import flag, parse  # noqa: E402
 from llava.slots.pool import Retriever  # noqa: E402
 from llava.slots.routers import Query, TaskStatistics  # noqa: E402
 from llava.slots.settings import RetrieverSettings  # noqa: E402
@@ -46,7 +47,7 @@ def random_pool(tasks: int, router: str, text_dim: int, image_dim: int) -> Retri
     return retriever
 
 
-def speed(arguments: argparse.Namespace) -> None:
+def speed(arguments: Arguments) -> None:
     """Median milliseconds to route one question, and the most memory a route takes beside the pool."""
     torch.set_num_threads(arguments.threads)
     print(f"{arguments.threads} thread(s), queries {arguments.text_dim} + {arguments.image_dim}; median ms a question")
@@ -83,14 +84,19 @@ def allocated(retriever: Retriever, query) -> int:
     return sum(max(event.self_cpu_memory_usage, 0) for event in profile.events())
 
 
+@dataclass(kw_only=True)
+class Arguments:
+    """Flags."""
+
+    routers: list[str] = flag(["gaussian", "ridge", "keys"])
+    text_dim: int = flag(768, "default: the reference encoder's")
+    image_dim: int = flag(1312, "default: CLIP-L's features and the edges")
+    repeats: int = 100
+    threads: int = 1
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--routers", nargs="+", default=["gaussian", "ridge", "keys"])
-    parser.add_argument("--text_dim", type=int, default=768, help="default: the reference encoder's")
-    parser.add_argument("--image_dim", type=int, default=1312, help="default: CLIP-L's features and the edges")
-    parser.add_argument("--repeats", type=int, default=100)
-    parser.add_argument("--threads", type=int, default=1)
-    speed(parser.parse_args())
+    speed(parse(Arguments, description=__doc__))
 
 
 if __name__ == "__main__":

@@ -11,11 +11,11 @@ test rows are used for counting only.
 
 from __future__ import annotations
 
-import argparse
 import os
 import subprocess
 import sys
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -24,6 +24,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from llava.checkpoints.weights import resolve_checkpoint  # noqa: E402
+from llava.cli import flag, parse  # noqa: E402
 from llava.continual.queries import compute_queries, default_base  # noqa: E402
 from llava.data.rows import Row, read_rows  # noqa: E402
 from llava.eval.route_scores import auroc, wilson  # noqa: E402
@@ -174,11 +175,16 @@ def percent(found: list[bool]) -> str:
     return f"{100 * sum(found) / len(found):.2f} [{100 * low:.1f}, {100 * high:.1f}]"
 
 
+@dataclass(kw_only=True)
+class Arguments:
+    """Flags."""
+
+    model_base: str | None = flag(None, "whose tower and embeddings make the queries (default: the tiny base)")
+    text_encoder: str = flag("base", "base, minilm, or a sentence encoder's folder")
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model_base", help="whose tower and embeddings make the queries (default: the tiny base)")
-    parser.add_argument("--text_encoder", default="base", help="base, minilm, or a sentence encoder's folder")
-    arguments = parser.parse_args()
+    arguments = parse(Arguments, description=__doc__)
     base = resolve_checkpoint(default_base(arguments.model_base))
     with tempfile.TemporaryDirectory() as work:
         data = Data(base, arguments.text_encoder, Path(work))

@@ -6,22 +6,28 @@ python scripts/convert_llava_weights.py --direction to_hf --source llava-med-v1.
 
 from __future__ import annotations
 
-import argparse
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from llava.cli import flag, parse
 from llava.utils import quiet_libraries, run_cli
+
+
+@dataclass(kw_only=True)
+class Arguments:
+    """Flags."""
+
+    direction: str = flag(choices=("from_hf", "to_hf"))
+    source: str = flag(help="checkpoint folder or hub name")
+    target: str = flag(help="new folder")
 
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--direction", required=True, choices=("from_hf", "to_hf"))
-    parser.add_argument("--source", required=True, help="checkpoint folder or hub name")
-    parser.add_argument("--target", required=True, help="new folder")
-    arguments = parser.parse_args()
+    arguments = parse(Arguments, description=__doc__)
     quiet_libraries()
     from llava.checkpoints.weights import resolve_checkpoint
     from llava.model.convert import convert

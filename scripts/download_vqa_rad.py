@@ -8,7 +8,6 @@ Running it again keeps what is there and right, and fetches the rest.
 
 from __future__ import annotations
 
-import argparse
 import csv
 import hashlib
 import io
@@ -16,12 +15,14 @@ import json
 import re
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from llava.cli import fail, flag, parse
 from llava.data.raw.download import Unreachable, fetch, pictures_sha256, unpack_pictures
 from llava.data.raw.example import Report
 from llava.data.raw.vqa_rad import DOMAINS, FILE_NAMES, read_vqa_rad
@@ -61,29 +62,30 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--source", choices=("osf", "hf"), default="osf", help="where the pictures come from")
-    parser.add_argument("--output_dir", default="data/vqa-rad", help="folder of the JSON and of images/")
-    parser.add_argument("--train_dir", default="data/train", help="folder of metadata.csv and vqa_<ORGAN>.json (hf)")
-    parser.add_argument("--json_url", default=JSON_URL)
-    parser.add_argument("--json_sha256", default=JSON_SHA256)
-    parser.add_argument("--images_url", default=IMAGES_URL)
-    parser.add_argument(
-        "--images_sha256", default=IMAGES_SHA256, help="of the lines '<sha256>  <name>' of all pictures"
-    )
-    parser.add_argument("--hf_dataset", default=HF_DATASET, help="dataset id, or a local folder in its layout")
-    parser.add_argument(
-        "--timeout", type=float, default=30.0, help="seconds without a byte until a connection is broken"
-    )
-    parser.add_argument("--attempts", type=int, default=4, help="downloads to try for each file")
-    options = parser.parse_args(arguments)
+@dataclass(kw_only=True)
+class Arguments:
+    """Flags."""
+
+    source: str = flag("osf", "where the pictures come from", choices=("osf", "hf"))
+    output_dir: str = flag("data/vqa-rad", "folder of the JSON and of images/")
+    train_dir: str = flag("data/train", "folder of metadata.csv and vqa_<ORGAN>.json (hf)")
+    json_url: str = JSON_URL
+    json_sha256: str = JSON_SHA256
+    images_url: str = IMAGES_URL
+    images_sha256: str = flag(IMAGES_SHA256, "of the lines '<sha256>  <name>' of all pictures")
+    hf_dataset: str = flag(HF_DATASET, "dataset id, or a local folder in its layout")
+    timeout: float = flag(30.0, "seconds without a byte until a connection is broken")
+    attempts: int = flag(4, "downloads to try for each file")
+
+
+def parse_arguments(arguments: list[str] | None) -> Arguments:
+    options = parse(Arguments, arguments, __doc__)
     if options.attempts < 1 or options.timeout <= 0:
-        parser.error("--attempts and --timeout must be positive")
+        fail("--attempts and --timeout must be positive")
     return options
 
 
-def fetch_json(options: argparse.Namespace, folder: Path) -> Path:
+def fetch_json(options: Arguments, folder: Path) -> Path:
     """The authors' JSON, under either of its names, with the right checksum."""
     for name in FILE_NAMES:
         path = folder / name
@@ -97,7 +99,7 @@ def fetch_json(options: argparse.Namespace, folder: Path) -> Path:
     return target
 
 
-def fetch_images(options: argparse.Namespace, folder: Path) -> None:
+def fetch_images(options: Arguments, folder: Path) -> None:
     """The pictures, checked as a whole."""
 
     def right(place: Path) -> bool:

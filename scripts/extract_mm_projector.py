@@ -7,22 +7,28 @@ The config is written beside it: a folder with both loads over its language mode
 
 from __future__ import annotations
 
-import argparse
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from llava.cli import flag, parse
 from llava.files import atomic_write
 from llava.utils import UserError, quiet_libraries, run_cli
 
 
+@dataclass(kw_only=True)
+class Arguments:
+    """Flags."""
+
+    model_path: str = flag(help="full checkpoint, folder or hub name")
+    output: str = flag(help="file to write, such as projector/mm_projector.bin")
+
+
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model-path", required=True, help="full checkpoint, folder or hub name")
-    parser.add_argument("--output", required=True, help="file to write, such as projector/mm_projector.bin")
-    arguments = parser.parse_args()
+    arguments = parse(Arguments, description=__doc__)
     quiet_libraries()
     import torch
 

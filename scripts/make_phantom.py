@@ -9,10 +9,9 @@ Running it again with the same settings does nothing; with others it replaces th
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections import Counter, defaultdict
-from dataclasses import fields
+from dataclasses import dataclass
 from pathlib import Path
 
 import cv2
@@ -21,6 +20,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from llava.cli import flag, flags_of, given, parse
 from llava.data.rows import Row, read_rows
 from llava.files import atomic_write
 from llava.toy.phantom import PhantomConfig, make_phantom, png_bytes
@@ -32,20 +32,18 @@ _LINES = 2
 _LINE_HEIGHT = 14
 
 
-def parse_args() -> argparse.Namespace:
-    """Command line of this script."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output_dir", default="data/phantom", help="folder to write (default: %(default)s)")
-    parser.add_argument("--contact_sheet", metavar="PNG", help="also draw an overview of pictures, questions, answers")
-    for field in fields(PhantomConfig):
-        parser.add_argument(f"--{field.name}", type=int, default=field.default, help="default: %(default)s")
-    return parser.parse_args()
+@dataclass(kw_only=True)
+class Arguments(flags_of(PhantomConfig)):
+    """Flags; those of ``PhantomConfig`` override its defaults."""
+
+    output_dir: str = flag("data/phantom", "folder to write")
+    contact_sheet: str | None = flag(None, "also draw an overview of pictures, questions, answers", metavar="PNG")
 
 
 def main() -> int:
     """Generate the dataset and print what it holds."""
-    args = parse_args()
-    config = PhantomConfig(**{field.name: getattr(args, field.name) for field in fields(PhantomConfig)})
+    args = parse(Arguments, description=__doc__)
+    config = PhantomConfig(**given(args, PhantomConfig))
     made = make_phantom(args.output_dir, config)
     print(f"{args.output_dir}: {'generated' if made else 'already complete, nothing to do'}")
     folder = Path(args.output_dir)

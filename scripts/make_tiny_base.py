@@ -13,12 +13,11 @@ A killed run goes on where its last checkpoint was taken and ends in the same we
 
 from __future__ import annotations
 
-import argparse
 import json
 import shutil
 import sys
 import time
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -26,6 +25,8 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from llava.cli import flag, flags_of, given, parse
+from llava.continual.places import places_of
 from llava.files import atomic_write
 from llava.toy.medical_base import MEDICAL, MedicalCorpus
 from llava.toy.phantom_talk import make_dialects
@@ -53,32 +54,37 @@ DECIDED = ("recipe", "real_pictures")
 _SETTINGS = "settings.json"
 
 
-def parse_args() -> argparse.Namespace:
-    """Command line of this script."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output_dir", default="output/tiny-base", help="folder to write (default: %(default)s)")
-    parser.add_argument(
-        "--save_every", type=int, default=50, help="steps between two checkpoints (default: %(default)s)"
+@dataclass(kw_only=True)
+class Arguments(flags_of(TinyBaseConfig, without=DECIDED, default="the recipe's")):
+    """Flags; those of ``TinyBaseConfig`` override the recipe's."""
+
+    output_dir: str | None = flag(None, "folder to write (default: the sequence's, else output/tiny-base)")
+    save_every: int = flag(50, "steps between two checkpoints")
+    sequence: str | None = flag(None, "make the base that this task sequence asks for, if it asks for a tiny one")
+    recipe: str | None = flag(
+        None, "what to learn from (default: the sequence's, else phantom)", choices=sorted(RECIPES)
     )
-    parser.add_argument("--recipe", choices=sorted(RECIPES), default="phantom", help="what to learn from")
-    parser.add_argument("--slake_dir", help="SLAKE's folder, for the medical recipe (left out when it is not there)")
-    for field in fields(TinyBaseConfig):
-        if field.name not in DECIDED:
-            parser.add_argument(f"--{field.name}", type=type(field.default), help="default: the recipe's")
-    return parser.parse_args()
+    slake_dir: str | None = flag(None, "SLAKE's folder, for the medical recipe (left out when it is not there)")
 
 
 def main() -> int:
     """Build the base unless it is there already."""
-    args = parse_args()
-    names = [field.name for field in fields(TinyBaseConfig) if field.name not in DECIDED]
-    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-    found = args.recipe == "medical" and args.slake_dir and Path(args.slake_dir).is_dir()
+    args = parse(Arguments, description=__doc__)
+    recipe, target = args.recipe or "phantom", Path(args.output_dir or "output/tiny-base")
+    if args.sequence:
+        places = places_of(args.sequence)
+        wanted = places.sequence.base
+        if wanted.model or not wanted.recipe:
+            print(f"base model: {places.base_model()}")
+            return 0
+        recipe, target = args.recipe or wanted.recipe, Path(args.output_dir or places.tiny_base)
+    found = recipe == "medical" and args.slake_dir and Path(args.slake_dir).is_dir()
     slake = args.slake_dir if found else None
-    config = replace(RECIPES[args.recipe], real_pictures=slake is not None, **given)
-    if args.recipe == "medical" and slake is None:
+    config = replace(
+        RECIPES[recipe], **{**given(args, TinyBaseConfig), "recipe": recipe}, real_pictures=slake is not None
+    )
+    if recipe == "medical" and slake is None:
         print(f"note: SLAKE not found at {args.slake_dir}; the medical base learns from phantoms and words alone")
-    target = Path(args.output_dir)
     if is_finished(target, config):
         print(f"{target}: already made, nothing to do")
         return 0

@@ -9,22 +9,28 @@ merged: which of them act is decided for each question.
 
 from __future__ import annotations
 
-import argparse
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from llava.cli import flag, parse
 from llava.utils import UserError, quiet_libraries, run_cli
+
+
+@dataclass(kw_only=True)
+class Arguments:
+    """Flags."""
+
+    model_path: str = flag(help="LoRA or projector folder")
+    model_base: str | None = flag(None, "its base (default: the one the adapter names)")
+    save_model_path: str = flag(help="new folder")
 
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model-path", required=True, help="LoRA or projector folder")
-    parser.add_argument("--model-base", help="its base (default: the one the adapter names)")
-    parser.add_argument("--save-model-path", required=True, help="new folder")
-    arguments = parser.parse_args()
+    arguments = parse(Arguments, description=__doc__)
     quiet_libraries()
     from llava.mm_utils import get_model_name_from_path
     from llava.model.builder import load_pretrained_model

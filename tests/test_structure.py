@@ -23,6 +23,7 @@ MAY_IMPORT = {
     "utils": {"constants"},
     "files": {"constants", "utils"},
     "registry": {"utils"},
+    "cli": {"utils"},
     "folds": set(),
     "padding": set(),
     "devices": set(),
@@ -33,10 +34,10 @@ MAY_IMPORT = {
     "slots": BELOW_ALL | {"checkpoints"},
     "data": HELPERS,
     "model": HELPERS | {"checkpoints", "slots"},
-    "continual": MODEL | {"model"},
-    "train": MODEL | {"model", "continual"},
-    "eval": MODEL | {"model", "continual"},
-    "serve": MODEL | {"model", "continual", "eval"},
+    "continual": MODEL | {"model", "cli"},
+    "train": MODEL | {"model", "cli", "continual"},
+    "eval": MODEL | {"model", "cli", "continual"},
+    "serve": MODEL | {"model", "cli", "continual", "eval"},
     "toy": MODEL | {"model", "continual", "train", "eval"},
 }
 RAW_READERS = {"toy"}
@@ -85,9 +86,23 @@ def test_raw_data_sets_are_read_by_nobody_else():
         assert not raw, f"{path} imports {raw}"
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "llava" / "continual" / "methods").glob("*.py")), ids=lambda p: p.stem)
-def test_methods_know_nothing_of_argument_parsing(path):
-    assert not {module for module in imported_modules(path) if module.split(".")[0] == "argparse"}
+COMMAND_LINES = [
+    *SOURCES,
+    *sorted([*ROOT.glob("*.py"), *(ROOT / "scripts").glob("*.py"), *(ROOT / "benchmarks").glob("*.py")]),
+]
+PARSERS = {"argparse", "transformers.hf_argparser", "transformers.HfArgumentParser", "optparse", "getopt", "click"}
+
+
+@pytest.mark.parametrize("path", COMMAND_LINES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_only_command_lines_parse_arguments(path):
+    """One module knows the parser; who uses it is started as a command, or holds the arguments of one."""
+    name = str(path.relative_to(ROOT))
+    modules = imported_modules(path)
+    used = {module for module in modules if any(f"{module}.".startswith(f"{parser}.") for parser in PARSERS)}
+    assert not used or name == "llava/cli.py", f"{name} imports {used}"
+    parses = {f"llava.cli.{word}" for word in ("parse", "parse_command", "Parser")} & modules
+    text = path.read_text(encoding="utf-8")
+    assert not parses or 'if __name__ == "__main__":' in text or name == "llava/train/arguments.py", name
 
 
 @pytest.mark.parametrize("path", SHELL, ids=lambda path: path.name)

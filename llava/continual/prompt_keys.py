@@ -11,6 +11,7 @@ import torch
 
 from llava.checkpoints.weights import fingerprint, resolve_checkpoint
 from llava.continual.queries import compute_queries
+from llava.continual.settings import KeySettings
 from llava.data.prompt import Prompt
 from llava.data.rows import Row, read_rows
 from llava.folds import held_out
@@ -27,23 +28,9 @@ from llava.utils import UserError
 
 
 @dataclass(frozen=True)
-class KeyOptions:
-    """Settings of stage 1; what shapes the slots must be the same for all tasks that are to be merged."""
+class KeyOptions(KeySettings):
+    """Settings of stage 1: a sequence's ``keys`` block, and how it is computed."""
 
-    query_mode: str = "text+image"
-    text_encoder: str = "auto"
-    image_query: str = "tower+picture"
-    groups: int = 4
-    top_k: int = 4
-    rank: int = 8
-    tau: float = 0.1
-    scale: float = 1.0
-    image_weight: float = 0.5
-    router: str = "gaussian"
-    unknown_share: float = 0.005
-    targets: tuple[str, ...] = ("o_proj",)
-    held_out: float = 0.1
-    iterations: int = 50
     seed: int = 42
     batch_size: int = 16
     device: str = "cpu"

@@ -14,60 +14,86 @@ place unless ``--output`` is given.
 
 from __future__ import annotations
 
-import argparse
+from dataclasses import dataclass
 from pathlib import Path
 
+from llava.cli import flag, parse_command, word
 from llava.utils import UserError, quiet_libraries, run_cli
 
 
-def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True)
+@dataclass(kw_only=True)
+class Listing:
+    """show the tasks of some places"""
 
-    def command(name: str, help: str) -> argparse.ArgumentParser:
-        return commands.add_parser(name, help=help, description=help)
+    places: list[str] = word()
 
-    listing = command("list", "show the tasks of some places")
-    listing.add_argument("places", nargs="+")
-    merge = command("merge", "join key files or trained slots, also of different machines")
-    merge.add_argument("places", nargs="+")
-    merge.add_argument("--output", required=True, help=".pth file, or a stage folder when an input is one")
-    merge.add_argument("--pack", action="store_true", help="number the slots anew, in the order given")
-    remove = command("remove", "take tasks out, exactly")
-    remove.add_argument("place")
-    remove.add_argument("tasks", nargs="+")
-    remove.add_argument("--output", help="where to write (default: in place)")
-    rename = command("rename", "give a task another name")
-    rename.add_argument("place")
-    rename.add_argument("old")
-    rename.add_argument("new")
-    rename.add_argument("--output", help="where to write (default: in place)")
-    export = command("export-peft", "write a task's fixed mixture of slots as a LoRA adapter for PEFT")
-    export.add_argument("place")
-    export.add_argument("task")
-    export.add_argument("--output", required=True, help="folder of the adapter")
-    export.add_argument("--weights", nargs="+", type=float, help="one per slot (default: the task's mean weights)")
-    prototype = command("import-prototype", "read the slots of the public prototype's checkpoint")
-    prototype.add_argument("source", help="checkpoint folder, state dict, or key file")
-    prototype.add_argument("--tasks", nargs="+", required=True, help="names in slot order")
-    prototype.add_argument("--slots_per_task", type=int, default=8)
-    prototype.add_argument("--model-base", "--model_base", dest="model_base", required=True)
-    prototype.add_argument("--text_encoder", help="of the keys' queries, e.g. a local copy of nli-roberta-base-v2")
-    prototype.add_argument("--top_k", type=int, default=4)
-    prototype.add_argument("--output", required=True, help=".pth file")
-    verify = command("verify", "check checksums, numbers, shapes and the base model")
-    verify.add_argument("place")
-    verify.add_argument("--model-base", "--model_base", dest="model_base", help="default: the recorded one, if here")
-    return parser.parse_args()
+
+@dataclass(kw_only=True)
+class Merge:
+    """join key files or trained slots, also of different machines"""
+
+    places: list[str] = word()
+    output: str = flag(help=".pth file, or a stage folder when an input is one")
+    pack: bool = flag(False, "number the slots anew, in the order given")
+
+
+@dataclass(kw_only=True)
+class Remove:
+    """take tasks out, exactly"""
+
+    place: str = word()
+    tasks: list[str] = word()
+    output: str | None = flag(None, "where to write (default: in place)")
+
+
+@dataclass(kw_only=True)
+class Rename:
+    """give a task another name"""
+
+    place: str = word()
+    old: str = word()
+    new: str = word()
+    output: str | None = flag(None, "where to write (default: in place)")
+
+
+@dataclass(kw_only=True)
+class Export:
+    """write a task's fixed mixture of slots as a LoRA adapter for PEFT"""
+
+    place: str = word()
+    task: str = word()
+    output: str = flag(help="folder of the adapter")
+    weights: list[float] | None = flag(None, "one per slot (default: the task's mean weights)")
+
+
+@dataclass(kw_only=True)
+class Import:
+    """read the slots of the public prototype's checkpoint"""
+
+    source: str = word("checkpoint folder, state dict, or key file")
+    tasks: list[str] = flag(help="names in slot order")
+    slots_per_task: int = 8
+    model_base: str = flag(help="base model")
+    text_encoder: str | None = flag(None, "of the keys' queries, e.g. a local copy of nli-roberta-base-v2")
+    top_k: int = 4
+    output: str = flag(help=".pth file")
+
+
+@dataclass(kw_only=True)
+class Verify:
+    """check checksums, numbers, shapes and the base model"""
+
+    place: str = word()
+    model_base: str | None = flag(None, "default: the recorded one, if here")
 
 
 def main() -> None:
-    args = parse_args()
+    name, args = parse_command({name: kind for name, (kind, _) in COMMANDS.items()}, description=__doc__)
     quiet_libraries()
-    COMMANDS[args.command](args)
+    COMMANDS[name][1](args)
 
 
-def show_list(args) -> None:
+def show_list(args: Listing) -> None:
     from llava.slots.edit import read_slots
 
     for place in args.places:
@@ -90,7 +116,7 @@ def show_list(args) -> None:
             )
 
 
-def do_merge(args) -> None:
+def do_merge(args: Merge) -> None:
     from llava.slots.edit import merge, write_slots
 
     slots = merge(args.places, args.pack)
@@ -98,7 +124,7 @@ def do_merge(args) -> None:
     print(f"merged {len(slots.tasks)} tasks ({', '.join(task.name for task in slots.tasks)}); written to {path}")
 
 
-def do_remove(args) -> None:
+def do_remove(args: Remove) -> None:
     from llava.slots.edit import read_slots, remove, write_slots
 
     slots = remove(read_slots(args.place), args.tasks)
@@ -106,7 +132,7 @@ def do_remove(args) -> None:
     print(f"removed {', '.join(args.tasks)}; left: {', '.join(task.name for task in slots.tasks)}; written to {path}")
 
 
-def do_rename(args) -> None:
+def do_rename(args: Rename) -> None:
     from llava.slots.edit import read_slots, rename, write_slots
 
     slots = rename(read_slots(args.place), args.old, args.new)
@@ -114,7 +140,7 @@ def do_rename(args) -> None:
     print(f"{args.old} is now {args.new}; written to {path}")
 
 
-def do_export(args) -> None:
+def do_export(args: Export) -> None:
     from llava.slots.edit import read_slots
     from llava.slots.peft_export import export_peft
 
@@ -123,7 +149,7 @@ def do_export(args) -> None:
     print(f"task {args.task}: {parts}; adapter written to {args.output}")
 
 
-def do_import(args) -> None:
+def do_import(args: Import) -> None:
     from llava.checkpoints.weights import resolve_checkpoint
     from llava.slots.edit import write_slots
     from llava.slots.prototype import import_prototype
@@ -144,7 +170,7 @@ def do_import(args) -> None:
         print("no --text_encoder given: questions can be routed only with a ready text_query")
 
 
-def do_verify(args) -> None:
+def do_verify(args: Verify) -> None:
     from llava.checkpoints.weights import resolve_checkpoint
     from llava.slots.edit import read_slots, verify
 
@@ -165,13 +191,13 @@ def do_verify(args) -> None:
 
 
 COMMANDS = {
-    "list": show_list,
-    "merge": do_merge,
-    "remove": do_remove,
-    "rename": do_rename,
-    "export-peft": do_export,
-    "import-prototype": do_import,
-    "verify": do_verify,
+    "list": (Listing, show_list),
+    "merge": (Merge, do_merge),
+    "remove": (Remove, do_remove),
+    "rename": (Rename, do_rename),
+    "export-peft": (Export, do_export),
+    "import-prototype": (Import, do_import),
+    "verify": (Verify, do_verify),
 }
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ over rows (BLEU, METEOR) have none.
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from llava.cli import fail, flag, parse
 from llava.continual.matrix import FORMULAS, summary
 from llava.continual.tasks import load_sequence
 from llava.eval.eval_video_qa import package_version
@@ -85,20 +85,25 @@ def main(argv: Sequence[str] | None = None) -> None:
         print("no heat map: matplotlib is not installed (pip install matplotlib)")
 
 
-def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+@dataclass(kw_only=True)
+class Arguments:
+    """Flags."""
+
+    scores: list[str] = flag(help="scores.json of each stage, in order")
+    zero_shot: str | None = flag(None, "scores.json of the base model")
+    sequence: str | None = flag(None, "task sequence: a file, or the name of one that ships")
+    tasks: list[str] | None = flag(None, "tasks in order, in place of --sequence")
+    metrics: list[str] | None = flag(None, "default: the sequence's own, else the primary ones")
+    output_dir: str = flag()
+    draws: int = flag(DRAWS, "bootstrap draws")
+    seed: int = flag(SEED, "seed of the bootstrap")
+
+
+def parse_arguments(argv: Sequence[str] | None = None) -> Arguments:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--scores", required=True, nargs="+", help="scores.json of each stage, in order")
-    parser.add_argument("--zero-shot", help="scores.json of the base model")
-    parser.add_argument("--sequence", help="task sequence: a file, or the name of one that ships")
-    parser.add_argument("--tasks", nargs="+", help="tasks in order, in place of --sequence")
-    parser.add_argument("--metrics", nargs="+", help="default: the sequence's own, else the primary ones")
-    parser.add_argument("--output-dir", required=True)
-    parser.add_argument("--draws", type=int, default=DRAWS, help="bootstrap draws (default %(default)s)")
-    parser.add_argument("--seed", type=int, default=SEED, help="seed of the bootstrap (default %(default)s)")
-    arguments = parser.parse_args(argv)
+    arguments = parse(Arguments, argv, __doc__)
     if bool(arguments.sequence) == bool(arguments.tasks):
-        parser.error("give one of --sequence and --tasks")
+        fail("give one of --sequence and --tasks")
     return arguments
 
 

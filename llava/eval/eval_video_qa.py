@@ -13,16 +13,17 @@ The answer rows of the public prototype (``pred_response``, ``gt_response``) are
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import closing
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import llava
+from llava.cli import fail, flag, parse
 from llava.data.metric_names import METRIC_NAMES, METRICS, metric_names
 from llava.data.rows import Row, read_answers, read_rows, write_jsonl
 from llava.eval.metrics import OVERALL, normalise, score
@@ -37,21 +38,26 @@ ROWS_NAME = "rows.jsonl"
 NAMED_IDS = 5
 
 
-def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+@dataclass(kw_only=True)
+class Arguments:
+    """Flags."""
+
+    question_file: str = flag(help="question rows with reference answers and domains")
+    answers_file: list[str] = flag(help="one answers file per model or stage")
+    train_file: list[str] = flag([], "training rows, for the majority baselines", empty=True)
+    output_dir: str | None = flag(None, "write <output-dir>/<model_id>/scores.json (default: beside the answers)")
+    allow_partial: bool = flag(False, "score the answered questions only")
+    no_java: bool = flag(False, "plain tokenizer, no METEOR")
+    draws: int = flag(DRAWS, "bootstrap draws")
+    seed: int = flag(SEED, "seed of the bootstrap")
+    force: bool = flag(False, "score again what is already scored")
+
+
+def parse_arguments(argv: Sequence[str] | None = None) -> Arguments:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--question-file", required=True, help="question rows with reference answers and domains")
-    parser.add_argument("--answers-file", required=True, nargs="+", help="one answers file per model or stage")
-    parser.add_argument("--train-file", nargs="*", default=[], help="training rows, for the majority baselines")
-    parser.add_argument("--output-dir", help="write <output-dir>/<model_id>/scores.json (default: beside the answers)")
-    parser.add_argument("--allow-partial", action="store_true", help="score the answered questions only")
-    parser.add_argument("--no-java", action="store_true", help="plain tokenizer, no METEOR")
-    parser.add_argument("--draws", type=int, default=DRAWS, help="bootstrap draws (default %(default)s)")
-    parser.add_argument("--seed", type=int, default=SEED, help="seed of the bootstrap (default %(default)s)")
-    parser.add_argument("--force", action="store_true", help="score again what is already scored")
-    arguments = parser.parse_args(argv)
+    arguments = parse(Arguments, argv, __doc__)
     if arguments.draws < 2:
-        parser.error("--draws must be at least 2")
+        fail("--draws must be at least 2")
     return arguments
 
 
@@ -75,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 class _Job:
     """One answers file, checked against the question rows, and the place of its scores."""
 
-    def __init__(self, path: str, rows: Sequence[Row], arguments: argparse.Namespace):
+    def __init__(self, path: str, rows: Sequence[Row], arguments: Arguments):
         self.arguments = arguments
         self.path = Path(path)
         answers = load_answers(self.path)

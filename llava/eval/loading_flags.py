@@ -2,30 +2,33 @@
 
 from __future__ import annotations
 
-import argparse
+from dataclasses import dataclass
+
+from llava.cli import flag
 
 
-def add_loading_flags(parser: argparse.ArgumentParser) -> None:
-    """``--device``, ``--load-8bit``, ``--load-4bit`` and ``--attn_implementation``."""
-    parser.add_argument("--device", help="cuda or cpu (default: cuda where there is one)")
-    parser.add_argument("--load-8bit", action="store_true")
-    parser.add_argument("--load-4bit", action="store_true")
-    parser.add_argument(
-        "--attn_implementation",
-        "--attn-implementation",
+@dataclass(kw_only=True)
+class LoadingFlags:
+    """Where the model runs and in which form."""
+
+    device: str | None = flag(None, "cuda or cpu (default: cuda where there is one)")
+    load_8bit: bool = False
+    load_4bit: bool = False
+    attn_implementation: str | None = flag(
+        None,
+        "default: sdpa, which also stands in for a FlashAttention that is not installed",
         choices=("sdpa", "flash_attention_2", "eager"),
-        help="default: sdpa, which also stands in for a FlashAttention that is not installed",
     )
 
 
-def add_prompt_flags(parser: argparse.ArgumentParser) -> None:
-    """``--conv-mode``, ``--answer-suffix`` and ``--image_aspect_ratio``; not given, the stage or the base decides."""
-    parser.add_argument("--conv-mode", help="conversation template (default: the checkpoint's own)")
-    parser.add_argument(
-        "--answer-suffix", help="appended to each question on a line of its own (default: the stage's own; '' for none)"
+@dataclass(kw_only=True)
+class PromptFlags:
+    """How it is asked; what is not given, the stage or the base decides."""
+
+    conv_mode: str | None = flag(None, "conversation template (default: the checkpoint's own)")
+    answer_suffix: str | None = flag(
+        None, "appended to each question on a line of its own (default: the stage's own; '' for none)"
     )
-    parser.add_argument(
-        "--image_aspect_ratio",
-        "--image-aspect-ratio",
-        help="pad, square or anyres: what becomes of pictures that are not square (default: the checkpoint's own)",
+    image_aspect_ratio: str | None = flag(
+        None, "pad, square or anyres: what becomes of pictures that are not square (default: the checkpoint's own)"
     )

@@ -8,21 +8,27 @@ A missing chunk, an unanswered question or a chunk of another run is an error, a
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
+from dataclasses import dataclass
 
+from llava.cli import flag, parse
 from llava.data.rows import read_rows, write_jsonl
 from llava.eval.answer_file import merge_answers
 from llava.utils import run_cli
 
 
+@dataclass(kw_only=True)
+class Arguments:
+    """Flags."""
+
+    question_file: str = flag()
+    answers_file: str = flag(help="the file to write")
+    chunks: list[str] = flag(help="answer files of all chunks")
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Merge and write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--question-file", required=True)
-    parser.add_argument("--answers-file", required=True, help="the file to write")
-    parser.add_argument("--chunks", required=True, nargs="+", help="answer files of all chunks")
-    arguments = parser.parse_args(argv)
+    arguments = parse(Arguments, argv, __doc__)
     answers = merge_answers(read_rows(arguments.question_file), arguments.chunks)
     write_jsonl(arguments.answers_file, answers)
     print(f"{arguments.answers_file}: {len(answers)} answers from {len(arguments.chunks)} chunk(s)")

@@ -13,17 +13,18 @@ comparison; other values of ``--route`` choose a router, ``none`` answers with t
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import llava
+from llava.cli import fail, flag, parse
 from llava.data.rows import Row, read_rows
 from llava.devices import default_device
 from llava.eval.answer_file import answer_row, append, appending, batches, chunk_range, model_fingerprint, run_id
-from llava.eval.loading_flags import add_loading_flags, add_prompt_flags
+from llava.eval.loading_flags import LoadingFlags, PromptFlags
 from llava.files import file_sha256
 from llava.mm_utils import get_model_name_from_path
 from llava.utils import UserError, run_cli
@@ -38,44 +39,41 @@ ORACLE, NO_ROUTE = "oracle", "none"
 REFUSAL = "I cannot answer this: the question or the picture is unlike everything I was trained on."
 
 
-def parse_arguments(argv: Sequence[str] | None = None, **defaults: Any) -> argparse.Namespace:
-    """The command line; LLaVA's spellings with a hyphen or an underscore are both taken."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model-path", required=True, help="checkpoint folder or hub id")
-    parser.add_argument("--model-base", help="base model that a light checkpoint is applied to")
-    parser.add_argument("--image-folder", default="", help="folder of the rows' images")
-    parser.add_argument("--question-file", required=True)
-    parser.add_argument("--answers-file", default="answer.jsonl", help="default %(default)s")
-    add_prompt_flags(parser)
-    parser.add_argument("--default-answer-suffix", default="", help="for a model that keeps none of its own")
-    parser.add_argument("--num-chunks", type=int, default=1)
-    parser.add_argument("--chunk-idx", type=int, default=0)
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 (default) is greedy")
-    parser.add_argument("--top_p", "--top-p", type=float)
-    parser.add_argument("--num_beams", "--num-beams", type=int, default=1)
-    parser.add_argument("--max_new_tokens", "--max-new-tokens", type=int, default=128)
-    parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--num-workers", type=int, default=0, help="processes that read images ahead")
-    add_loading_flags(parser)
-    parser.add_argument("--task-id", help="route every question to this task's slots")
-    parser.add_argument("--route", help=f"router to use; {ORACLE!r}: the row's own domain, {NO_ROUTE!r}: no slots")
-    parser.add_argument(
-        "--refuse_unknown",
-        "--refuse-unknown",
-        action="store_true",
-        help="answer questions that fit no known task with a fixed refusal instead of the base model's words",
+@dataclass(kw_only=True)
+class Arguments(PromptFlags, LoadingFlags):
+    """LLaVA's flags with its defaults, and this project's routing flags."""
+
+    model_path: str = flag(help="checkpoint folder or hub id")
+    model_base: str | None = flag(None, "base model that a light checkpoint is applied to")
+    image_folder: str = flag("", "folder of the rows' images")
+    question_file: str = flag()
+    answers_file: str = "answer.jsonl"
+    default_answer_suffix: str = flag("", "for a model that keeps none of its own")
+    num_chunks: int = 1
+    chunk_idx: int = 0
+    temperature: float = flag(0.0, "0 is greedy")
+    top_p: float | None = None
+    num_beams: int = 1
+    max_new_tokens: int = 128
+    batch_size: int = 8
+    num_workers: int = flag(0, "processes that read images ahead")
+    task_id: str | None = flag(None, "route every question to this task's slots")
+    route: str | None = flag(None, f"router to use; {ORACLE!r}: the row's own domain, {NO_ROUTE!r}: no slots")
+    refuse_unknown: bool = flag(
+        False, "answer questions that fit no known task with a fixed refusal instead of the base model's words"
     )
-    parser.add_argument("--seed", type=int, default=0, help="for a temperature above 0")
-    parser.add_argument(
-        "--stale", choices=("refuse", "replace"), default="refuse", help="what to do with another run's answers file"
-    )
-    parser.set_defaults(**defaults)
-    arguments = parser.parse_args(argv)
+    seed: int = flag(0, "for a temperature above 0")
+    stale: str = flag("refuse", "what to do with another run's answers file", choices=("refuse", "replace"))
+
+
+def parse_arguments(argv: Sequence[str] | None = None, **defaults: Any) -> Arguments:
+    """The command line; ``defaults`` replace those of the flags."""
+    arguments = parse(Arguments, argv, __doc__, **defaults)
     for name in ("batch_size", "max_new_tokens", "num_beams"):
         if getattr(arguments, name) < 1:
-            parser.error(f"--{name} must be at least 1")
+            fail(f"--{name} must be at least 1")
     if arguments.task_id and arguments.route not in (None, ORACLE):
-        parser.error("--task-id gives the task away, so it goes with --route oracle or none at all")
+        fail("--task-id gives the task away, so it goes with --route oracle or none at all")
     return arguments
 
 
@@ -102,7 +100,7 @@ def main(argv: Sequence[str] | None = None, **defaults: Any) -> None:
     print(f"{arguments.answers_file}: {len(rows)} answers by {model_id}")
 
 
-def run_settings(arguments: argparse.Namespace) -> dict[str, Any]:
+def run_settings(arguments: Any) -> dict[str, Any]:
     """Everything that decides the answers of a chunk set; equal settings mean equal answers."""
     names = "conv_mode answer_suffix num_chunks temperature top_p num_beams max_new_tokens batch_size seed".split()
     names += ["load_8bit", "load_4bit", "task_id", "route", "default_answer_suffix", "image_aspect_ratio"]
@@ -116,7 +114,7 @@ def run_settings(arguments: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def asked_prompt(arguments: argparse.Namespace) -> dict[str, str | None]:
+def asked_prompt(arguments: Any) -> dict[str, str | None]:
     """The fields of the prompt that the command line names; None where it leaves them to the checkpoint."""
     given = vars(arguments)
     names = {"conv_mode": "conv_mode", "answer_suffix": "answer_suffix", "aspect_ratio": "image_aspect_ratio"}
@@ -124,7 +122,7 @@ def asked_prompt(arguments: argparse.Namespace) -> dict[str, str | None]:
     return {field: None if value == "" and field != "answer_suffix" else value for field, value in asked.items()}
 
 
-def check_prompt_flags(arguments: argparse.Namespace) -> None:
+def check_prompt_flags(arguments: Any) -> None:
     """Refuse flags of the prompt that name nothing, or nothing that the model can do, before it is loaded.
 
     Raises:
@@ -161,7 +159,7 @@ def check_images(rows: Sequence[Row], image_folder: str) -> None:
 
 
 def answer_rows(
-    speaker: Speaker, rows: Sequence[Row], arguments: argparse.Namespace, done: int = 0
+    speaker: Speaker, rows: Sequence[Row], arguments: Any, done: int = 0
 ) -> Iterator[tuple[range, list[tuple[str, dict | None]]]]:
     """Answers batch by batch, from the batch that holds row ``done`` on: ``(row numbers, [(text, route), ...])``."""
     import torch
@@ -206,7 +204,7 @@ class Speaker:
         self.stop = (template.sep2 if template.sep_style.name in ("TWO", "LLAMA_2") else template.sep) or None
 
     @classmethod
-    def load(cls, arguments: argparse.Namespace) -> Speaker:
+    def load(cls, arguments: Any) -> Speaker:
         """Load the checkpoint that the arguments name, with the router and the prompt they ask for.
 
         Raises:
@@ -271,9 +269,7 @@ class Speaker:
         candidates = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0)
         return next(token for token in candidates if token is not None)
 
-    def reply(
-        self, batch: dict[str, Any], arguments: argparse.Namespace, **options: Any
-    ) -> list[tuple[str, dict | None]]:
+    def reply(self, batch: dict[str, Any], arguments: Any, **options: Any) -> list[tuple[str, dict | None]]:
         """Texts and routes of a collated batch; ``options`` go to ``generate``."""
         tasks = given_tasks(batch["rows"], arguments)
         known = known_tasks(self.model)
@@ -289,7 +285,7 @@ class Speaker:
         return [replies[number] for number in range(len(tasks))]
 
     def _generate(
-        self, batch: dict[str, Any], arguments: argparse.Namespace, tasks: list[str] | None, **options: Any
+        self, batch: dict[str, Any], arguments: Any, tasks: list[str] | None, **options: Any
     ) -> list[tuple[str, dict | None]]:
         from llava.mm_utils import KeywordsStoppingCriteria
 
@@ -327,7 +323,7 @@ class Speaker:
         return (text.split(self.stop)[0] if self.stop and self.stop.strip() else text).strip()
 
 
-def given_tasks(rows: Sequence[Row], arguments: argparse.Namespace) -> list[str] | None:
+def given_tasks(rows: Sequence[Row], arguments: Any) -> list[str] | None:
     """The task of each row where the arguments give it away, else None.
 
     Raises:

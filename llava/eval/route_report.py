@@ -11,34 +11,36 @@ same queries; the first one gets the mistakes and the picture. Rows of domains t
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from llava.cli import flag, parse
 from llava.files import atomic_write
 from llava.utils import UserError, quiet_libraries, run_cli
 
 
-def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--slots", required=True, help="key file, merged file or stage checkpoint folder")
-    parser.add_argument("--question-file", required=True)
-    parser.add_argument("--image-folder", default="")
-    parser.add_argument("--unknown-file", help="rows that belong to none of the tasks")
-    parser.add_argument("--unknown-images", help="their picture folder (default: --image-folder)")
-    parser.add_argument("--model-base", "--model_base", dest="model_base", help="default: the one the slots name")
-    parser.add_argument("--routers", nargs="+", help="default: the slots' own, then keys, gaussian, ridge")
-    parser.add_argument("--mistakes", type=int, default=10, help="how many to show")
-    parser.add_argument("--output_dir", default="output/route")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--cache_dir", default="output/cache/queries", help="where computed queries are kept")
-    return parser.parse_args(argv)
+@dataclass(kw_only=True)
+class Arguments:
+    """Flags."""
+
+    slots: str = flag(help="key file, merged file or stage checkpoint folder")
+    question_file: str = flag()
+    image_folder: str = ""
+    unknown_file: str | None = flag(None, "rows that belong to none of the tasks")
+    unknown_images: str | None = flag(None, "their picture folder (default: --image-folder)")
+    model_base: str | None = flag(None, "default: the one the slots name")
+    routers: list[str] | None = flag(None, "default: the slots' own, then keys, gaussian, ridge")
+    mistakes: int = flag(10, "how many to show")
+    output_dir: str = "output/route"
+    device: str = "cpu"
+    cache_dir: str = flag("output/cache/queries", "where computed queries are kept")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    arguments = parse_arguments(argv)
+    arguments = parse(Arguments, argv, __doc__)
     quiet_libraries()
     from llava.eval.route_picture import draw
     from llava.eval.route_scores import score_routes, worst_mistakes
@@ -93,7 +95,7 @@ def load_retriever(place: str, model_base: str | None) -> tuple[Any, Path, Any]:
     return retriever_from(slots), base, slots
 
 
-def read_queries(arguments: argparse.Namespace, slots: Any, base: Path) -> tuple[list, Any]:
+def read_queries(arguments: Arguments, slots: Any, base: Path) -> tuple[list, Any]:
     """Rows of the question file and of the unknown file, with their queries."""
     import torch
 

@@ -10,38 +10,37 @@ speaks of, without it all pictures stand in front of the question.
 
 from __future__ import annotations
 
-import argparse
 import io
 import sys
 import urllib.error
 import urllib.request
 from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from typing import Any
 
+from llava.cli import flag, parse
 from llava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_PLACEHOLDER
-from llava.eval.loading_flags import add_loading_flags, add_prompt_flags
+from llava.eval.loading_flags import LoadingFlags, PromptFlags
 from llava.utils import UserError, quiet_libraries, run_cli
 
 URL_TIMEOUT = 30  # seconds
 
 
-def build_parser() -> argparse.ArgumentParser:
+@dataclass(kw_only=True)
+class Arguments(PromptFlags, LoadingFlags):
     """LLaVA's flags with its defaults, and this project's routing flags."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model-path", required=True, help="checkpoint folder or hub id")
-    parser.add_argument("--model-base", help="base model that a light checkpoint is applied to")
-    parser.add_argument("--image-file", required=True, help="file or URL; several with --sep between them")
-    parser.add_argument("--query", required=True)
-    parser.add_argument("--sep", default=",", help="between file names (default %(default)s)")
-    parser.add_argument("--temperature", type=float, default=0.2, help="0 is greedy (default %(default)s)")
-    parser.add_argument("--top_p", "--top-p", type=float)
-    parser.add_argument("--num_beams", "--num-beams", type=int, default=1)
-    parser.add_argument("--max_new_tokens", "--max-new-tokens", type=int, default=512)
-    add_prompt_flags(parser)
-    add_loading_flags(parser)
-    parser.add_argument("--task-id", help="route the question to this task's slots")
-    parser.add_argument("--route", help="router to use; 'none' answers with the base model")
-    return parser
+
+    model_path: str = flag(help="checkpoint folder or hub id")
+    model_base: str | None = flag(None, "base model that a light checkpoint is applied to")
+    image_file: str = flag(help="file or URL; several with --sep between them")
+    query: str = flag()
+    sep: str = flag(",", "between file names")
+    temperature: float = flag(0.2, "0 is greedy")
+    top_p: float | None = None
+    num_beams: int = 1
+    max_new_tokens: int = 512
+    task_id: str | None = flag(None, "route the question to this task's slots")
+    route: str | None = flag(None, "router to use; 'none' answers with the base model")
 
 
 def eval_model(args: Any) -> str:
@@ -62,14 +61,13 @@ def eval_model(args: Any) -> str:
     return text
 
 
-def _with_defaults(args: Any) -> argparse.Namespace:
-    given = {name: getattr(args, name) for name in ("model_path", "image_file", "query") if hasattr(args, name)}
-    absent = [name for name in ("model_path", "image_file", "query") if name not in given]
-    if absent:
-        raise UserError(f"eval_model needs args.{absent[0]}")
-    words = ["--model-path", "", "--image-file", "", "--query", ""]
-    defaults = vars(build_parser().parse_args(words))
-    return argparse.Namespace(**{name: getattr(args, name, value) for name, value in defaults.items()})
+def _with_defaults(args: Any) -> Arguments:
+    for name in ("model_path", "image_file", "query"):
+        if not hasattr(args, name):
+            raise UserError(f"eval_model needs args.{name}")
+    return Arguments(
+        **{entry.name: getattr(args, entry.name) for entry in fields(Arguments) if hasattr(args, entry.name)}
+    )
 
 
 def load_pictures(names: str, sep: str = ",") -> list:
@@ -110,7 +108,7 @@ def with_pictures(query: str, count: int) -> str:
     return query if named else f"{DEFAULT_IMAGE_TOKEN}\n" * count + query
 
 
-def ask(speaker, turns: Sequence[tuple[str, str]], pictures: list, arguments: argparse.Namespace, **more):
+def ask(speaker, turns: Sequence[tuple[str, str]], pictures: list, arguments: Any, **more):
     """The answer to the last human turn of a conversation about ``pictures``: ``(text, route or None)``.
 
     Args:
@@ -138,7 +136,7 @@ def ask(speaker, turns: Sequence[tuple[str, str]], pictures: list, arguments: ar
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line."""
     quiet_libraries()
-    eval_model(build_parser().parse_args(argv))
+    eval_model(parse(Arguments, argv, __doc__))
 
 
 if __name__ == "__main__":

@@ -8,35 +8,35 @@ slots the route is chosen anew for each question; ``--debug`` shows it with the 
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
 
-from llava.eval.loading_flags import add_loading_flags, add_prompt_flags
+from llava.cli import flag, parse
+from llava.eval.loading_flags import LoadingFlags, PromptFlags
 from llava.utils import quiet_libraries, run_cli
 
 
-def build_parser() -> argparse.ArgumentParser:
+@dataclass(kw_only=True)
+class Arguments(PromptFlags, LoadingFlags):
     """LLaVA's flags with its defaults, and this project's routing flags."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model-path", required=True, help="checkpoint folder or hub id")
-    parser.add_argument("--model-base", help="base model that a light checkpoint is applied to")
-    parser.add_argument("--image-file", required=True, help="file or URL")
-    parser.add_argument("--temperature", type=float, default=0.2, help="0 is greedy (default %(default)s)")
-    parser.add_argument("--top_p", "--top-p", type=float)
-    parser.add_argument("--max-new-tokens", "--max_new_tokens", type=int, default=512)
-    add_prompt_flags(parser)
-    add_loading_flags(parser)
-    parser.add_argument("--task-id", help="route every question to this task's slots")
-    parser.add_argument("--route", help="router to use; 'none' answers with the base model")
-    parser.add_argument("--debug", action="store_true", help="show prompt and route")
-    parser.set_defaults(num_beams=1)
-    return parser
+
+    model_path: str = flag(help="checkpoint folder or hub id")
+    model_base: str | None = flag(None, "base model that a light checkpoint is applied to")
+    image_file: str = flag(help="file or URL")
+    temperature: float = flag(0.2, "0 is greedy")
+    top_p: float | None = None
+    num_beams: ClassVar[int] = 1
+    max_new_tokens: int = 512
+    task_id: str | None = flag(None, "route every question to this task's slots")
+    route: str | None = flag(None, "router to use; 'none' answers with the base model")
+    debug: bool = flag(False, "show prompt and route")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line."""
-    arguments = build_parser().parse_args(argv)
+    arguments = parse(Arguments, argv, __doc__)
     quiet_libraries()
     from llava.conversation import get_conversation
     from llava.eval.model_vqa_loader import Speaker
@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     chat(speaker, pictures, arguments, names)
 
 
-def chat(speaker, pictures: list, arguments: argparse.Namespace, names: Sequence[str]) -> list[tuple[str, str]]:
+def chat(speaker, pictures: list, arguments: Arguments, names: Sequence[str]) -> list[tuple[str, str]]:
     """Questions from the standard input and answers to the standard output, until an empty line; returns the turns."""
     from llava.eval.run_llava import ask, with_pictures
 

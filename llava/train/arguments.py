@@ -1,23 +1,51 @@
 """Arguments of a training run: LLaVA's three groups with its defaults, and what the continual protocol adds.
 
-Flags that LLaVA's and the prototype's scripts pass, but that current transformers no longer knows, are translated.
+What a flag does not say, the task sequence's ``train`` block and the environment do (``llava/continual/settings.py``),
+then LLaVA's and transformers' defaults. Folders follow from sequence, task and method (``llava/continual/places.py``).
+Flags that LLaVA's and the prototype's scripts pass under another name are aliases.
 """
 
 from __future__ import annotations
 
-import os
+import dataclasses
+import difflib
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import transformers
 
+from llava.cli import Parser
+from llava.continual.places import Places
+from llava.continual.tasks import load_sequence, sequence_flag
+from llava.train.ignored_flags import ignored_beside, say_ignored
 from llava.utils import UserError, rank0_print
+
+
+def spelled(*names: str) -> list[str]:
+    """Both spellings of further names of a flag."""
+    return [f"--{name}" for name in names] + [f"--{name.replace('_', '-')}" for name in names]
+
+
+def renamed(name: str, old: str) -> Any:
+    """A field of transformers' arguments that older versions call ``old``."""
+    known = transformers.TrainingArguments.__dataclass_fields__[name]
+    return field(default=known.default, metadata={**known.metadata, "aliases": spelled(old)})
+
+
+def task_field() -> Any:
+    """The task to train; the prototype's ``--cl_data_clss``."""
+    about = {"help": "the task to train, as the sequence names it", "aliases": spelled("cl_data_clss")}
+    return field(default=None, metadata=about)
 
 
 @dataclass
 class ModelArguments:
-    """The base model. LLaVA's fields; ``vision_tower`` and below serve its first stage (projector alignment)."""
+    """The base model. LLaVA's fields."""
 
-    model_name_or_path: str | None = field(default=None, metadata={"help": "base model, path or hub name"})
+    model_name_or_path: str | None = field(
+        default=None, metadata={"help": "base model, path or hub name (default: BASE_MODEL, else the sequence's)"}
+    )
     version: str | None = field(default=None, metadata={"help": "conversation template (default: the checkpoint's)"})
     attn_implementation: str | None = field(default=None, metadata={"help": "sdpa, eager or flash_attention_2"})
 
@@ -26,15 +54,12 @@ class ModelArguments:
 class DataArguments:
     """The data. ``data_path`` overrides the task sequence's training file."""
 
-    data_path: str | None = None
+    data_path: str | None = field(default=None, metadata={"help": "training rows (default: the sequence's)"})
     eval_data_path: str | None = field(default=None, metadata={"help": "rows for a validation loss while training"})
-    lazy_preprocess: bool = False
-    is_multimodal: bool = False
-    image_folder: str | None = None
-    image_aspect_ratio: str | None = None
-    sequence: str = field(default_factory=lambda: os.environ.get("SEQUENCE", "vqa-rad"))
-    task: str | None = field(default=None, metadata={"help": "the task to train, as the sequence names it"})
-    disable_task_id: bool = field(default=True, metadata={"help": "kept for the prototype's scripts; routing is free"})
+    image_folder: str | None = field(default=None, metadata={"help": "picture folder (default: the sequence's)"})
+    image_aspect_ratio: str | None = field(default=None, metadata={"help": "default: the checkpoint's"})
+    sequence: str = sequence_flag(aliases=spelled("dataset_type"))
+    task: str | None = task_field()
 
 
 @dataclass
@@ -43,16 +68,22 @@ class TrainingArguments(transformers.TrainingArguments):
 
     optim: str = "adamw_torch"
     remove_unused_columns: bool = False
+    eval_strategy: str = renamed("eval_strategy", "evaluation_strategy")
+    warmup_steps: float = renamed("warmup_steps", "warmup_ratio")
+    use_cpu: bool = renamed("use_cpu", "no_cuda")
     model_max_length: int = 2048
-    cache_dir: str | None = None
     method: str = field(default="retrieval", metadata={"help": "continual method (llava/continual/methods)"})
-    retriever_state_dict: str = field(
-        default="output/prompt-key/merged_prompt_key.pth", metadata={"help": "merged keys and initial offsets"}
+    retriever_state_dict: str | None = field(
+        default=None, metadata={"help": "merged keys and initial offsets (default: the sequence's)"}
     )
-    previous_stage: str | None = field(default=None, metadata={"help": "checkpoint of the stage before this one"})
+    previous_stage: str | None = field(
+        default=None,
+        metadata={"help": "checkpoint of the stage before this one (default, without --output_dir: the sequence's)"},
+    )
     feature_cache_mb: int = field(default=4096, metadata={"help": "memory for the frozen tower's picture features"})
-    query_cache: str = field(
-        default="output/cache/queries", metadata={"help": "where queries and picture features are kept; '' keeps none"}
+    query_cache: str | None = field(
+        default=None,
+        metadata={"help": "where queries and picture features are kept (default: stage 1's; '' keeps none)"},
     )
     bits: int = field(default=16, metadata={"help": "4 or 8: quantise the frozen base with bitsandbytes"})
     double_quant: bool = field(default=True, metadata={"help": "4 bits: quantise the scales too"})
@@ -65,72 +96,67 @@ class TrainingArguments(transformers.TrainingArguments):
     save_full_model: bool = field(default=False, metadata={"help": "write the base's weights into the checkpoint too"})
 
 
-RENAMED = {
-    "evaluation_strategy": "eval_strategy",
-    "warmup_ratio": "warmup_steps",
-    "cl_data_clss": "task",
-    "dataset_type": "sequence",
-}
-DROPPED = (
-    "save_safetensors",
-    "overwrite_output_dir",
-    "logging_dir",
-    "mpt_attn_impl",
-    "preprare_retreival_version",
-    "prepare_retrieval_version",
-    "tune_mm_mlp_adapter",
-    "freeze_mm_mlp_adapter",
-    "freeze_backbone",
-    "lora_weight_path",
-    "group_by_modality_length",
-)
-SHIPPED_WITH_BASE = (
-    "vision_tower",
-    "mm_vision_select_layer",
-    "mm_vision_select_feature",
-    "mm_projector_type",
-    "mm_use_im_start_end",
-    "mm_use_im_patch_token",
-    "mm_patch_merge_type",
-    "mm_projector_lr",
-    "pretrain_mm_mlp_adapter",
-)
+@dataclass
+class EarlyArguments:
+    """What must be known before the rest is parsed: transformers' arguments start devices when they are made."""
+
+    deepspeed: str | None = None
+    output_dir: str | None = None
+    method: str = TrainingArguments.method
+    sequence: str = sequence_flag(aliases=spelled("dataset_type"))
+    task: str | None = task_field()
 
 
-def translate(argv: list[str]) -> list[str]:
-    """Arguments as current transformers takes them. What has no effect here is dropped and said."""
-    result: list[str] = []
-    position = 0
-    while position < len(argv):
-        flag, _, inline = argv[position].partition("=")
-        values = [inline] if inline else []
-        position += 1
-        while not inline and position < len(argv) and not argv[position].startswith("--"):
-            values.append(argv[position])
-            position += 1
-        name = flag.removeprefix("--").replace("-", "_")
-        if name in DROPPED or name in SHIPPED_WITH_BASE:
-            why = "the base checkpoint's config decides" if name in SHIPPED_WITH_BASE else "it has no effect here"
-            rank0_print(f"note: {flag} is accepted and ignored: {why}")
-            continue
-        if name == "no_cuda":
-            name = "use_cpu"
-        result += [f"--{RENAMED.get(name, name)}", *values]
-    return result
+def early_arguments(argv: Sequence[str]) -> EarlyArguments:
+    """The few arguments above from a whole command line; nothing is started or checked."""
+    parser = Parser(EarlyArguments, add_help=False, allow_abbrev=False)
+    return EarlyArguments(**vars(parser.parse_known_args(list(argv))[0]))
 
 
-def parse_arguments(argv: list[str]) -> tuple[ModelArguments, DataArguments, TrainingArguments]:
-    """Parse a command line. ``UserError`` for unknown flags and what a run cannot do without."""
-    parser = transformers.HfArgumentParser((ModelArguments, DataArguments, TrainingArguments))
-    model_args, data_args, training_args, unknown = parser.parse_args_into_dataclasses(
-        translate(argv), return_remaining_strings=True
-    )
+def parse_arguments(argv: Sequence[str], options: type | None = None) -> tuple:
+    """Parse a command line.
+
+    Args:
+        options: a method's dataclass of options; its fields become flags, and it is returned as a fourth.
+
+    Returns:
+        ``(ModelArguments, DataArguments, TrainingArguments)``, and the options where their class is given.
+
+    Raises:
+        UserError: an unknown flag, or what a run cannot do without.
+    """
+    early = early_arguments(argv)
+    sequence = load_sequence(early.sequence)
+    places = Places.of(sequence, early.method)
+    kinds = [ModelArguments, DataArguments, TrainingArguments, *([options] if options else [])]
+    taken = {entry.name for kind in kinds for entry in dataclasses.fields(kind)}
+    parser = Parser([*kinds, ignored_beside(taken)], prog="train_mem", allow_abbrev=False)
+    parser.set_defaults(retriever_state_dict=str(places.merged_keys), query_cache=str(places.query_cache))
+    parser.set_defaults(**sequence.train.flags(sequence.stated))
+    if early.output_dir is None and early.task in sequence.task_names:
+        before = places.stage_before(early.task)
+        parser.set_defaults(output_dir=str(places.stage(early.task)), previous_stage=before and str(before))
+    namespace, unknown = parser.parse_known_args(list(argv))
     if unknown:
-        raise UserError(f"unknown argument {unknown[0]}; see python -m llava.train.train_mem --help")
-    if not data_args.task:
+        raise UserError(f"unknown argument {unknown[0]}; {_nearest(unknown[0], parser)}")
+    if not namespace.task:
         raise UserError("no task given; add --task <name>, as the task sequence names it")
-    if training_args.output_dir is None or training_args.output_dir == "trainer_output":
+    if namespace.output_dir is None:
         raise UserError("no --output_dir given, e.g. output/llava-vqa-rad_abd")
-    if training_args.eval_strategy != "no" and data_args.eval_data_path is None:
-        raise UserError(f"--eval_strategy {training_args.eval_strategy.value} needs rows; add --eval_data_path")
-    return model_args, data_args, training_args
+    if str(namespace.eval_strategy) != "no" and namespace.eval_data_path is None:
+        raise UserError(f"--eval_strategy {namespace.eval_strategy} needs rows; add --eval_data_path")
+    if not namespace.model_name_or_path:
+        namespace.model_name_or_path = places.base_model()
+        rank0_print(f"no base model given; using {namespace.model_name_or_path}")
+    *parsed, without_effect = (
+        kind(**{entry.name: getattr(namespace, entry.name) for entry in dataclasses.fields(kind) if entry.init})
+        for kind in parser.dataclass_types
+    )
+    say_ignored(without_effect)
+    return tuple(parsed)
+
+
+def _nearest(flag: str, parser: Parser) -> str:
+    name = flag.split("=")[0].replace("-", "_").replace("__", "--", 1)
+    near = difflib.get_close_matches(name, list(parser._option_string_actions), n=1, cutoff=0.8)
+    return f"did you mean {near[0]}?" if near else "see python -m llava.train.train_mem --help"

@@ -37,7 +37,7 @@ from llava.slots.encoders import encoder_from_identity
 from llava.slots.file import SlotFile, read_slot_file
 from llava.slots.fit import seed_of
 from llava.slots.settings import RetrieverSettings
-from llava.train.arguments import DataArguments, ModelArguments, TrainingArguments, parse_arguments, translate
+from llava.train.arguments import DataArguments, ModelArguments, TrainingArguments, early_arguments, parse_arguments
 from llava.train.deepspeed_config import check_agreement, check_deepspeed_config, prepare_cpu_deepspeed
 from llava.train.llava_trainer import LLaVATrainer, last_complete_checkpoint, trainable_state
 from llava.train.lora import add_lora, base_options, lora_settings, save_lora, slots_count_as_adapters
@@ -70,8 +70,6 @@ def train(attn_implementation: str | None = None) -> None:
     model_args.attn_implementation = model_args.attn_implementation or attn_implementation
     transformers.logging.set_verbosity_error()
     sequence, method = load_sequence(data_args.sequence), load_method(args.method)
-    if not model_args.model_name_or_path:
-        raise UserError("no base model; give --model_name_or_path")
     base = resolve_checkpoint(model_args.model_name_or_path)
     stage = Path(args.output_dir)
     if "llava" not in stage.name.lower():
@@ -142,10 +140,10 @@ def train(attn_implementation: str | None = None) -> None:
 
 def _look_at_deepspeed(argv: list[str]) -> bool:
     """Check DeepSpeed's file before anything is loaded, and set it up on a machine without a GPU."""
-    clean = translate(argv)
-    if "--deepspeed" not in clean:
+    settings = early_arguments(argv).deepspeed
+    if settings is None:
         return False
-    check_deepspeed_config(clean[clean.index("--deepspeed") + 1])
+    check_deepspeed_config(settings)
     if not has_accelerator():
         prepare_cpu_deepspeed()
     return True

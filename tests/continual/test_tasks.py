@@ -2,12 +2,15 @@
 
 import json
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
 from llava.continual import tasks
-from llava.continual.tasks import load_sequence
+from llava.continual.places import Places
+from llava.continual.settings import BaseSettings, KeySettings, TrainSettings
+from llava.continual.tasks import choose_sequence, load_sequence
 from llava.utils import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -26,13 +29,25 @@ def sequence_file(folder, **changes):
     return path
 
 
+@pytest.fixture(autouse=True)
+def no_settings_in_the_environment(monkeypatch):
+    """Settings of the machine that runs the tests do not count."""
+    monkeypatch.delenv("OUTPUT_DIR", raising=False)
+    monkeypatch.delenv("SLOTS_PER_TASK", raising=False)
+    for block in (KeySettings, TrainSettings, BaseSettings):
+        for entry in fields(block):
+            monkeypatch.delenv(block.VARIABLES + entry.name.upper(), raising=False)
+
+
 def printed(monkeypatch, capsys, *words):
     monkeypatch.setattr(sys, "argv", ["tasks", *map(str, words)])
     tasks.main()
     return capsys.readouterr().out.splitlines()
 
 
-@pytest.mark.parametrize("name, slots", [("vqa-rad", 8), ("vqa-rad-tiny", 128), ("slake", 8), ("phantom", 8)])
+@pytest.mark.parametrize(
+    "name, slots", [("vqa-rad", 8), ("vqa-rad-tiny", 128), ("slake", 8), ("slake-tiny", 8), ("phantom", 8)]
+)
 def test_shipped_sequences_load_by_name_from_anywhere(name, slots, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     sequence = load_sequence(name)
@@ -82,6 +97,28 @@ def test_environment_variables_have_defaults(tmp_path, monkeypatch):
         ({"slots_per_task": 0}, "slots_per_task is 0; write an integer"),
         ({"slots_per_task": True}, "slots_per_task is True; write an integer"),
         ({"tasks": {"abd": "x"}}, "a JSON object with a list of tasks"),
+        ({"tasks": [{"name": 1, "train": "x"}]}, "task 1: name is 1; write it in quotes"),
+        ({"tasks": [{"name": "abd", "train": 3}]}, "task 1: train is 3; write a file's name, or a list of them"),
+        (
+            {"tasks": [{"name": "abd", "train": "x", "tran": "y"}]},
+            "task 1: unknown field 'tran'; did you mean 'train'?",
+        ),
+        ({"test": ["t.jsonl"]}, r"test is \['t.jsonl'\]; write one text in quotes"),
+        ({"answer_sufix": "Briefly."}, "unknown field 'answer_sufix'; did you mean 'answer_suffix'?"),
+        ({"slots_per_tasks": 16}, "unknown field 'slots_per_tasks'; did you mean 'slots_per_task'?"),
+        ({"stated": []}, "unknown field 'stated'"),
+        ({"metrics": "exact_match"}, "metrics is 'exact_match'; write a list of names"),
+        ({"metrics": ["closed_acuracy"]}, "metrics: unknown metric 'closed_acuracy'; did you mean 'closed_accuracy'?"),
+        ({"keys": {"ranks": 4}}, "keys: unknown field 'ranks'; did you mean 'rank'?"),
+        ({"keys": {"rank": "4"}}, "keys.rank is '4'; write an integer"),
+        ({"keys": {"rank": 0}}, "keys.rank is 0; write an integer of 1 or more"),
+        ({"keys": {"targets": "o_proj"}}, "keys.targets is 'o_proj'; write a list of words"),
+        ({"keys": {"query_mode": "txt"}}, "keys.query_mode is 'txt'; known: text, image, "),
+        ({"train": {"epoch": 3}}, "train: unknown field 'epoch'; did you mean 'epochs'?"),
+        ({"train": {"learning_rate": "fast"}}, "train.learning_rate is 'fast'; write a number"),
+        ({"train": {"batch_size": True}}, "train.batch_size is True; write an integer"),
+        ({"train": [1]}, r"train is \[1\]; write a JSON object"),
+        ({"base": {"recipe": "cardiac"}}, "base.recipe is 'cardiac'; known: phantom, medical"),
     ],
 )
 def test_bad_files_are_refused_by_name(tmp_path, changes, message):
@@ -97,7 +134,7 @@ def test_broken_json_and_missing_files(tmp_path):
     with pytest.raises(UserError, match="list.json: a task sequence is a JSON object"):
         load_sequence(tmp_path / "list.json")
     with pytest.raises(
-        UserError, match="task sequence not found: .*give a JSON file, or one of phantom, slake, vqa-rad"
+        UserError, match="task sequence not found: .*give a JSON file, or one of phantom, slake, slake-tiny, vqa-rad"
     ):
         load_sequence("absent")
 
@@ -114,3 +151,79 @@ def test_the_command_prints_fields_and_stages(tmp_path, monkeypatch, capsys):
     for field in ("colour", "stage_name"):
         with pytest.raises(UserError, match=f"unknown field '{field}'; known: name, dataset"):
             printed(monkeypatch, capsys, "get", path, field)
+
+
+def test_files_as_editors_save_them(tmp_path):
+    text = sequence_file(tmp_path, dataset="hôpital").read_text()
+    (tmp_path / "mark.json").write_bytes(text.encode("utf-8-sig"))
+    assert load_sequence(tmp_path / "mark.json").dataset == "hôpital"
+    raw = json.dumps(json.loads(text), ensure_ascii=False)
+    for encoding in ("utf-16", "latin-1"):
+        (tmp_path / "other.json").write_bytes(raw.encode(encoding))
+        with pytest.raises(UserError, match=r"other.json: byte \d+ is not UTF-8 text; save the file as UTF-8"):
+            load_sequence(tmp_path / "other.json")
+
+
+def test_a_task_may_have_several_files_and_a_suffix_may_be_null(tmp_path, monkeypatch, capsys):
+    entries = [{"name": "abd", "train": ["a.jsonl", "$MORE/b.jsonl"]}, {"name": "chest", "train": "c.jsonl"}]
+    monkeypatch.setenv("MORE", "more")
+    path = sequence_file(tmp_path, tasks=entries)
+    path.write_text(path.read_text().replace('"name": "mine"', '"name": "mine", "answer_suffix": null'))
+    sequence = load_sequence(path)
+    assert sequence.answer_suffix == ""
+    assert [task.files for task in sequence.tasks] == [("a.jsonl", "more/b.jsonl"), ("c.jsonl",)]
+    assert sequence.task("chest").train == "c.jsonl"
+    with pytest.raises(UserError, match="task 'abd' has 2 training files"):
+        sequence.task("abd").train  # noqa: B018
+    assert printed(monkeypatch, capsys, "get", path, "train:abd") == ["a.jsonl", "more/b.jsonl"]
+    assert printed(monkeypatch, capsys, "get", path, "train") == ["a.jsonl", "more/b.jsonl", "c.jsonl"]
+
+
+def test_blocks_have_defaults_and_the_environment_goes_before_the_file(tmp_path, monkeypatch):
+    assert load_sequence(sequence_file(tmp_path)).keys == KeySettings()
+    path = sequence_file(tmp_path, keys={"rank": 2, "tau": 1}, train={"epochs": 3, "zero": None}, base={"model": "x"})
+    sequence = load_sequence(path)
+    assert sequence.keys == KeySettings(rank=2, tau=1.0) and sequence.train == TrainSettings(epochs=3.0)
+    assert sequence.base == BaseSettings(model="x") and sequence.stated == {"epochs"}
+    set_here = {"EPOCHS": "5", "BATCH_SIZE": "7", "ZERO": "none", "KEY_RANK": "9", "KEY_TARGETS": "q_proj v_proj"}
+    set_here |= {"SLOTS_PER_TASK": "3", "BASE_MODEL": "", "LEARNING_RATE": ""}
+    for name, value in set_here.items():
+        monkeypatch.setenv(name, value)
+    sequence = load_sequence(path)
+    assert sequence.train == TrainSettings(epochs=5.0, batch_size=7, zero="none")
+    assert sequence.stated == {"epochs", "batch_size", "zero"}
+    assert sequence.keys == KeySettings(rank=9, tau=1.0, targets=("q_proj", "v_proj"))
+    assert sequence.slots_per_task == 3 and sequence.base.model == "x"
+    monkeypatch.setenv("EPOCHS", "many")
+    with pytest.raises(UserError, match="EPOCHS is 'many'; write a number"):
+        load_sequence(path)
+
+
+def test_a_sequence_may_name_no_base(tmp_path):
+    path = sequence_file(tmp_path)
+    path.write_text(path.read_text().replace('"name": "mine"', '"name": "mine", "base": null'))
+    assert load_sequence(path).base == BaseSettings(recipe=None)
+    with pytest.raises(UserError, match="no base model for sequence 'mine'"):
+        Places(tmp_path, load_sequence(path)).base_model()
+
+
+def test_the_command_prints_settings_flags_and_places(tmp_path, monkeypatch, capsys):
+    path = sequence_file(tmp_path, train={"learning_rate": 2e-2}, keys={"targets": ["q_proj", "o_proj"]})
+    assert printed(monkeypatch, capsys, "get", path, "keys.targets") == ["q_proj", "o_proj"]
+    assert printed(monkeypatch, capsys, "get", path, "train.zero") == [""]
+    assert printed(monkeypatch, capsys, "get", path, "merged_keys") == ["output/prompt-key/mine/merged_prompt_key.pth"]
+    words = printed(monkeypatch, capsys, "flags", path)
+    flags = dict(zip(words[::2], words[1::2], strict=True))
+    assert flags["--learning_rate"] == "0.02" and flags["--per_device_train_batch_size"] == "4"
+    assert len(flags) == len(fields(TrainSettings)) - 1  # DeepSpeed's file is the launcher's
+    with pytest.raises(UserError, match="unknown field 'keys.ranks'; known: query_mode"):
+        printed(monkeypatch, capsys, "get", path, "keys.ranks")
+
+
+def test_the_quick_start_chooses_a_sequence(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert choose_sequence("slake", {}) == "slake-tiny" and choose_sequence("phantom", {}) == "phantom"
+    assert choose_sequence("slake", {"BASE_MODEL": "x"}) == "slake" and choose_sequence("mine", {}) == "mine"
+    assert choose_sequence("auto", {}) == "phantom"
+    (tmp_path / "VQA_RAD Dataset Public.json").write_text("[]")
+    assert choose_sequence("auto", {"VQA_RAD_DIR": str(tmp_path)}) == "vqa-rad-tiny"

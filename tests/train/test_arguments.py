@@ -1,13 +1,15 @@
 """Stage 2's command line and DeepSpeed's file: translated, checked and refused before anything is loaded."""
 
 import json
+import re
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from tiny_world import refusal
 
-from llava.train.arguments import parse_arguments, translate
+from llava.train.arguments import early_arguments, parse_arguments
 from llava.train.deepspeed_config import check_agreement, check_deepspeed_config
 from llava.utils import UserError
 
@@ -16,29 +18,96 @@ ROOT = Path(__file__).resolve().parents[2]
 # -- arguments ---------------------------------------------------------------------------------------------------------
 
 
+ENOUGH = "--task abd --model_name_or_path base --use_cpu True"
+
+
+def parsed(words):
+    """All groups of a command line that has what a run needs, as one dictionary."""
+    groups = parse_arguments([*ENOUGH.split(), *words.split()])
+    return {name: value for group in groups for name, value in vars(group).items()}
+
+
 @pytest.mark.parametrize(
-    "given, taken",
+    "words, name, value",
     [
-        (["--evaluation_strategy", "no"], ["--eval_strategy", "no"]),
-        (["--warmup_ratio", "0.03"], ["--warmup_steps", "0.03"]),
-        (["--warmup_ratio=0.03"], ["--warmup_steps", "0.03"]),
-        (["--cl_data_clss", "abd"], ["--task", "abd"]),
-        (["--no_cuda"], ["--use_cpu"]),
-        (["--tf32", "True", "--seed", "-1"], ["--tf32", "True", "--seed", "-1"]),
-        (["--vision_tower", "openai/clip", "--seed", "1"], ["--seed", "1"]),
-        (["--save_safetensors", "--overwrite_output_dir", "--seed", "1"], ["--seed", "1"]),
-        (["--model-max-length", "99"], ["--model_max_length", "99"]),
+        ("--evaluation_strategy epoch --eval_data_path x", "eval_strategy", "epoch"),
+        ("--evaluation_strategy no", "eval_strategy", "no"),
+        ("--warmup_ratio 0.03", "warmup_steps", 0.03),
+        ("--warmup-ratio=0.03", "warmup_steps", 0.03),
+        ("--cl_data_clss chest", "task", "chest"),
+        ("--dataset_type slake --task ct", "sequence", "slake"),
+        ("--no_cuda", "use_cpu", True),
+        ("--seed -1", "seed", -1),
+        ("--vision_tower openai/clip --seed 1", "seed", 1),
+        ("--save_safetensors --overwrite_output_dir --seed 1", "seed", 1),
+        ("--mm_vision_select_layer -2 --seed 1", "seed", 1),
+        ("--model-max-length 99", "model_max_length", 99),
+        ("--save_full_model", "save_full_model", True),
+        ("--save_full_model False", "save_full_model", False),
     ],
 )
-def test_flags_of_other_versions_are_translated(given, taken):
-    assert translate(given) == taken
+def test_flags_of_other_versions_and_spellings_are_taken(words, name, value):
+    assert parsed(words)[name] == value
 
 
 def test_ignored_flags_are_said(capsys):
-    translate(["--vision_tower", "x", "--save_safetensors"])
+    parsed("--vision_tower x --save_safetensors --lazy_preprocess True --logging-dir y")
     out = capsys.readouterr().out
     assert "--vision_tower is accepted and ignored: the base checkpoint's config decides" in out
     assert "--save_safetensors is accepted and ignored: it has no effect here" in out
+    assert "--lazy_preprocess is accepted and ignored: rows are always" in out and "--logging_dir is accepted" in out
+    assert out.count("note:") == 4
+
+
+@dataclass
+class Options:
+    """Options of a method; one of them is a flag that is ignored elsewhere."""
+
+    strength: float = 0.5
+    vision_tower: str | None = None
+
+
+def test_a_methods_options_are_flags_too(capsys):
+    *_, options = parse_arguments([*ENOUGH.split(), "--strength", "2", "--vision-tower", "clip"], Options)
+    assert options == Options(2.0, "clip")
+    assert "ignored" not in capsys.readouterr().out
+
+
+def test_folders_follow_from_sequence_task_and_method(monkeypatch):
+    monkeypatch.setenv("OUTPUT_DIR", "out")
+    found = parsed("--cl_data_clss head --method joint")
+    assert found["output_dir"] == "out/llava-vqa-rad-joint_abd_chest_head"
+    assert found["previous_stage"] == "out/llava-vqa-rad-joint_abd_chest"
+    assert found["retriever_state_dict"] == "out/prompt-key/merged_prompt_key.pth"
+    assert parsed("--sequence phantom")["retriever_state_dict"] == "out/prompt-key/phantom/merged_prompt_key.pth"
+    assert parsed("")["previous_stage"] is None
+    given = parsed("--task head --output_dir llava-x")
+    assert given["output_dir"] == "llava-x" and given["previous_stage"] is None
+
+
+def test_the_sequence_the_environment_and_flags_in_that_order(tmp_path, monkeypatch):
+    values = {"name": "m", "tasks": [{"name": "abd", "train": "x"}], "test": "t", "image_folder": "i"}
+    bare = tmp_path / "bare.json"
+    bare.write_text(json.dumps(values))
+    full = tmp_path / "full.json"
+    full.write_text(json.dumps({**values, "train": {"epochs": 7, "batch_size": 3}, "base": {"model": "b"}}))
+    for name in ("EPOCHS", "BATCH_SIZE", "SCHEDULER", "BASE_MODEL"):
+        monkeypatch.delenv(name, raising=False)
+    assert parsed(f"--sequence {bare}")["lr_scheduler_type"] == "linear"  # LLaVA's defaults where nothing is said
+    assert parsed(f"--sequence {full}")["num_train_epochs"] == 7
+    assert parse_arguments(f"--task abd --sequence {full} --use_cpu True".split())[0].model_name_or_path == "b"
+    monkeypatch.setenv("EPOCHS", "5")
+    monkeypatch.setenv("SCHEDULER", "cosine")
+    found = parsed(f"--sequence {full}")
+    assert (found["num_train_epochs"], found["per_device_train_batch_size"]) == (5, 3)
+    assert found["lr_scheduler_type"] == "cosine"
+    assert parsed(f"--sequence {full} --num-train-epochs 2")["num_train_epochs"] == 2
+
+
+def test_what_must_be_known_early():
+    found = early_arguments("--task abd --deepspeed=x.json --learning_rate 1 --dataset-type slake --colour red".split())
+    assert (found.deepspeed, found.sequence, found.task, found.method) == ("x.json", "slake", "abd", "retrieval")
+    assert early_arguments([]).deepspeed is None
 
 
 def test_a_published_command_line_parses(tmp_path):
@@ -60,13 +129,23 @@ def test_a_published_command_line_parses(tmp_path):
     "words, message",
     [
         ("--task abd --output_dir llava-x --colour red", "unknown argument --colour"),
+        ("--task abd --learning-rat 1", "unknown argument --learning-rat; did you mean --learning_rate?"),
         ("--output_dir llava-x", "no task given; add --task"),
-        ("--task abd", "no --output_dir given"),
+        ("--task knee", "no --output_dir given"),
+        (f"{ENOUGH} --eval_strategy epoch", "--eval_strategy epoch needs rows; add --eval_data_path"),
     ],
 )
 def test_incomplete_command_lines(words, message):
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(UserError, match=re.escape(message)):
         parse_arguments(words.split())
+
+
+def test_a_wrong_value_is_one_line(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        parse_arguments("--task abd --learning_rate fast".split())
+    said = capsys.readouterr().err
+    assert stopped.value.code == 2 and said.count("\n") == 1
+    assert said.startswith("error: argument --learning_rate/--learning-rate: invalid float value: 'fast'")
 
 
 # -- DeepSpeed's file --------------------------------------------------------------------------------------------------

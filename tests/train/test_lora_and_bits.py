@@ -13,7 +13,7 @@ from tiny_world import LORA, TASKS, World, fit, merge, same_slots, write_sequenc
 from llava.mm_utils import tokenizer_image_token
 from llava.model.builder import load_pretrained_model
 from llava.slots.file import read_slot_file
-from llava.train.arguments import TrainingArguments, translate
+from llava.train.arguments import TrainingArguments, parse_arguments
 from llava.train.lora import base_options, decoder_linears
 from llava.utils import UserError
 
@@ -106,7 +106,8 @@ def test_flags_that_do_not_go_together(tmp_path):
 
 
 def test_llavas_flags_without_effect_here_are_named(capsys):
-    assert translate(["--mm_projector_lr", "2e-5", "--lora_r", "8", "--lora_weight_path", "x"]) == ["--lora_r", "8"]
+    words = "--mm_projector_lr 2e-5 --lora_r 8 --lora_weight_path x --task abd --model_name_or_path y --use_cpu True"
+    assert parse_arguments(words.split())[2].lora_r == 8
     out = capsys.readouterr().out
     assert "--mm_projector_lr" in out and "--lora_weight_path" in out
 

@@ -12,7 +12,7 @@ class Joint:
 
     def training_files(self, sequence: TaskSequence, task: str) -> list[str]:
         names = sequence.task_names
-        return [sequence.task(name).train for name in names[: names.index(task) + 1]]
+        return [file for name in names[: names.index(task) + 1] for file in sequence.task(name).files]
 
     def begin(self, merged: SlotFile, previous: SlotFile | None, task: str) -> tuple[SlotFile, str]:
         return single_adapter(merged), SHARED

@@ -18,7 +18,7 @@ class Retrieval:
     name = "retrieval"
 
     def training_files(self, sequence: TaskSequence, task: str) -> list[str]:
-        return [sequence.task(task).train]
+        return list(sequence.task(task).files)
 
     def begin(self, merged: SlotFile, previous: SlotFile | None, task: str) -> tuple[SlotFile, str]:
         mine = only(merged, merged.task(task))

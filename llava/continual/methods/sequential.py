@@ -23,7 +23,7 @@ class Sequential:
     name = "sequential"
 
     def training_files(self, sequence: TaskSequence, task: str) -> list[str]:
-        return [sequence.task(task).train]
+        return list(sequence.task(task).files)
 
     def begin(self, merged: SlotFile, previous: SlotFile | None, task: str) -> tuple[SlotFile, str]:
         if previous is not None:

@@ -1,0 +1,135 @@
+"""Command lines: a dataclass of arguments, read by transformers' ``HfArgumentParser``.
+
+A field is a flag, spelled with hyphens or underscores; its ``metadata`` holds ``help``, and further:
+
+- ``choices``, ``aliases``, ``metavar``, ``nargs``: as in argparse;
+- ``positional``: no flag but a word of its own; a list takes all that are left;
+- ``empty``: a list that may be given without values.
+
+A ``bool`` takes no value or one (``--force``, ``--force False``); none where the command has positional words, which it
+would swallow. A wrong command line ends in one line on standard error and exit code 2.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+import typing
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, TypeVar
+
+from transformers.hf_argparser import HfArgumentParser
+
+Arguments = TypeVar("Arguments")
+
+
+def flag(default: Any = dataclasses.MISSING, help: str = "", **more: Any) -> Any:
+    """A field with its help and further metadata; without a default the flag is needed."""
+    about = {"help": help, **more}
+    if isinstance(default, list):
+        return dataclasses.field(default_factory=lambda: list(default), metadata=about)
+    return dataclasses.field(default=default, metadata=about)
+
+
+def word(help: str = "", default: Any = dataclasses.MISSING) -> Any:
+    """A positional field; of type ``list`` it takes all the words that are left."""
+    return flag(default, help, positional=True)
+
+
+class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """The module's text as it stands; defaults where they say something."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        text = action.help or ""
+        plain = action.default is None or action.default is False or action.default in (argparse.SUPPRESS, "", [])
+        return text if plain or "default" in text else f"{text} (default: %(default)s)".strip()
+
+
+class Parser(HfArgumentParser):
+    """``HfArgumentParser`` with the fields' metadata above, and one line for a wrong command line."""
+
+    def __init__(self, dataclass_types: Any = None, **options: Any):
+        kinds: list[Any] = [dataclass_types] if isinstance(dataclass_types, type) else list(dataclass_types or [])
+        self._words = any(entry.metadata.get("positional") for kind in kinds for entry in dataclasses.fields(kind))
+        super().__init__(kinds, **{"formatter_class": _Help, **options})
+
+    def add_argument(self, *names: Any, **options: Any) -> argparse.Action:
+        positional, empty = options.pop("positional", False), options.pop("empty", False)
+        if positional:
+            needed = options.pop("required", False)
+            if options.get("nargs") == "+" and not needed:
+                options["nargs"] = "*"
+            return super().add_argument(names[0].removeprefix("--"), **options)
+        if empty:
+            options["nargs"] = "*"
+        if self._words and options.get("nargs") == "?" and options.get("const") is True:
+            options = {name: value for name, value in options.items() if name not in ("nargs", "const", "type")}
+            options["action"] = "store_true"
+        return super().add_argument(*names, **options)
+
+    def error(self, message: str) -> typing.NoReturn:
+        self.exit(2, f"error: {message} (see {self.prog} --help)\n")
+
+
+def parse(
+    kind: type[Arguments], argv: Sequence[str] | None = None, description: str | None = None, **defaults: Any
+) -> Arguments:
+    """The command line as an instance of ``kind``; ``argv`` is the process's own unless given.
+
+    Args:
+        defaults: in place of the fields' own.
+    """
+    parser = Parser(kind, description=description)
+    parser.set_defaults(**defaults)
+    return _instance(kind, parser.parse_args(argv))
+
+
+def parse_command(
+    commands: Mapping[str, type], argv: Sequence[str] | None = None, description: str | None = None
+) -> tuple[str, Any]:
+    """The sub-command's name and its arguments; a class's docstring is its help."""
+    parser = Parser(description=description)
+    rooms = parser.add_subparsers(dest="command", required=True)
+    for name, kind in commands.items():
+        text = (kind.__doc__ or "").strip()
+        rooms.add_parser(name, help=text, description=text, dataclass_types=kind)
+    namespace = parser.parse_args(argv)
+    return namespace.command, _instance(commands[namespace.command], namespace)
+
+
+def fail(message: str) -> typing.NoReturn:
+    """End as a wrong command line does, for what only the flags together make wrong."""
+    sys.stderr.write(f"error: {message}\n")
+    sys.exit(2)
+
+
+def flags_of(kind: type, without: Iterable[str] = (), default: str | None = None) -> type:
+    """A dataclass with the fields of ``kind`` as flags that are ``None`` unless given; for settings kept elsewhere.
+
+    Args:
+        default: what help says of defaults, such as "the sequence's"; the field's own unless given.
+    """
+    hints = typing.get_type_hints(kind)
+    entries = []
+    for entry in dataclasses.fields(kind):
+        if entry.name not in without:
+            hint = list[str] if typing.get_origin(hints[entry.name]) is tuple else hints[entry.name]
+            more = {name: value for name, value in entry.metadata.items() if name == "choices"}
+            text = f"{entry.metadata.get('help', '')} (default: {default or entry.default})".strip()
+            more["help"] = text.replace("%", "%%")
+            entries.append((entry.name, hint | None, dataclasses.field(default=None, metadata=more)))
+    return dataclasses.make_dataclass(f"{kind.__name__}Flags", entries, kw_only=True)
+
+
+def given(arguments: Any, kind: type) -> dict[str, Any]:
+    """The fields of ``kind`` that the command line gives (see ``flags_of``); lists as tuples."""
+    values = {entry.name: getattr(arguments, entry.name, None) for entry in dataclasses.fields(kind)}
+    return {
+        name: tuple(value) if isinstance(value, list) else value for name, value in values.items() if value is not None
+    }
+
+
+def _instance(kind: type[Arguments], namespace: argparse.Namespace) -> Arguments:
+    names = [entry.name for entry in dataclasses.fields(typing.cast(Any, kind))]
+    return kind(**{name: getattr(namespace, name) for name in names})

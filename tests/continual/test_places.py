@@ -1,0 +1,59 @@
+"""Where a sequence's files lie: the names that scripts, commands and documents rely on."""
+
+from pathlib import Path
+
+import pytest
+
+from llava.continual.places import Places
+from llava.continual.tasks import load_sequence
+from llava.utils import UserError
+
+
+def test_stages_and_their_work():
+    places = Places(Path("out"), load_sequence("phantom", {}), "sequential")
+    assert list(map(str, places.stages)) == [
+        "out/llava-phantom-sequential_abd",
+        "out/llava-phantom-sequential_abd_chest",
+        "out/llava-phantom-sequential_abd_chest_head",
+    ]
+    assert places.stage("chest") == places.stages[1]
+    assert places.stage_before("chest") == places.stages[0] and places.stage_before("abd") is None
+    assert str(places.work(places.stage("abd"))) == "out/checkpoints/llava-phantom-sequential_abd"
+    with pytest.raises(UserError, match="unknown task 'knee'"):
+        places.stage("knee")
+
+
+def test_keys_have_a_folder_for_each_sequence_but_the_first():
+    first, other = (Places(Path("out"), load_sequence(name, {})) for name in ("vqa-rad", "slake"))
+    assert str(first.key_file("abd")) == "out/prompt-key/abd.pth"
+    assert str(first.merged_keys) == "out/prompt-key/merged_prompt_key.pth"
+    assert str(other.key_file("ct")) == "out/prompt-key/slake/ct.pth"
+    assert str(other.merged_keys) == "out/prompt-key/slake/merged_prompt_key.pth"
+
+
+def test_evaluation_names_what_is_not_usual():
+    sequence = load_sequence("slake", {})
+    assert str(Places(Path("out"), sequence).evaluation()) == "out/eval/slake"
+    assert str(Places(Path("out"), sequence).evaluation("oracle")) == "out/eval/slake-oracle"
+    assert str(Places(Path("out"), sequence, "joint").evaluation("keys")) == "out/eval/slake-joint-keys"
+
+
+def test_the_base_is_the_flag_the_sequences_or_the_tiny_one(tmp_path, capsys):
+    places = Places(tmp_path, load_sequence("vqa-rad-tiny", {}))
+    assert places.tiny_base == tmp_path / "tiny-base-medical"
+    with pytest.raises(UserError, match="no base model for sequence 'vqa-rad-tiny'"):
+        places.base_model()
+    places.tiny_base.mkdir()
+    (places.tiny_base / "config.json").write_text("{}")
+    assert places.base_model() == str(places.tiny_base)
+    assert "no base model given; using the tiny base in" in capsys.readouterr().out
+    assert places.base_model("given") == "given"
+    assert Places(tmp_path, load_sequence("phantom", {"BASE_MODEL": "hub/name"})).base_model() == "hub/name"
+    assert Places(tmp_path, load_sequence("phantom", {})).tiny_base == tmp_path / "tiny-base"
+
+
+def test_the_root_is_output_dir():
+    sequence = load_sequence("phantom", {})
+    assert Places.of(sequence, environ={}).root == Path("output")
+    assert Places.of(sequence, environ={"OUTPUT_DIR": "elsewhere"}).root == Path("elsewhere")
+    assert str(Places.of(sequence, environ={}).query_cache) == "output/cache/queries"

@@ -1,0 +1,128 @@
+"""Command lines made of dataclasses: spellings, lists, switches, positional words, sub-commands, errors in one line."""
+
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from llava.cli import flag, flags_of, given, parse, parse_command, word
+
+ROOT = Path(__file__).resolve().parents[1]
+COMMANDS = [
+    "fusion.py",
+    "train_prompt_key.py",
+    "merge_prompt_key.py",
+    *sorted(str(path.relative_to(ROOT)) for path in (ROOT / "scripts").glob("*.py") if path.name != "check_env.py"),
+    *sorted(str(path.relative_to(ROOT)) for path in (ROOT / "benchmarks").glob("*.py")),
+]
+MODULES = [
+    *("llava.continual.slots", "llava.continual.tasks", "llava.serve.cli", "llava.train.train_mem"),
+    *("llava.eval.model_vqa_loader", "llava.eval.model_vqa", "llava.eval.run_llava", "llava.eval.merge_chunks"),
+    *("llava.eval.eval_video_qa", "llava.eval.accuracy_matrix", "llava.eval.route_report"),
+]
+
+
+@dataclass(kw_only=True)
+class Arguments:
+    question_file: str = flag(help="questions")
+    names: list[str] = flag([], "none or more", empty=True)
+    top_p: float | None = flag(None, "share", aliases=["--nucleus"])
+    mode: str = flag("a", "a or b", choices=("a", "b"))
+    force: bool = flag(False, "again")
+    steps: int = 3
+
+
+@dataclass(kw_only=True)
+class Join:
+    """join places"""
+
+    places: list[str] = word("some")
+    output: str = flag(help="file")
+    pack: bool = flag(False, "number anew")
+
+
+@dataclass(kw_only=True)
+class Show:
+    """show a place"""
+
+    place: str = word("one")
+
+
+@dataclass(frozen=True)
+class Settings:
+    rank: int = 8
+    targets: tuple[str, ...] = ("o_proj",)
+    share: float = flag(0.5, "50 % or so")
+
+
+def test_both_spellings_lists_and_switches():
+    words = "--question-file q --names a b --nucleus 0.5 --force".split()
+    assert parse(Arguments, words) == Arguments(question_file="q", names=["a", "b"], top_p=0.5, force=True)
+    words = "--question_file=q --names --top-p 0.5 --force False --mode b".split()
+    assert parse(Arguments, words) == Arguments(question_file="q", top_p=0.5, mode="b")
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        ("", "the following arguments are required: --question_file/--question-file"),
+        ("--question_file q --mode c", "argument --mode: invalid choice: 'c'"),
+        ("--question_file q --steps x", "argument --steps: invalid int value: 'x'"),
+        ("--question_file q --colour red", "unrecognized arguments: --colour red"),
+    ],
+)
+def test_a_wrong_command_line_is_one_line(words, message, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        parse(Arguments, words.split())
+    said = capsys.readouterr().err
+    assert stopped.value.code == 2 and said.count("\n") == 1
+    assert said.startswith(f"error: {message}") and said.rstrip().endswith("--help)")
+
+
+def test_sub_commands_with_positional_words(capsys):
+    commands = {"join": Join, "show": Show}
+    name, found = parse_command(commands, "join --pack a b --output c".split())
+    assert name == "join" and found == Join(places=["a", "b"], output="c", pack=True)
+    assert parse_command(commands, ["show", "x"]) == ("show", Show(place="x"))
+    for words in ([], ["shew"], ["show"], ["join", "--output", "x"]):
+        with pytest.raises(SystemExit) as stopped:
+            parse_command(commands, words)
+        assert stopped.value.code == 2
+    assert capsys.readouterr().err.count("\n") == 4
+
+
+def test_settings_kept_elsewhere_are_flags_that_are_none_unless_given(capsys):
+    kind = flags_of(Settings, without=("rank",))
+    assert given(parse(kind, []), Settings) == {}
+    assert given(parse(kind, "--targets q_proj o_proj --share 0".split()), Settings) == {
+        "targets": ("q_proj", "o_proj"),
+        "share": 0.0,
+    }
+    with pytest.raises(SystemExit):
+        parse(kind, ["--help"])
+    said = capsys.readouterr().out
+    assert "50 % or so (default: 0.5)" in said and "--rank" not in said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", [*COMMANDS, *MODULES])
+def test_every_command_explains_itself(command):
+    words = [command] if command.endswith(".py") else ["-m", command]
+    done = subprocess.run(
+        [sys.executable, *words, "--help"], cwd=ROOT, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "usage:" in done.stdout and "--help" in done.stdout
+    wrong = subprocess.run(
+        [sys.executable, *words, "--no-such-flag"], cwd=ROOT, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert wrong.returncode == 2 and wrong.stderr.splitlines()[-1].startswith("error: ")
+
+
+def test_all_modules_of_the_list_exist():
+    assert all(importlib.util.find_spec(name) for name in MODULES)
