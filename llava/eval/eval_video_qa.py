@@ -24,7 +24,7 @@ from typing import Any
 
 import llava
 from llava.cli import fail, flag, parse
-from llava.data.metric_names import METRIC_NAMES, METRICS, metric_names
+from llava.data.metric_names import METRICS, metric_names
 from llava.data.rows import Row, read_answers, read_rows, write_jsonl
 from llava.eval.metrics import OVERALL, normalise, score
 from llava.eval.statistics import DRAWS, SEED
@@ -245,8 +245,9 @@ def package_version(name: str) -> str:
 
 
 def _plugins() -> dict[str, Any]:
-    """The files of metrics that do not ship, where there are some: other code means other scores."""
-    files = {one.name: str(sys.modules[one.__module__].__file__) for one in METRICS if one.name not in METRIC_NAMES}
+    """The files of metrics from outside the package, where there are some: other code means other scores."""
+    own = [metric for metric in METRICS if not metric.__module__.startswith("llava.")]
+    files = {metric.name: str(sys.modules[metric.__module__].__file__) for metric in own}
     return {"plugins": {name: _fingerprint(file) for name, file in sorted(files.items())}} if files else {}
 
 

@@ -322,10 +322,10 @@ def scored(texts, **fields):
 
 
 def test_every_metric_that_ships_is_registered_and_has_a_formula_and_a_place_in_the_table():
-    assert metric_names() == list(METRIC_NAMES)
-    assert all(len(METRICS.get(name).formula) > 20 for name in METRIC_NAMES)
+    assert all(len(METRICS.get(name).formula) > 20 for name in metric_names())
     figures = scored(["yes", "left lung"])["groups"][OVERALL]["figures"]
-    assert list(figures) == list(METRIC_NAMES)
+    assert list(figures) == metric_names()
+    assert metric_names()[: len(METRIC_NAMES)] == list(METRIC_NAMES)
     for name, found in figures.items():
         assert found["formula"] == METRICS.get(name).formula
 
