@@ -11,43 +11,33 @@ See data/README.md for the inputs, the files written and the fields of a row.
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 from llava.cli import flag, parse
-from llava.data.raw.example import TEST, TRAIN, VALIDATE, Example, Report
-from llava.data.raw.outputs import report_text, slake_files, summary_table, vqa_rad_files, write_together
-from llava.data.raw.sources import DATASETS, SLAKE, find_source, missing_images, read_source
-from llava.data.raw.splits import drop_repeats, unseen_split
+from llava.data.raw import RAW, Example, RawOptions, Report
+from llava.data.raw.outputs import report_text, summary_table, write_together
+from llava.data.raw.pictures import missing_images
+from llava.data.raw.sources import DATASETS, find_source
 from llava.utils import UserError, run_cli
 
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse(Arguments, arguments, __doc__)
-    source = find_source(
-        options.dataset, options.data_dir, options.metadata, options.test_metadata, options.reference, options.image_dir
-    )
+    wanted = {field.name: getattr(options, field.name) for field in fields(RawOptions)}
+    source = find_source(RawOptions(**wanted))
     print(f"{source.dataset} from {source.path}")
-    report = Report(source.dataset)
-    examples, domains, image_folder = read_source(source, report)
+    data_set, report = RAW.get(source.dataset)(), Report(source.dataset)
+    examples, domains, image_folder = data_set.read(source, report)
     check_images(examples, image_folder, options.allow_missing_images, report)
-    if source.dataset == SLAKE:
-        splits = {name: [row for row in examples if row.split == name] for name in (TRAIN, VALIDATE, TEST)}
-        files = slake_files(examples, domains)
-        report_name = "slake_fusion_report.json"
-    else:
-        official = drop_repeats(examples, report)
-        unseen, fold_of = unseen_split(examples, options.seed)
-        splits = {name: [row for row in official if row.split == name] for name in (TRAIN, TEST)}
-        splits |= {f"unseen {name}": [row for row in unseen if row.split == name] for name in (TRAIN, TEST)}
-        files = vqa_rad_files(official, unseen, fold_of, domains)
-        report_name = "fusion_report.json"
-    output = Path(options.output_dir)
-    refuse_stale_test_file(output, files)
+    fused = data_set.fuse(examples, domains, options.seed, report)
+    output, files = Path(options.output_dir), fused.files
+    refuse_stale_test_file(output, files, data_set.pairs)
     check_tasks(files)
-    write_together(output, {report_name: report_text(report, files), **files})
-    print(f"images in {image_folder}\n\n{summary_table(splits, domains)}\n")
-    print_report(report, output / report_name)
+    write_together(output, {data_set.report_name: report_text(report, files), **files})
+    print(f"images in {image_folder}\n\n{summary_table(fused.splits, domains)}\n")
+    print_report(report, output / data_set.report_name)
     for name, text in files.items():
         print(f"wrote {output / name} ({text.count(chr(10))} rows)")
     return 0
@@ -79,12 +69,9 @@ def check_images(examples: list[Example], folder: Path, allow: bool, report: Rep
     report.notes.append(text)
 
 
-def refuse_stale_test_file(output: Path, files: dict[str, str]) -> None:
+def refuse_stale_test_file(output: Path, files: dict[str, str], pairs: Iterable[tuple[str, str]]) -> None:
     """A test file of an earlier run must not stand beside training files that may hold its rows."""
-    for train, test in (
-        ("train_vqa_rad_combined.jsonl", "test_vqa_rad.jsonl"),
-        ("unseen/train_vqa_rad_combined.jsonl", "unseen/test_vqa_rad.jsonl"),
-    ):
+    for train, test in pairs:
         if train in files and test not in files and (output / test).exists():
             raise UserError(
                 f"{output / test} is from an earlier run, but this input gives no test rows for it "

@@ -14,19 +14,22 @@ look-up::
 
 from __future__ import annotations
 
-import functools
+import hashlib
 import importlib
 import importlib.util
 import os
 import pkgutil
 import sys
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from llava.utils import UserError
 
 PLUGINS = "LLAVA_PLUGINS"
+
+_plugin_files: dict[str, Path] = {}
+"""Module name -> file, of every plug-in."""
 
 Item = TypeVar("Item")
 
@@ -63,6 +66,11 @@ class Registry(Generic[Item]):
         self._find_all()
         return sorted(self._items)
 
+    def __iter__(self) -> Iterator[Item]:
+        """Everything, in the order in which it was registered."""
+        self._find_all()
+        return iter(list(self._items.values()))
+
     def get(self, name: str) -> Item:
         """The thing called ``name``; ``UserError`` names the ones there are."""
         self._find_all()
@@ -78,9 +86,8 @@ class Registry(Generic[Item]):
         load_plugins(os.environ.get(PLUGINS, ""))
 
 
-@functools.lru_cache(maxsize=8)
 def load_plugins(folders: str) -> None:
-    """Import every Python file of some folders once.
+    """Import every Python file of some folders, each once in a process, in alphabetical order of a folder.
 
     Raises:
         UserError: a folder is missing, or a file cannot be imported.
@@ -88,23 +95,29 @@ def load_plugins(folders: str) -> None:
     for folder in filter(None, folders.split(os.pathsep)):
         if not Path(folder).is_dir():
             raise UserError(f"plugin folder not found: {folder} (check {PLUGINS})")
-        for file in sorted(Path(folder).glob("*.py")):
+        for file in sorted(Path(folder).resolve().glob("*.py")):
             _import_file(file)
 
 
 def _import_file(file: Path) -> None:
-    name = f"llava_plugin_{file.stem}"
+    # Two folders may hold files of one name, so the folder is part of the module's.
+    name = f"llava_plugin_{hashlib.sha256(str(file.parent).encode()).hexdigest()[:8]}_{file.stem}"
+    if name in sys.modules:
+        return
     spec = importlib.util.spec_from_file_location(name, file)
     assert spec is not None and spec.loader is not None  # a file that ends in .py has both
     module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
+    sys.modules[name], _plugin_files[name] = module, file
     try:
         spec.loader.exec_module(module)
     except Exception as error:
-        raise UserError(f"{file}: the plugin cannot be imported ({type(error).__name__}: {error}); mend it") from error
+        del sys.modules[name]
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise UserError(f"{file}: the plugin cannot be imported ({reason}); mend it") from error
 
 
-def _source(item: Any) -> Callable | str:
-    return (
-        f"{getattr(item, '__module__', type(item).__module__)}.{getattr(item, '__qualname__', type(item).__qualname__)}"
-    )
+def _source(item: Any) -> str:
+    """Where an item is defined, for messages: ``llava.slots.routers.keys.KeysRouter``, or a plug-in's file and name."""
+    module = getattr(item, "__module__", type(item).__module__)
+    name = getattr(item, "__qualname__", type(item).__qualname__)
+    return f"{_plugin_files[module]} ({name})" if module in _plugin_files else f"{module}.{name}"

@@ -36,6 +36,8 @@ def source_of(target: str) -> str | None:
         text += "".join(file.read_text(encoding="utf-8") for file in (ROOT / "llava" / "train").glob("*.py"))
     if "LoadingFlags" in text:
         text += (ROOT / "llava" / "eval" / "loading_flags.py").read_text(encoding="utf-8")
+    if "flags_of(" in text:
+        text += (ROOT / "llava" / "continual" / "settings.py").read_text(encoding="utf-8")
     return text
 
 

@@ -5,7 +5,7 @@ They stand here, below both, so that a sequence file with a misspelt metric is r
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import Any, Protocol
 
 from llava.registry import Registry
 
@@ -31,13 +31,19 @@ METRIC_NAMES = (
 """The metrics that ship, in the order of the tables."""
 
 
-@dataclass(frozen=True)
-class Metric:
-    """A metric by name."""
+class NamedMetric(Protocol):
+    """What is known of a metric here; ``llava.eval.metrics`` says how it is computed."""
 
     name: str
+    formula: str
+
+    def __call__(self, group: Any) -> Any:
+        """Its statistic in a group of scored rows."""
 
 
-METRICS: Registry[Metric] = Registry("metric")
-for _name in METRIC_NAMES:
-    METRICS.register(Metric(_name))
+METRICS: Registry[NamedMetric] = Registry("metric", "llava.eval.metrics")
+
+
+def metric_names() -> list[str]:
+    """Every metric in the order of the tables: those that ship, then the others by name."""
+    return [*METRIC_NAMES, *(name for name in METRICS.names() if name not in METRIC_NAMES)]

@@ -24,7 +24,7 @@ from llava.cli import fail, flag, parse
 from llava.continual.matrix import FORMULAS, summary
 from llava.continual.tasks import load_sequence
 from llava.eval.eval_video_qa import package_version
-from llava.eval.metrics import METRICS
+from llava.eval.metrics import metric_names
 from llava.eval.statistics import DRAWS, SEED, interval, resample_weights
 from llava.files import atomic_write, file_sha256
 from llava.utils import UserError, require_file, run_cli
@@ -148,10 +148,13 @@ def build(
     """
     if len(stages) != len(tasks):
         raise UserError(f"{len(stages)} stages for {len(tasks)} tasks: give one scores file per task, in order")
-    unknown = [name for name in metrics if name not in METRICS]
+    unknown = [name for name in metrics if name not in metric_names()]
     if unknown:
-        raise UserError(f"unknown metric {unknown[0]!r} (choose from {', '.join(METRICS)})")
+        raise UserError(f"unknown metric {unknown[0]!r} (choose from {', '.join(metric_names())})")
     everyone = [*([zero_shot] if zero_shot else []), *stages]
+    for stage in everyone:
+        if absent := [name for name in metrics if name not in stage.groups[tasks[0]]["figures"]]:
+            raise UserError(f"{stage.path}: no figure for metric {absent[0]!r}; score the answers again")
     _refuse_unequal(everyone)
     weights = [resample_weights(stages[0].groups[task]["rows"], draws, seed + i) for i, task in enumerate(tasks)]
     return {

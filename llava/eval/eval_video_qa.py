@@ -14,6 +14,7 @@ The answer rows of the public prototype (``pred_response``, ``gt_response``) are
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -23,8 +24,9 @@ from typing import Any
 
 import llava
 from llava.cli import fail, flag, parse
+from llava.data.metric_names import METRICS, metric_names
 from llava.data.rows import Row, read_answers, read_rows, write_jsonl
-from llava.eval.metrics import METRICS, OVERALL, normalise, score
+from llava.eval.metrics import OVERALL, normalise, score
 from llava.eval.statistics import DRAWS, SEED
 from llava.eval.text_metrics import TextScorer
 from llava.files import atomic_write, file_sha256
@@ -101,6 +103,7 @@ class _Job:
             "draws": arguments.draws,
             "seed": arguments.seed,
             "unanswered_questions": self.missing,
+            **_plugins(),
         }
 
     def finished_scores(self, tokenizer: str) -> dict[str, Any] | None:
@@ -241,6 +244,13 @@ def package_version(name: str) -> str:
         return "missing"
 
 
+def _plugins() -> dict[str, Any]:
+    """The files of metrics from outside the package, where there are some: other code means other scores."""
+    own = [metric for metric in METRICS if not metric.__module__.startswith("llava.")]
+    files = {metric.name: str(sys.modules[metric.__module__].__file__) for metric in own}
+    return {"plugins": {name: _fingerprint(file) for name, file in sorted(files.items())}} if files else {}
+
+
 def _fingerprint(path: str | Path) -> dict[str, str]:
     return {"path": str(path), "sha256": file_sha256(path)}
 
@@ -271,7 +281,7 @@ def score_table(scores: Mapping[str, Any]) -> str:
     names = [OVERALL, *sorted(groups.keys() - {OVERALL})]
     lines = [["", *names], ["rows", *(str(groups[name]["rows"]) for name in names)]]
     lines.append(["  of them closed", *(str(groups[name]["closed_rows"]) for name in names)])
-    for metric in METRICS:
+    for metric in metric_names():
         figures = [groups[name]["figures"][metric] for name in names]
         if any(figure["value"] is not None for figure in figures):
             lines.append([metric, *map(_cell, figures)])

@@ -33,7 +33,16 @@ PTB_TOKENIZER = "PTBTokenizer (Stanford CoreNLP 3.4.1 as in pycocoevalcap, lower
 PLAIN_TOKENIZER = "plain (lower case; words of letters and digits, inner hyphen, point, slash and apostrophe kept)"
 NO_JAVA = "Java was not found; install a Java runtime (8 or newer) to have METEOR"
 JAVA_OFF = "Java was switched off, and METEOR needs it"
-METEOR_FORMULA = "METEOR 1.5 (en, -norm), corpus aggregate"
+FORMULAS = {
+    **{
+        f"bleu_{order}": f"corpus BLEU-{order}: geometric mean of clipped 1..{order}-gram precisions times the brevity "
+        "penalty"
+        for order in range(1, BLEU_ORDER + 1)
+    },
+    "rouge_l": "ROUGE-L: mean over rows of the longest-common-subsequence F-measure, beta 1.2",
+    "meteor": "METEOR 1.5 (en, -norm), corpus aggregate",
+    "cider": "CIDEr: mean over rows of 10 x TF-IDF n-gram cosine (n = 1..4, sigma 6), IDF from the group's references",
+}
 
 # METEOR 1.5, English ranking weights: matcher weights (exact, stem, synonym, paraphrase) and alpha, beta, gamma, delta.
 _METEOR_MATCHERS = np.array([1.0, 0.6, 0.8, 0.6])
@@ -86,7 +95,7 @@ class TextScorer:
         except (OSError, ValueError) as error:
             self.meteor_reason = f"METEOR's Java process failed: {error}"
             return self.meteor_reason
-        return Statistic(METEOR_FORMULA, rows, meteor_value, len(rows))
+        return Statistic(FORMULAS["meteor"], rows, meteor_value, len(rows))
 
 
 # -- tokenisers ----------------------------------------------------------------------------------------------------
@@ -168,12 +177,7 @@ def bleu_statistics(references: Sequence[str], predictions: Sequence[str]) -> di
         return lambda sums: bleu_value(sums, order)
 
     return {
-        f"bleu_{order}": Statistic(
-            f"corpus BLEU-{order}: geometric mean of clipped 1..{order}-gram precisions times the brevity penalty",
-            table,
-            order_value(order),
-            len(table),
-        )
+        f"bleu_{order}": Statistic(FORMULAS[f"bleu_{order}"], table, order_value(order), len(table))
         for order in range(1, BLEU_ORDER + 1)
     }
 
@@ -196,7 +200,7 @@ def rouge_statistic(references: Sequence[str], predictions: Sequence[str]) -> St
         rouge.calc_score([prediction], [reference]) if prediction and reference else 0.0
         for reference, prediction in zip(references, predictions, strict=True)
     ]
-    return mean_statistic("ROUGE-L: mean over rows of the longest-common-subsequence F-measure, beta 1.2", values)
+    return mean_statistic(FORMULAS["rouge_l"], values)
 
 
 def cider_statistic(references: Sequence[str], predictions: Sequence[str]) -> Statistic:
@@ -208,8 +212,7 @@ def cider_statistic(references: Sequence[str], predictions: Sequence[str]) -> St
         scorer += (prediction, [reference])
     scorer.compute_doc_freq()
     values = scorer.compute_cider() if references else []
-    formula = "CIDEr: mean over rows of 10 x TF-IDF n-gram cosine (n = 1..4, sigma 6), IDF from the group's references"
-    return mean_statistic(formula, values)
+    return mean_statistic(FORMULAS["cider"], values)
 
 
 class MeteorProcess:

@@ -6,20 +6,20 @@ from contextlib import closing
 import numpy as np
 import pytest
 
+from llava.data.metric_names import METRIC_NAMES, METRICS, metric_names
 from llava.data.rows import parse_row, question_row
 from llava.eval import text_metrics
-from llava.eval.metrics import (
-    OVERALL,
+from llava.eval.metrics import OVERALL, mean_statistic, metric, row_metric, score
+from llava.eval.metrics.words import (
     contains,
-    exact_match,
     is_closed,
     majority_answer,
+    matches,
     normalise,
-    score,
     token_overlap,
     vqa_tokens,
 )
-from llava.eval.statistics import figure, mean_statistic, resample_weights
+from llava.eval.statistics import figure, resample_weights
 from llava.eval.text_metrics import TextScorer, bleu_statistics, cider_statistic, plain_tokens, rouge_statistic
 from llava.utils import UserError
 
@@ -76,9 +76,9 @@ def test_vqa_tokens(text, expected):
 
 
 def test_exact_match_never_counts_two_empty_texts():
-    assert exact_match("Yes.", "yes") == 1.0
-    assert exact_match("yes it is", "yes") == 0.0
-    assert exact_match("", "") == exact_match(".", "-") == 0.0
+    assert matches("Yes.", "yes") == 1.0
+    assert matches("yes it is", "yes") == 0.0
+    assert matches("", "") == matches(".", "-") == 0.0
 
 
 def test_contains_is_a_substring_of_characters_as_published():
@@ -302,3 +302,61 @@ def test_score_refuses_rows_it_cannot_score():
         score([unanswered], [make_answer(unanswered, "x")])
     with pytest.raises(UserError, match="nothing to score"):
         score([], [])
+
+
+# -- the registry ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def own_metrics(monkeypatch):
+    """Metrics that a test registers are forgotten afterwards."""
+    METRICS.names()
+    monkeypatch.setattr(METRICS, "_items", dict(METRICS._items))
+
+
+def scored(texts, **fields):
+    rows = [make_row(number, text, **fields) for number, text in enumerate(texts)]
+    answers = [make_answer(row, text) for row, text in zip(rows, texts, strict=True)]
+    with closing(TextScorer(use_java=False)) as scorer:
+        return score(rows, answers, (), scorer, draws=10)
+
+
+def test_every_metric_that_ships_is_registered_and_has_a_formula_and_a_place_in_the_table():
+    assert all(len(METRICS.get(name).formula) > 20 for name in metric_names())
+    figures = scored(["yes", "left lung"])["groups"][OVERALL]["figures"]
+    assert list(figures) == metric_names()
+    assert metric_names()[: len(METRIC_NAMES)] == list(METRIC_NAMES)
+    for name, found in figures.items():
+        assert found["formula"] == METRICS.get(name).formula
+
+
+def test_the_row_values_keep_their_order():
+    """Files of row values are compared byte for byte when a scoring is done again."""
+    captions, medical = ["rouge_l", "cider"], ["exact_match", "closed_accuracy", "closed_contains", "open_exact_match"]
+    medical += ["open_recall", "open_f1", "answer_words"]
+    assert list(scored(["yes", "left lung"])["per_row"]) == [*captions, *medical]
+
+
+def test_a_metric_of_a_group_gives_a_statistic_or_a_reason(own_metrics):
+    formula = "mean over rows of [the prediction is the first one of its group]"
+
+    @metric(formula)
+    def as_the_first(group):
+        if len(group.examples) < 2:
+            return "one row says nothing"
+        return mean_statistic(formula, [one == group.predictions[0] for one in group.predictions])
+
+    figures = [scored(texts)["groups"][OVERALL]["figures"]["as_the_first"] for texts in (["a", "A", "b"], ["a"])]
+    assert figures[0]["value"] == pytest.approx(2 / 3)
+    assert figures[1] | {"formula": formula} == figures[1]
+    assert (figures[1]["value"], figures[1]["reason"]) == (None, "one row says nothing")
+
+
+def test_two_metrics_of_one_name_are_refused(own_metrics):
+    with pytest.raises(UserError, match="two metrics are called 'exact_match': llava.eval.metrics.medical"):
+
+        @row_metric("1", name="exact_match")
+        def always_right(example):
+            return 1.0
+
+    assert "normalised prediction" in METRICS.get("exact_match").formula

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from llava.data.raw.example import TEST, TRAIN, VALIDATE, Example, Report
+from llava.data.raw.example import TEST, TRAIN, Example, Report
 from llava.data.rows import ANSWER_TYPES, json_line
 from llava.files import atomic_write
 from llava.utils import UserError
@@ -18,23 +18,35 @@ from llava.utils import UserError
 Table = dict[str, list[Example]]
 
 
-def vqa_rad_files(
-    official: Sequence[Example],
-    unseen: Sequence[Example],
-    fold_of: dict[int | str, int],
+def split_files(
+    examples: Sequence[Example],
     domains: Sequence[str],
+    combined: str,
+    task: str,
+    test: str,
+    fold_of: dict[int | str, int] | None = None,
 ) -> dict[str, str]:
-    """File name -> text, for both splits of VQA-RAD; the unseen-image split is in ``unseen/``."""
-    names = ("train_vqa_rad_combined.jsonl", "train_{}.jsonl", "test_vqa_rad.jsonl")
-    files = _split_files(official, domains, *names)
-    apart = _split_files(unseen, domains, *names, fold_of)
-    return files | {f"unseen/{name}": text for name, text in apart.items()}
+    """File name -> text: all training rows, each domain's, and the test rows where there are some.
+
+    Args:
+        combined, task, test: the file names; ``task`` with ``{}`` for the domain.
+        fold_of: question id -> fold, written into the rows.
+    """
+    train = [example for example in examples if example.split == TRAIN]
+    files = {combined: lines_of(train, domains, fold_of)}
+    for domain in domains:
+        files[task.format(domain)] = lines_of([row for row in train if row.domain == domain], domains, fold_of)
+    if tested := [example for example in examples if example.split == TEST]:
+        files[test] = lines_of(tested, domains, fold_of)
+    return files
 
 
-def slake_files(examples: Sequence[Example], domains: Sequence[str]) -> dict[str, str]:
-    """File name -> text for SLAKE; all names start with ``slake_`` so that VQA-RAD's files stay as they are."""
-    files = _split_files(examples, domains, "slake_train_combined.jsonl", "slake_train_{}.jsonl", "slake_test.jsonl")
-    return files | {"slake_validate.jsonl": _lines(_of(examples, VALIDATE), domains)}
+def lines_of(examples: Sequence[Example], domains: Sequence[str], fold_of: dict[int | str, int] | None = None) -> str:
+    """The examples as question rows, one a line."""
+    return "".join(
+        json_line(example.row(domains, fold=fold_of[example.id] if fold_of else None), f"question {example.id}")
+        for example in examples
+    )
 
 
 def write_together(folder: Path, files: dict[str, str]) -> None:
@@ -83,31 +95,3 @@ def summary_table(splits: Table, domains: Sequence[str]) -> str:
 def _aligned(cells: Sequence[str], widths: Sequence[int]) -> str:
     numbers = [cell.rjust(width) for cell, width in zip(cells[1:], widths[1:], strict=True)]
     return "  ".join([cells[0].ljust(widths[0]), *numbers])
-
-
-def _split_files(
-    examples: Sequence[Example],
-    domains: Sequence[str],
-    combined: str,
-    task: str,
-    test: str,
-    fold_of: dict[int | str, int] | None = None,
-) -> dict[str, str]:
-    train = _of(examples, TRAIN)
-    files = {combined: _lines(train, domains, fold_of)}
-    for domain in domains:
-        files[task.format(domain)] = _lines([row for row in train if row.domain == domain], domains, fold_of)
-    if tested := _of(examples, TEST):
-        files[test] = _lines(tested, domains, fold_of)
-    return files
-
-
-def _of(examples: Sequence[Example], split: str) -> list[Example]:
-    return [example for example in examples if example.split == split]
-
-
-def _lines(examples: Sequence[Example], domains: Sequence[str], fold_of: dict[int | str, int] | None = None) -> str:
-    return "".join(
-        json_line(example.row(domains, fold=fold_of[example.id] if fold_of else None), f"question {example.id}")
-        for example in examples
-    )

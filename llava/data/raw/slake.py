@@ -7,10 +7,12 @@ the counts stay the published ones.
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import Any
 
+from llava.data.raw import RAW, RawDataset, RawOptions, Source
 from llava.data.raw.example import TEST, TRAIN, VALIDATE, Example, Report
 from llava.data.raw.vqa_rad import answer_type, integer_id
 from llava.data.rows import json_values
@@ -20,6 +22,31 @@ from llava.utils import UserError, require_file
 DOMAINS = ("ct", "mri", "xray")
 SPLIT_FILES = {TRAIN: "train.json", VALIDATE: "validate.json", TEST: "test.json"}
 IMAGE_FOLDERS = ("imgs", "images")
+
+
+@RAW.register
+class Slake(RawDataset):
+    """The folder with the three JSONs; its files start with ``slake_`` so that VQA-RAD's stay as they are."""
+
+    name = "slake"
+    title = "SLAKE"
+    row_fields = ("img_name", "modality")
+    file_names = (SPLIT_FILES[TRAIN],)
+    image_folders = IMAGE_FOLDERS
+    what_to_place = "place train.json, validate.json, test.json and imgs/ in data/slake or set SLAKE_DIR"
+    domains = DOMAINS
+
+    def source(self, file: Path, options: RawOptions) -> Source:
+        """The folder: its three files are read together."""
+        return Source(self.name, file.parent, self.pictures(file.parent, options))
+
+    def default(self, options: RawOptions) -> Source | None:
+        """The folder itself, so that a file that lacks in it is named when it is read."""
+        folder = Path(os.environ.get("SLAKE_DIR") or "data/slake")
+        return Source(self.name, folder, self.pictures(folder, options)) if folder.is_dir() else None
+
+    def examples(self, source: Source, report: Report) -> list[Example]:
+        return read_slake(source.path, report)
 
 
 def read_slake(folder: Path, report: Report) -> list[Example]:

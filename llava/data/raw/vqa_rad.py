@@ -7,10 +7,14 @@ commas, ``"CLOSED "`` ends in a space, question types hold several labels, two s
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
+from llava.data.raw import RAW, Fused, RawDataset, Source
 from llava.data.raw.example import TEST, TRAIN, Example, Report
+from llava.data.raw.outputs import split_files
+from llava.data.raw.splits import drop_repeats, unseen_split
 from llava.data.rows import ANSWER_TYPES, json_values
 from llava.files import file_sha256
 from llava.utils import UserError, require_file
@@ -20,6 +24,38 @@ FILE_NAMES = ("VQA_RAD_Dataset_Public.json", "VQA_RAD Dataset Public.json")
 PHRASE_TYPES = ("freeform", "para", "test_freeform", "test_para")
 QUESTION_TYPE_SLIPS = {"ATRIB": "ATTRIB", "PRSE": "PRES"}
 KEPT_FIELDS = ("phrase_type", "evaluation")
+WHAT_TO_PLACE = (
+    "place VQA_RAD_Dataset_Public.json and images/ in data/vqa-rad (python scripts/download_vqa_rad.py fetches them) "
+    "or set VQA_RAD_DIR, or place metadata.csv with vqa_ABD.json, vqa_CHEST.json, vqa_HEAD.json in data/train"
+)
+FILES = ("train_vqa_rad_combined.jsonl", "train_{}.jsonl", "test_vqa_rad.jsonl")
+
+
+@RAW.register
+class VqaRad(RawDataset):
+    """The authors' JSON: the official split without its leaks, and the split by picture in ``unseen/``."""
+
+    name = "vqa-rad"
+    title = "VQA-RAD"
+    row_fields: ClassVar[tuple[str, ...]] = ("image_name", "image_organ")
+    file_names: ClassVar[tuple[str, ...]] = FILE_NAMES
+    variable, folder = "VQA_RAD_DIR", "data/vqa-rad"
+    what_to_place = WHAT_TO_PLACE
+    domains = DOMAINS
+    report_name = "fusion_report.json"
+    pairs = ((FILES[0], FILES[2]), (f"unseen/{FILES[0]}", f"unseen/{FILES[2]}"))
+
+    def examples(self, source: Source, report: Report) -> list[Example]:
+        return read_vqa_rad(source.path, report)
+
+    def fuse(self, examples: Sequence[Example], domains: Sequence[str], seed: int, report: Report) -> Fused:
+        official = drop_repeats(examples, report)
+        unseen, fold_of = unseen_split(examples, seed)
+        splits = {name: [row for row in official if row.split == name] for name in (TRAIN, TEST)}
+        splits |= {f"unseen {name}": [row for row in unseen if row.split == name] for name in (TRAIN, TEST)}
+        apart = split_files(unseen, domains, *FILES, fold_of)
+        files = split_files(official, domains, *FILES) | {f"unseen/{name}": text for name, text in apart.items()}
+        return Fused(files, splits)
 
 
 def read_vqa_rad(path: Path, report: Report) -> list[Example]:
