@@ -11,7 +11,7 @@ from PIL import Image
 from transformers import CLIPImageProcessorPil
 
 from llava.constants import IGNORE_INDEX
-from llava.data.prompt import Prompt, PromptEncoder, check_aspect_ratio, pixels_of, shared_prompt
+from llava.data.prompt import Prompt, PromptEncoder, check_aspect_ratio, pixels_of
 from llava.data.rows import parse_row
 from llava.data.samples import picture_sha256, pictures_checksum
 from llava.mm_utils import process_images
@@ -110,13 +110,6 @@ def test_anyres_needs_a_base_that_has_grids():
     check_aspect_ratio("anyres", config(image_grid_pinpoints=PINPOINTS))
     with pytest.raises(UserError, match="list of"):
         check_aspect_ratio("anyres", config(image_grid_pinpoints="[[1"))
-
-
-def test_files_of_other_pictures_are_not_joined():
-    pad, square = Prompt("v1", aspect_ratio="pad").to_dict(), Prompt("v1", aspect_ratio="square").to_dict()
-    assert shared_prompt([("a", {}), ("b", pad), ("c", pad)]) == pad and shared_prompt([("a", {})]) == {}
-    with pytest.raises(UserError, match="a and c were fitted to pictures of different modes, pad and square"):
-        shared_prompt([("a", pad), ("b", pad), ("c", square)])
 
 
 # -- one encoder for training and answering ----------------------------------------------------------------------------

@@ -10,7 +10,7 @@ import pytest
 from tiny_llava import write_base
 
 from llava.data.rows import read_rows
-from llava.slots.file import read_slot_file
+from llava.slots.pool import Pool
 from llava.toy.phantom import PhantomConfig, make_phantom
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -92,7 +92,7 @@ def prepare(folder):
 def outcome(output):
     """Checksums of keys and stages, and the answers' texts."""
     files = ["prompt-key/mini/merged_prompt_key.pth", *(f"{stage}/slots.pth" for stage in STAGES)]
-    sums = {name: [task.checksum() for task in read_slot_file(output / name).tasks] for name in files}
+    sums = {name: [task.checksum() for task in Pool.read(output / name).tasks] for name in files}
     folder = output / "eval" / "mini"
     return sums, {name: (folder / name / "answers.jsonl").read_bytes() for name in ("zero-shot", *STAGES)}
 
@@ -112,6 +112,6 @@ def test_the_quick_start_and_the_steps_by_hand_give_the_same(tmp_path):
     assert "== task 2 of 2: chest -> by-hand/llava-mini_abd_chest" in trained
     run("bash", ROOT / "cv805.sh", **hand)
     assert outcome(folder / "by-hand") == outcome(folder / "output")
-    settings = read_slot_file(folder / "output" / "prompt-key" / "mini" / "merged_prompt_key.pth").settings
+    settings = Pool.read(folder / "output" / "prompt-key" / "mini" / "merged_prompt_key.pth").settings
     assert (settings.rank, settings.targets) == (2, ("q_proj", "o_proj"))
     assert not (ROOT / "by-hand").exists()
