@@ -6,6 +6,8 @@ tensors at hand.
 
 from __future__ import annotations
 
+import os
+
 
 def has_accelerator() -> bool:
     """Whether torch sees a GPU."""
@@ -21,3 +23,25 @@ def default_device(requested: str | None = None, use_cpu: bool = False) -> str:
         use_cpu: leave the accelerator alone when none was asked for.
     """
     return requested or ("cuda" if has_accelerator() and not use_cpu else "cpu")
+
+
+VISIBLE = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES")
+"""Variables that say which accelerators a process may use: NVIDIA's, AMD's."""
+
+
+def visible_devices() -> list[str]:
+    """Names of the accelerators that this process may use; empty: the CPU.
+
+    They are the ones that the environment names, in its words, else (or where it says ``all``) all there are.
+    """
+    named = next((os.environ[name] for name in VISIBLE if name in os.environ), "all")
+    if named.strip() != "all":
+        return [name.strip() for name in named.split(",") if name.strip()]
+    import torch
+
+    return [str(number) for number in range(torch.cuda.device_count())]
+
+
+def restricted_to(device: str) -> dict[str, str]:
+    """Variables that let a process see one of ``visible_devices`` alone."""
+    return dict.fromkeys(VISIBLE, device)

@@ -17,6 +17,7 @@ from tiny_llava import write_base, write_images, write_stage
 from llava.data.rows import read_answers
 from llava.eval import model_vqa, run_llava
 from llava.model.builder import load_pretrained_model
+from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
 from llava.serve import cli
 from llava.utils import UserError
 
@@ -79,36 +80,37 @@ def test_chat_remembers_what_was_said(place, monkeypatch, capsys):
     """The second prompt holds the first question and answer; an empty line ends the chat."""
     monkeypatch.setattr(sys, "stdin", io.StringIO("is there a lesion\nwhat side\n\nnever asked\n"))
     prompts = []
-    from llava.eval.model_vqa_loader import Speaker
+    generate = LlavaLlamaForCausalLM.generate
 
-    reply = Speaker.reply
-    monkeypatch.setattr(
-        Speaker, "reply", lambda self, batch, *a, **k: prompts.append(batch) or reply(self, batch, *a, **k)
-    )
+    def recorded(self, **inputs):
+        prompts.append(inputs)
+        return generate(self, **inputs)
+
+    monkeypatch.setattr(LlavaLlamaForCausalLM, "generate", recorded)
     words = ["--model-path", place / "llava-tiny_abd_chest", "--model-base", place / "tiny-base", "--debug"]
     words += ["--image-file", place / "b,1.png", "--device", "cpu", "--temperature", "0", "--max-new-tokens", "3"]
     cli.main([str(word) for word in words])
     out = capsys.readouterr().out
     assert "USER: " in out and "ASSISTANT: " in out and "'task'" in out
     assert len(prompts) == 2
-    first, second = (batch["input_ids"][0].tolist() for batch in prompts)
+    first, second = (inputs["input_ids"][0].tolist() for inputs in prompts)
     assert second[: len(first)] == first and len(second) > len(first) and second.count(-200) == 1
-    assert [batch["rows"][0].question for batch in prompts] == ["is there a lesion", "what side"]
+    assert [inputs["questions"] for inputs in prompts] == [["is there a lesion"], ["what side"]]
 
 
 def test_model_vqa_is_the_loaders_engine_with_llavas_defaults(place, monkeypatch):
-    seen = {}
     from llava.eval import model_vqa_loader
 
-    real = model_vqa_loader.run_settings
-    monkeypatch.setattr(model_vqa_loader, "run_settings", lambda found: seen.update(vars(found)) or real(found))
+    seen, chunk_of = [], model_vqa_loader.chunk_of
+    monkeypatch.setattr(model_vqa_loader, "chunk_of", lambda found: seen.append(chunk_of(found)) or seen[-1])
     rows = [
         {"question_id": n, "image": name, "text": "what side\n<image>"} for n, name in enumerate(["a.png", "c.png"])
     ]
     (place / "questions.jsonl").write_text("\n".join(map(json.dumps, rows)))
     words = ["--model-path", place / "tiny-base", "--question-file", place / "questions.jsonl", "--image-folder", place]
     model_vqa.main([*map(str, [*words, "--answers-file", place / "answers.jsonl", "--max_new_tokens", 3])])
-    assert seen["temperature"] == 0.2 and seen["batch_size"] == 1 and seen["conv_mode"] is None
+    (chunk,) = seen
+    assert chunk.generation.temperature == 0.2 and chunk.generation.batch_size == 1 and chunk.asked == {}
     assert [row["question_id"] for row in read_answers(place / "answers.jsonl")] == [0, 1]
     assert model_vqa_loader.parse_arguments(words := ["--model-path", "x", "--question-file", "y"]).temperature == 0
     assert model_vqa_loader.parse_arguments(words, **model_vqa.DEFAULTS).max_new_tokens == 1024

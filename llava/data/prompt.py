@@ -235,13 +235,21 @@ class PromptEncoder:
             return None, None
         found = self.pictures.get(row.image)
         if found is None:
-            try:
-                picture = load_image((self.image_folder or Path()) / row.image)
-            except UserError as error:
-                raise UserError(f"row {row.id!r}: {error}") from error
-            found = self.pixels([picture])[0], picture.size
+            found = self.open_picture(row)
             self.pictures.put(row.image, found)
         return found
+
+    def open_picture(self, row: Row) -> Picture:
+        """Pixels and size of a row's picture, from its file; safe to call from several threads.
+
+        Raises:
+            UserError: naming row and file, if the picture cannot be read.
+        """
+        try:
+            picture = load_image((self.image_folder or Path()) / str(row.image))
+        except UserError as error:
+            raise UserError(f"row {row.id!r}: {error}") from error
+        return self.pixels([picture])[0], picture.size
 
 
 class PictureCache:

@@ -70,11 +70,35 @@ def main(argv: Sequence[str] | None = None) -> None:
     sequence = load_sequence(arguments.sequence) if arguments.sequence else None
     tasks = arguments.tasks or (sequence.task_names if sequence else [])
     names = arguments.metrics or (sequence.metrics if sequence else None) or DEFAULT_METRICS
-    stages = [load_stage(path, tasks) for path in arguments.scores]
-    zero_shot = load_stage(arguments.zero_shot, tasks) if arguments.zero_shot else None
-    result = build(stages, tasks, names, zero_shot, arguments.draws, arguments.seed)
+    write_matrix(
+        Path(arguments.output_dir),
+        arguments.scores,
+        tasks,
+        names,
+        arguments.zero_shot,
+        arguments.draws,
+        arguments.seed,
+    )
+
+
+def write_matrix(
+    folder: Path,
+    scores: Sequence[str | Path],
+    tasks: Sequence[str],
+    metrics: Sequence[str] = DEFAULT_METRICS,
+    zero_shot: str | Path | None = None,
+    draws: int = DRAWS,
+    seed: int = SEED,
+) -> None:
+    """Print the matrix of the stages' score files, and write it to ``folder`` as numbers and as a picture.
+
+    Raises:
+        UserError: as ``load_stage`` and ``build``.
+    """
+    stages = [load_stage(path, tasks) for path in scores]
+    base = load_stage(zero_shot, tasks) if zero_shot else None
+    result = build(stages, tasks, metrics, base, draws, seed)
     print(matrix_text(result))
-    folder = Path(arguments.output_dir)
     with atomic_write(folder / MATRIX_NAME) as stream:
         json.dump(result, stream, indent=1, ensure_ascii=False, allow_nan=False)
         stream.write("\n")

@@ -126,13 +126,11 @@ def appending(
     target = Path(path)
     with _opened(target) as stream:
         _cut_torn_line(stream)
-        reason = _mismatch(target, rows, model_id, run)
-        if reason and not replace:
-            raise UserError(f"{target}: {reason}; delete the file, choose another, or start again with --stale replace")
+        done, reason = progress(target, rows, model_id, run, replace)
         if reason:
             print(f"{target}: {reason}; starting again", flush=True)
             stream.truncate(0)
-        yield 0 if reason else len(read_answers(target, partial_last_line=True)), stream
+        yield done, stream
 
 
 def append(stream: IO[bytes], answers: Sequence[Mapping[str, Any]]) -> None:
@@ -162,12 +160,28 @@ def _cut_torn_line(stream: IO[bytes]) -> None:
     stream.seek(0, os.SEEK_END)
 
 
-def _mismatch(target: Path, rows: Sequence[Row], model_id: str, run: str) -> str | None:
-    """Why the file cannot be gone on with, or None."""
+def progress(
+    path: str | Path, rows: Sequence[Row], model_id: str, run: str, replace: bool = False
+) -> tuple[int, str | None]:
+    """How many rows a file answers already, and why it must be started again, or ``None``.
+
+    Raises:
+        UserError: it must, and is not to be replaced.
+    """
+    if not Path(path).is_file():
+        return 0, None
     try:
-        answers = read_answers(target, partial_last_line=True)
+        answers = read_answers(path, partial_last_line=True)
+        reason = _mismatch(answers, rows, model_id, run)
     except UserError as error:
-        return f"it cannot be resumed ({error})"
+        reason = f"it cannot be resumed ({error})"
+    if reason and not replace:
+        raise UserError(f"{path}: {reason}; delete the file, choose another, or start again with --stale replace")
+    return (0, reason) if reason else (len(answers), None)
+
+
+def _mismatch(answers: Sequence[Mapping[str, Any]], rows: Sequence[Row], model_id: str, run: str) -> str | None:
+    """Why a file of these answers cannot be gone on with, or None."""
     if len(answers) > len(rows):
         return f"it has {len(answers)} answers, more than the {len(rows)} questions of this run"
     for number, (answer, row) in enumerate(zip(answers, rows, strict=False), start=1):
@@ -176,7 +190,7 @@ def _mismatch(target: Path, rows: Sequence[Row], model_id: str, run: str) -> str
         if answer["question_id"] != row.id or answer.get("prompt") != row.conversations[0][1]:
             return f"line {number} answers question_id {answer['question_id']!r} of another question file or chunk"
         if (answer.get("metadata") or {}).get("run") != run:
-            return f"line {number} was made with other model weights or settings"
+            return f"line {number} was made with other model weights or settings, or of other pictures"
     return None
 
 

@@ -63,7 +63,15 @@ def parse_arguments(argv: Sequence[str] | None = None) -> Arguments:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Score every answers file and print its table."""
-    arguments = parse_arguments(argv)
+    score_files(parse_arguments(argv))
+
+
+def score_files(arguments: Arguments) -> None:
+    """Score answers files and print their tables; Java starts once for all.
+
+    Raises:
+        UserError: a file is missing, or does not answer the questions (see ``match_answers``).
+    """
     rows = read_rows(arguments.question_file)
     train_rows = [row for path in arguments.train_file for row in read_rows(path)]
     jobs = [_Job(path, rows, arguments) for path in arguments.answers_file]

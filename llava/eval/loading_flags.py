@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from llava.cli import flag
+from llava.eval.generation import Generation, Loading
+
+LOADING = ("device", "load_8bit", "load_4bit", "attn_implementation")
+GENERATION = ("temperature", "top_p", "num_beams", "max_new_tokens", "batch_size", "seed", "refuse_unknown")
 
 
 @dataclass(kw_only=True)
@@ -32,3 +37,24 @@ class PromptFlags:
     image_aspect_ratio: str | None = flag(
         None, "pad, square or anyres: what becomes of pictures that are not square (default: the checkpoint's own)"
     )
+
+
+def loading_of(arguments: Any) -> Loading:
+    """Where and in which form a command line wants the model."""
+    return Loading(**_given(arguments, LOADING))
+
+
+def generation_of(arguments: Any) -> Generation:
+    """How a command line wants answers generated."""
+    return Generation(**_given(arguments, GENERATION), workers=getattr(arguments, "num_workers", 0))
+
+
+def asked_prompt(arguments: Any) -> dict[str, Any]:
+    """The fields of the prompt that a command line names; those that it leaves to the checkpoint are not in it."""
+    asked: dict[str, Any] = {} if arguments.answer_suffix is None else {"answer_suffix": arguments.answer_suffix}
+    asked |= {"conv_mode": arguments.conv_mode} if arguments.conv_mode else {}
+    return asked | ({"aspect_ratio": arguments.image_aspect_ratio} if arguments.image_aspect_ratio else {})
+
+
+def _given(arguments: Any, names: tuple[str, ...]) -> dict[str, Any]:
+    return {name: getattr(arguments, name) for name in names if hasattr(arguments, name)}

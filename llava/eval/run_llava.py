@@ -20,7 +20,7 @@ from typing import Any
 
 from llava.cli import flag, parse
 from llava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_PLACEHOLDER
-from llava.eval.loading_flags import LoadingFlags, PromptFlags
+from llava.eval.loading_flags import LoadingFlags, PromptFlags, asked_prompt, generation_of, loading_of
 from llava.utils import UserError, quiet_libraries, run_cli
 
 URL_TIMEOUT = 30  # seconds
@@ -49,12 +49,14 @@ def eval_model(args: Any) -> str:
     Args:
         args: an object with ``model_path``, ``image_file`` and ``query``; other flags may be missing.
     """
-    from llava.eval.model_vqa_loader import Speaker
+    from llava.eval.answerer import Answerer
 
     arguments = _with_defaults(args)
     pictures = load_pictures(arguments.image_file, arguments.sep)
-    speaker = Speaker.load(arguments)
-    text, _ = ask(speaker, [("human", with_pictures(arguments.query, len(pictures)))], pictures, arguments)
+    answerer = Answerer(arguments.model_base, loading_of(arguments))
+    answerer.use(arguments.model_path, arguments.route, arguments.task_id, **asked_prompt(arguments))
+    turns = [("human", with_pictures(arguments.query, len(pictures)))]
+    text = answerer.ask(turns, pictures, generation_of(arguments)).text
     if not text:
         print("note: the model gave an empty answer", file=sys.stderr)
     print(text)
@@ -106,31 +108,6 @@ def with_pictures(query: str, count: int) -> str:
     if named and named != count:
         raise UserError(f"the query holds {named} {DEFAULT_IMAGE_TOKEN} but there are {count} pictures (--image-file)")
     return query if named else f"{DEFAULT_IMAGE_TOKEN}\n" * count + query
-
-
-def ask(speaker, turns: Sequence[tuple[str, str]], pictures: list, arguments: Any, **more):
-    """The answer to the last human turn of a conversation about ``pictures``: ``(text, route or None)``.
-
-    Args:
-        turns: ``("human", text)``, ``("gpt", text)``, …; the first human turn holds the ``<image>`` marks.
-        more: further arguments for ``generate``, such as a streamer.
-    """
-    import torch
-
-    from llava.data.rows import Row
-
-    encoder = speaker.encoder()
-    ids, _ = encoder.conversation(turns, bool(pictures))
-    pixels = encoder.pixels(pictures) if pictures else []
-    question = turns[-1][1].replace(DEFAULT_IMAGE_TOKEN, "").strip()
-    batch = {
-        "input_ids": torch.tensor([ids]),
-        "attention_mask": torch.ones(1, len(ids), dtype=torch.long),
-        "images": [list(pixels)] if pictures else None,
-        "image_sizes": [[picture.size for picture in pictures]],
-        "rows": [Row(0, None, (("human", question),), None, None, {})],
-    }
-    return speaker.reply(batch, arguments, **more)[0]
 
 
 def main(argv: Sequence[str] | None = None) -> None:

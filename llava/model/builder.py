@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 import torch
@@ -28,7 +28,7 @@ from llava.model.configs import FAMILIES, Config, Model, llava_config
 from llava.model.multimodal_encoder.clip_encoder import shipped_image_processor
 from llava.model.vision.features import load_vision_tower
 from llava.slots.adapter import ADAPTERS, RETRIEVER, read_memory
-from llava.slots.encoders import encoder_from_identity
+from llava.slots.encoders import TextEncoder, encoder_from_identity
 from llava.slots.offsets import target_features
 from llava.slots.pool import Pool
 from llava.utils import UserError, rank0_print
@@ -252,8 +252,8 @@ def _ready_tower(model: Model, checkpoint: Checkpoint) -> BaseImageProcessor | N
     return tower.image_processor
 
 
-def check_slots_fit(model: Model, slots: Pool, base: Place) -> None:
-    """Refuse slots that were made for another base than ``base``, or for a model of other shapes than ``model``.
+def check_slots_fit(config: Any, slots: Pool, base: Place) -> None:
+    """Refuse slots that were made for another base than ``base``, or for a model of other shapes than ``config``'s.
 
     Raises:
         UserError: naming what differs.
@@ -265,31 +265,38 @@ def check_slots_fit(model: Model, slots: Pool, base: Place) -> None:
             f"the slots were trained on base {slots.base.get('path')} ({expected}), but {checkpoint} is "
             f"{checkpoint.fingerprint}; give the right --model-base"
         )
-    layers = model.config.num_hidden_layers
+    layers = config.num_hidden_layers
     if slots.settings.num_layers != layers:
         raise UserError(f"the slots are for {slots.settings.num_layers} layers, the base model has {layers}")
     for target, (in_, out) in slots.settings.features.items():
-        has_in, has_out = target_features(model.config, target)
+        has_in, has_out = target_features(config, target)
         if (in_, out) != (has_in, has_out):
             raise UserError(
                 f"the slots are for {target} of {in_} -> {out} features, the base model has {has_in} -> {has_out}"
             )
 
 
-def attach_slots(model: Model, slots: Pool, base: Place, memory: dict[str, torch.Tensor] | None = None) -> None:
+def attach_slots(
+    model: Model,
+    slots: Pool,
+    base: Place,
+    memory: dict[str, torch.Tensor] | None = None,
+    find_encoder: Callable[[dict[str, Any], Checkpoint], TextEncoder] = encoder_from_identity,
+) -> None:
     """Give ``model`` the adapter that the slots of a file ask for, with its text encoder.
 
     Args:
         memory: tensors that the slots' stage keeps beside them.
+        find_encoder: gives the encoder of an identity over a base; one that is at hand need not be read again.
 
     Raises:
         UserError: they were made for another base, an unknown adapter, or another text encoder is found here.
     """
     checkpoint = Checkpoint.open(base)
-    check_slots_fit(model, slots, checkpoint)
+    check_slots_fit(model.config, slots, checkpoint)
     adapter = ADAPTERS.get(slots.adapter or RETRIEVER)(slots, memory or {})
     if slots.settings.uses_text and slots.settings.encoder:
-        adapter.encode_text = encoder_from_identity(slots.settings.encoder, checkpoint)
+        adapter.encode_text = find_encoder(slots.settings.encoder, checkpoint)
     model.attach_adapter(adapter)
 
 

@@ -334,8 +334,10 @@ class LlavaMetaForCausalLM:
         inputs: Tensor | None = None,
         images: Images | None = None,
         image_sizes: list[tuple[int, int]] | None = None,
+        image_features: list[list[Tensor]] | None = None,
         questions: Sequence[str] | None = None,
         text_query: Tensor | None = None,
+        image_query: Tensor | None = None,
         tasks: Sequence[str | None] | None = None,
         **kwargs,
     ) -> Tensor:
@@ -344,8 +346,10 @@ class LlavaMetaForCausalLM:
         Args:
             inputs: ``[batch, length]`` prompt ids with ``IMAGE_TOKEN_INDEX`` where the picture goes (also accepted as
                 ``input_ids``), padded on either side and described by ``attention_mask``.
+            image_features: what ``vision_features(images)`` gives, computed before; then ``images`` is not needed.
             questions: the plain questions; encoded into the text query when the model has slots that route on text.
             text_query: ``[batch, text_dim]`` the same, already encoded.
+            image_query: ``[batch, image_dim]`` computed before; by default it comes from the pictures.
             tasks: the true task of each question; given, only that task's slots compete (oracle routing); ``None`` in a
                 row: the router decides.
 
@@ -357,10 +361,10 @@ class LlavaMetaForCausalLM:
         attention_mask = kwargs.pop("attention_mask", None)
         kwargs.pop("position_ids", None)
         self._action_cache = None
-        features: list[list[Tensor]] = [[] for _ in input_ids]
-        if images is not None and self.get_vision_tower() is not None:
+        features: list[list[Tensor]] = [[] for _ in input_ids] if image_features is None else image_features
+        if image_features is None and images is not None and self.get_vision_tower() is not None:
             features = self.vision_features(images)
-        self.last_route = self._question_route(features, images, questions, text_query, tasks)
+        self.last_route = self._question_route(features, images, questions, text_query, image_query, tasks)
         slot_indices, slot_weights = _as_pair(self.last_route)
         action = self._action(self.last_route, self.get_model().embed_tokens.weight.dtype)
         projected = self.project_features(features, image_sizes)
@@ -376,14 +380,15 @@ class LlavaMetaForCausalLM:
         finally:
             self._action_cache = None
 
-    def _question_route(self, features, images, questions, text_query, tasks) -> Route | None:
+    def _question_route(self, features, images, questions, text_query, image_query, tasks) -> Route | None:
         if self.retriever is None or not self.retriever.active:
             return None
         if text_query is None and self.retriever.settings.uses_text:
             if questions is None:
                 raise ValueError("this model routes on the question's text: give questions=[...] (or text_query)")
             text_query = self.retriever.encode_questions(questions)
-        return self.route(text_query, self.image_query(features, images), tasks)
+        image_query = self.image_query(features, images) if image_query is None else image_query
+        return self.route(text_query, image_query, tasks)
 
 
 def _first_given(*values: Tensor | None) -> Tensor:

@@ -11,11 +11,15 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from llava.cli import flag, parse
-from llava.eval.loading_flags import LoadingFlags, PromptFlags
+from llava.eval.loading_flags import LoadingFlags, PromptFlags, asked_prompt, generation_of, loading_of
 from llava.utils import quiet_libraries, run_cli
+
+if TYPE_CHECKING:
+    from llava.eval.answerer import Answerer
+    from llava.eval.generation import Generation
 
 
 @dataclass(kw_only=True)
@@ -39,31 +43,34 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = parse(Arguments, argv, __doc__)
     quiet_libraries()
     from llava.conversation import get_conversation
-    from llava.eval.model_vqa_loader import Speaker
+    from llava.eval.answerer import Answerer
     from llava.eval.run_llava import load_pictures
 
     pictures = load_pictures(arguments.image_file, sep="\0")  # one picture, whatever its name
-    speaker = Speaker.load(arguments)
-    names = get_conversation(speaker.prompt.conv_mode).roles
+    answerer = Answerer(arguments.model_base, loading_of(arguments))
+    answerer.use(arguments.model_path, arguments.route, arguments.task_id, **asked_prompt(arguments))
+    names = get_conversation(answerer.prompt.conv_mode).roles
     print("ask about the picture; an empty line ends the chat")
-    chat(speaker, pictures, arguments, names)
+    chat(answerer, pictures, generation_of(arguments), names, arguments.debug)
 
 
-def chat(speaker, pictures: list, arguments: Arguments, names: Sequence[str]) -> list[tuple[str, str]]:
+def chat(
+    answerer: Answerer, pictures: list, generation: Generation, names: Sequence[str], debug: bool = False
+) -> list[tuple[str, str]]:
     """Questions from the standard input and answers to the standard output, until an empty line; returns the turns."""
-    from llava.eval.run_llava import ask, with_pictures
+    from llava.eval.run_llava import with_pictures
 
     turns: list[tuple[str, str]] = []
     human, assistant = (name.split("|>")[-1].strip() or name for name in names)
     while question := _read(f"{human}: "):
         turns.append(("human", question if turns else with_pictures(question, len(pictures))))
         print(f"{assistant}: ", end="", flush=True)
-        text, route = ask(speaker, turns, pictures, arguments, streamer=_streamer(speaker))
+        _, text, route = answerer.ask(turns, pictures, generation, streamer=_streamer(answerer.tokenizer))
         if not text:
             print("(the model gave an empty answer)")
         turns.append(("gpt", text))
-        if arguments.debug:
-            print({"turns": turns, "conv_mode": speaker.prompt.conv_mode, "route": route})
+        if debug:
+            print({"turns": turns, "conv_mode": answerer.prompt.conv_mode, "route": route})
     return turns
 
 
@@ -75,11 +82,11 @@ def _read(prompt: str) -> str:
         return ""
 
 
-def _streamer(speaker):
+def _streamer(tokenizer: Any) -> Any:
     """Prints the answer while it is made."""
     from transformers import TextStreamer
 
-    return TextStreamer(speaker.tokenizer, skip_prompt=True, skip_special_tokens=True)
+    return TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
 
 
 if __name__ == "__main__":

@@ -145,7 +145,7 @@ def prepare(
         context.base, attn_implementation=attention(model_args.attn_implementation), **options
     )
     model.requires_grad_(False)
-    check_slots_fit(model, context.pool, context.base)
+    check_slots_fit(model.config, context.pool, context.base)
     context.model, context.tokenizer = model, tokenizer
     parameters = list(recipe.begin(context))
     prompt.tell(model.config)

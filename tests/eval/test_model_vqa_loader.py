@@ -7,15 +7,12 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 from tiny_llava import write_base, write_images, write_stage
 
-from llava.data.labels import prompt_ids
-from llava.data.prompt import Prompt
 from llava.data.rows import question_row, read_rows, write_jsonl
 from llava.eval import model_vqa_loader
 from llava.eval.answer_file import merge_answers
-from llava.eval.model_vqa_loader import QuestionDataset, Speaker
+from llava.eval.answerer import Answerer
 from llava.slots.routers import ROUTERS
 from llava.utils import UserError
 
@@ -90,7 +87,7 @@ def test_the_batch_size_changes_no_answer_and_no_route(place, tmp_path):
 
     single = essence(run(place, tmp_path / "1.jsonl", "--batch-size", 1))
     assert essence(run(place, tmp_path / "4.jsonl", "--batch-size", 4)) == single
-    assert essence(run(place, tmp_path / "9.jsonl", "--batch-size", 9, "--num-workers", 1)) == single
+    assert essence(run(place, tmp_path / "9.jsonl", "--batch-size", 9, "--num-workers", 2)) == single
 
 
 def test_a_batch_of_sixteen_answers_as_one_by_one(place, tmp_path):
@@ -153,7 +150,7 @@ def test_a_resumed_run_ends_with_the_same_bytes(place, tmp_path, monkeypatch):
         target.write_bytes(kept)
         run(place, target, "--batch-size", 4)
         assert target.read_bytes() == data
-    monkeypatch.setattr(Speaker, "load", lambda *_: pytest.fail("a finished file needs no model"))
+    monkeypatch.setattr(Answerer, "use", lambda *_: pytest.fail("a finished file needs no model"))
     run(place, target, "--batch-size", 4)
 
 
@@ -166,20 +163,20 @@ def test_sampled_answers_survive_a_resume(place, tmp_path):
     assert cut.read_bytes() == whole.read_bytes()
 
 
-KILLED_AFTER_TWO_BATCHES = """
+KILLED_AFTER_SOME_ANSWERS = """
 import os, signal, sys
-from llava.eval import model_vqa_loader
-write, batches = model_vqa_loader.append, []
+from llava.eval import answer_chunk, model_vqa_loader
+write, answered = answer_chunk.append, []
 
 def append(stream, answers):
     write(stream, answers)
-    batches.append(answers)
-    if len(batches) == 2:
-        stream.write(b'{"question_id": 6, "pro')
+    answered.extend(answers)
+    if len(answered) == 5:
+        stream.write(b'{"question_id": 5, "pro')
         stream.flush()
         os.kill(os.getpid(), signal.SIGKILL)
 
-model_vqa_loader.append = append
+answer_chunk.append = append
 model_vqa_loader.main(sys.argv[1:])
 """
 
@@ -187,13 +184,21 @@ model_vqa_loader.main(sys.argv[1:])
 @pytest.mark.slow
 def test_sigkill_in_the_middle_of_a_line_and_the_same_command_again(place, tmp_path):
     target = tmp_path / "killed.jsonl"
-    command = [sys.executable, "-c", KILLED_AFTER_TWO_BATCHES, *arguments(place, target, "--batch-size", 3)]
+    command = [sys.executable, "-c", KILLED_AFTER_SOME_ANSWERS, *arguments(place, target, "--batch-size", 3)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == -signal.SIGKILL, done.stderr
-    assert target.read_bytes().count(b"\n") == 6
+    assert target.read_bytes().count(b"\n") == 5
     run(place, target, "--batch-size", 3)
     run(place, tmp_path / "undisturbed.jsonl", "--batch-size", 3)
     assert target.read_bytes() == (tmp_path / "undisturbed.jsonl").read_bytes()
+
+
+def test_answers_of_other_pictures_are_not_taken_as_finished(place, tmp_path):
+    target = tmp_path / "a.jsonl"
+    run(place, target)
+    write_images(tmp_path / "others", [f"{number}.png" for number in (3, 0, 1, 2)])  # the same names, other pictures
+    with pytest.raises(UserError, match="or of other pictures"):
+        run(place, target, "--image-folder", tmp_path / "others")
 
 
 def test_another_models_file_is_refused(place, tmp_path):
@@ -280,83 +285,3 @@ def test_bad_input_is_named_and_leaves_nothing_behind(place, tmp_path):
         with pytest.raises(UserError, match=message):
             run(place, target, *more)
         assert not target.exists()
-
-
-# -- with a stub in the model's place ----------------------------------------------------------------------------------
-
-
-class StubModel:
-    """Answers with fixed tokens and records what it was asked."""
-
-    device, retriever, last_route = torch.device("cpu"), None, None
-
-    def __init__(self, text, tokenizer):
-        self.text, self.tokenizer, self.calls = text, tokenizer, []
-        self.config = type("Config", (), {"image_aspect_ratio": "pad"})()
-
-    def generate(self, input_ids, **more):
-        self.calls.append({"input_ids": input_ids, **more})
-        return torch.tensor([self.tokenizer(self.text, add_special_tokens=False).input_ids] * len(input_ids))
-
-
-def ask_stub(place, text, conv_mode, suffix=""):
-    from tiny_llava import make_tokenizer
-    from transformers import CLIPImageProcessorPil
-
-    tokenizer = make_tokenizer()
-    model = StubModel(text, tokenizer)
-    processor = CLIPImageProcessorPil.from_pretrained(place / "tiny-base")
-    speaker = Speaker(tokenizer, model, processor, Prompt(conv_mode, suffix, aspect_ratio="pad"))
-    parsed = model_vqa_loader.parse_arguments(arguments(place, "unused", "--batch-size", 3))
-    rows = read_rows(place / "mixed.jsonl")
-    replies = [reply for _, found in model_vqa_loader.answer_rows(speaker, rows, parsed) for reply in found]
-    return model, speaker, rows, replies
-
-
-def test_prompts_are_left_padded_and_masked(place):
-    model, speaker, rows, _ = ask_stub(place, "yes", "vicuna_v1")
-    call = model.calls[0]
-    for number, row in enumerate(rows[:3]):
-        ids = prompt_ids(row.question, speaker.tokenizer, "vicuna_v1", has_image=True)
-        pad = call["input_ids"].shape[1] - len(ids)
-        assert call["input_ids"][number].tolist() == [0] * pad + ids
-        assert call["attention_mask"][number].tolist() == [0] * pad + [1] * len(ids)
-    assert call["questions"] == [row.question for row in rows[:3]]
-    assert call["images"].shape == (3, 3, 16, 16)
-    assert call["image_sizes"] == [(16, 20), (24, 16), (24, 16)]
-    assert call["do_sample"] is False
-    assert model.calls[1]["images"][1] is None  # question 4 has no picture
-    assert "tasks" not in call
-
-
-def test_text_after_the_templates_end_mark_is_cut(place):
-    replies = ask_stub(place, " no ### Human: where", "v0")[3]
-    assert {text for text, _ in replies} == {"no"}
-    model = ask_stub(place, "no", "v0")[0]
-    assert "stopping_criteria" in model.calls[0]
-    assert "stopping_criteria" not in ask_stub(place, "no", "vicuna_v1")[0].calls[0]  # the end token itself stops
-
-
-def test_the_answer_suffix_is_in_the_prompt_but_not_in_the_routed_question(place):
-    model, speaker, rows, _ = ask_stub(place, "no", "vicuna_v1", "Answer briefly.")
-    expected = prompt_ids(f"{rows[0].question}\nAnswer briefly.", speaker.tokenizer, "vicuna_v1", has_image=True)
-    assert model.calls[0]["input_ids"][0].tolist()[-len(expected) :] == expected
-    assert model.calls[0]["questions"][0] == rows[0].question
-
-
-def test_each_picture_is_read_once(place, monkeypatch):
-    from llava.data import prompt
-
-    opened = []
-    original = prompt.load_image
-    monkeypatch.setattr(prompt, "load_image", lambda path: opened.append(path) or original(path))
-    ask_stub(place, "no", "vicuna_v1")
-    assert len(opened) == len(set(opened)) == 4
-
-
-def test_a_model_without_a_tower_refuses_pictures(place):
-    _, speaker, rows, _ = ask_stub(place, "no", "vicuna_v1")
-    speaker.image_processor = None
-    with pytest.raises(UserError, match="no vision tower"):
-        QuestionDataset(rows, speaker, place / "images")[0]
-    assert QuestionDataset(rows, speaker, "")[4]["image"] is None

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -38,7 +39,7 @@ def place(tmp_path_factory):
     return folder
 
 
-def run(place, **settings):
+def run(place, cwd=ROOT, **settings):
     environment = {
         **os.environ,
         "SEQUENCE": str(place / "tiny.json"),
@@ -47,10 +48,11 @@ def run(place, **settings):
         "CUDA_VISIBLE_DEVICES": "",
         "MAX_NEW_TOKENS": "4",
         "OMP_NUM_THREADS": "1",
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
         **settings,
     }
     return subprocess.run(
-        ["bash", "cv805.sh"], cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=600
+        ["bash", ROOT / "cv805.sh"], cwd=cwd, env=environment, capture_output=True, text=True, check=False, timeout=600
     )
 
 
@@ -80,37 +82,51 @@ def test_the_whole_sequence_is_evaluated_and_repeating_changes_nothing(place):
 
 
 def test_what_is_missing_is_named(place):
-    done = run(place, METHOD="replay")
+    done = run(place, METHOD="joint")
     assert done.returncode == 2
-    assert "llava-tiny-replay_abd" in done.stderr
+    assert "llava-tiny-joint_abd" in done.stderr
     assert "finetune_continual.sh" in done.stderr
     done = run(place, SEQUENCE="no-such-sequence")
     assert done.returncode == 2
     assert "no-such-sequence" in done.stderr
 
 
-def test_a_stages_own_prompt_wins_unless_the_user_says_otherwise(place, tmp_path):
+def test_settings_reach_the_command_and_empty_ones_are_left_to_it(place, tmp_path):
     """The sequence's suffix serves a model that keeps none; only the environment overrides what a stage keeps."""
-    real, log = shutil.which("python"), tmp_path / "log"
-    wrapper = tmp_path / "python"
-    wrapper.write_text(f'#!/bin/sh\ncase "$2" in *loader) echo "$@" >> {log}; exit 2;; esac\nexec {real} "$@"\n')
+    log, wrapper = tmp_path / "log", tmp_path / "python"
+    wrapper.write_text(f'#!/bin/sh\nprintf "<%s>" "$@" >> {log}\necho >> {log}\n')
     wrapper.chmod(0o755)
     path = f"{tmp_path}:{os.environ['PATH']}"
-    sequence = json.loads((place / "tiny.json").read_text()) | {"answer_suffix": "Briefly."}
-    (tmp_path / "tiny.json").write_text(json.dumps(sequence))
-    run(place, PATH=path, SEQUENCE=str(tmp_path / "tiny.json"))
-    asked = {"ANSWER_SUFFIX": "", "CONV_MODE": "llava_v0", "IMAGE_ASPECT_RATIO": "square"}
-    run(place, PATH=path, SEQUENCE=str(tmp_path / "tiny.json"), **asked)
+    asked = {"ANSWER_SUFFIX": "", "CONV_MODE": "llava_v0", "IMAGE_ASPECT_RATIO": "square", "ZERO_SHOT": "0"}
+    for settings in ({}, asked):
+        assert run(place, PATH=path, **settings).returncode == 0
     plain, told = log.read_text().splitlines()
-    assert "--default-answer-suffix Briefly." in plain and "--default-answer-suffix Briefly." in told
-    assert not any(flag in plain for flag in (" --answer-suffix", "--conv-mode", "--image_aspect_ratio"))
-    assert "--answer-suffix  --conv-mode llava_v0 --image_aspect_ratio square" in told
+    assert plain.startswith("<-m><llava.eval.evaluate_sequence><--sequence>")
+    assert "<--answer_suffix>" not in plain and "<--conv_mode><><--image_aspect_ratio><>" in plain
+    assert "<--conv_mode><llava_v0><--image_aspect_ratio><square><--answer_suffix><>" in told
+    assert "<--zero_shot><0>" in told and "<--max_new_tokens><4>" in told
+
+
+def test_relative_paths_are_the_callers(place):
+    settings = {"SEQUENCE": "tiny.json", "BASE_MODEL": "tiny-base", "OUTPUT_DIR": "nowhere"}
+    done = run(place, cwd=place, **settings)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: stage checkpoint not found: nowhere/llava-tiny_abd ")
+    done = run(place, cwd=place, **{**settings, "OUTPUT_DIR": "output", "CHUNKS": "0"})
+    assert (done.returncode, done.stderr.splitlines()[-1][:27]) == (2, "error: CHUNKS is '0'; give ")
 
 
 @pytest.mark.slow
-def test_a_failing_chunk_fails_the_script(place):
-    done = run(place, CHUNKS="2", BASE_MODEL=str(place / "absent"), OUTPUT_DIR=str(place / "output"), ROUTE="keys")
+def test_a_failing_worker_fails_the_script(place, tmp_path):
+    """Two devices, so two processes; the stage's slots are no slots."""
+    output = tmp_path / "output"
+    for stage in ("llava-tiny_abd", "llava-tiny_abd_chest"):
+        shutil.copytree(place / "output" / stage, output / stage)
+    broken = output / "llava-tiny_abd_chest"
+    shutil.copy(place / "tiny-base" / "config.json", broken / "adapter_config.json")  # a LoRA that is none
+    done = run(place, OUTPUT_DIR=str(output), CUDA_VISIBLE_DEVICES="0,1", ZERO_SHOT="0")
     assert done.returncode == 2
-    assert "chunk 0" in done.stderr
-    assert "absent" in done.stderr
-    assert not list((place / "output" / "eval").glob("tiny-keys/*/answers.jsonl"))
+    assert "answering failed on device 0, 1 (message above)" in done.stderr
+    assert "adapter" in done.stderr
+    assert not list((output / "eval").glob("*/*/answers.jsonl"))
+    assert len(list((output / "eval" / "tiny" / "llava-tiny_abd" / "chunks").glob("2_*.jsonl"))) == 2

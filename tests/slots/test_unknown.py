@@ -8,6 +8,7 @@ from tiny_llava import HIDDEN, VISION, write_base, write_images, write_stage
 
 from llava.data.rows import question_row, write_jsonl
 from llava.eval import model_vqa_loader
+from llava.eval.generation import REFUSAL
 from llava.model.builder import load_pretrained_model
 from llava.slots import unknown
 from llava.slots.pool import Pool
@@ -209,5 +210,5 @@ def test_unknown_questions_are_answered_by_the_base_or_refused(tmp_path):
     fallen_back = answers(stage, "fallen", "--model-base", base)
     refused = answers(stage, "refused", "--model-base", base, "--refuse_unknown")
     assert [answer["text"] for answer in fallen_back] == [answer["text"] for answer in plain]
-    assert {answer["text"] for answer in refused} == {model_vqa_loader.REFUSAL}
+    assert {answer["text"] for answer in refused} == {REFUSAL}
     assert all(answer["metadata"]["route"]["unknown"] is True for answer in fallen_back + refused)

@@ -1,0 +1,136 @@
+"""One chunk of a model's answers to a question file: what identifies it, whether it is there, and writing it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import llava
+from llava.data.rows import Row
+from llava.eval.answer_file import answer_row, append, appending, chunk_range, model_fingerprint, progress, run_id
+from llava.eval.generation import Generation, Loading
+from llava.files import file_sha256
+from llava.mm_utils import get_model_name_from_path
+from llava.utils import UserError
+
+if TYPE_CHECKING:
+    from llava.eval.answerer import Answerer
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Which questions, by which model, asked how, and where the answers go.
+
+    Args:
+        model: checkpoint that answers. base: the one that it is applied to.
+        rows: of the whole question file.
+        number, count: this chunk of so many.
+        asked, defaults: fields of the prompt, see ``Prompt.of``.
+        replace: start again where the file holds another run's answers, instead of refusing.
+    """
+
+    question_file: str
+    rows: Sequence[Row] = field(repr=False)
+    image_folder: str
+    answers_file: Path
+    model: str
+    base: str | None
+    loading: Loading
+    generation: Generation
+    route: str | None = None
+    task: str | None = None
+    number: int = 0
+    count: int = 1
+    asked: dict[str, Any] = field(default_factory=dict)
+    defaults: dict[str, Any] = field(default_factory=dict)
+    replace: bool = False
+
+    @cached_property
+    def mine(self) -> list[Row]:
+        """The chunk's own rows."""
+        return [self.rows[number] for number in chunk_range(len(self.rows), self.count, self.number)]
+
+    @property
+    def model_id(self) -> str:
+        """The model's name in the answers."""
+        return get_model_name_from_path(self.model)
+
+    @cached_property
+    def run(self) -> str:
+        """A short checksum over everything that decides the answers; equal for all chunks of one count.
+
+        Raises:
+            UserError: a picture is missing.
+        """
+        from llava.data.samples import pictures_checksum
+
+        check_images(self.rows, self.image_folder)
+        generated = {entry.name: getattr(self.generation, entry.name) for entry in fields(self.generation)}
+        del generated["workers"]
+        loading = self.loading
+        return run_id(
+            {
+                "version": llava.__version__,
+                "model": model_fingerprint(self.model),
+                "base": model_fingerprint(self.base) if self.base else None,
+                "question_file": file_sha256(self.question_file),
+                "pictures": pictures_checksum(self.rows, self.image_folder),
+                "prompt": [self.asked, self.defaults],
+                "chunks": self.count,
+                "route": [self.route, self.task],
+                "loading": [loading.load_8bit, loading.load_4bit, loading.attn_implementation, str(loading.dtype)],
+                **generated,
+            }
+        )
+
+    def finished(self) -> bool:
+        """Whether all answers are there.
+
+        Raises:
+            UserError: the file is another run's, and is not to be replaced.
+        """
+        done, _ = progress(self.answers_file, self.mine, self.model_id, self.run, self.replace)
+        return done == len(self.mine)
+
+    def write(self, answerer: Callable[[], Answerer], quiet: bool = False) -> None:
+        """Answer what is not answered yet; ``answerer`` gives the one to ask, and is called only where one is needed.
+
+        A terminal sees a progress bar, unless ``quiet``.
+
+        Raises:
+            UserError: as ``finished``; a picture cannot be read.
+        """
+        from tqdm import tqdm
+
+        rows = self.mine
+        opened = appending(self.answers_file, rows, self.model_id, self.run, self.replace)
+        with opened as (done, stream):
+            if done == len(rows):
+                print(f"{self.answers_file}: all {done} answers are there")
+                return
+            asked = answerer().use(self.model, self.route, self.task, self.defaults, **self.asked)
+            replies = asked.answer(rows, self.generation, self.image_folder, done)
+            hidden = quiet or not sys.stderr.isatty()
+            for reply in tqdm(replies, total=len(rows), initial=done, unit="question", disable=hidden):
+                metadata = {"run": self.run, **({"route": reply.route} if reply.route else {})}
+                append(stream, [answer_row(reply.row, reply.text, self.model_id, metadata)])
+        print(f"{self.answers_file}: {len(rows)} answers by {self.model_id}", flush=True)
+
+
+def check_images(rows: Sequence[Row], image_folder: str) -> None:
+    """Find a missing picture before the model is loaded.
+
+    Raises:
+        UserError: with the first missing file and how many there are.
+    """
+    names = dict.fromkeys(row.image for row in rows if row.image is not None)
+    missing = [name for name in names if not (Path(image_folder) / name).is_file()]
+    if missing:
+        raise UserError(
+            f"image file not found: {Path(image_folder) / missing[0]} ({len(missing)} of {len(names)} are missing; "
+            f"check --image-folder)"
+        )

@@ -1,0 +1,352 @@
+"""Answers of one base model and of any stages over it, apart from any command line.
+
+    answerer = Answerer.load("output/tiny-base")
+    answerer.use("output/llava-vqa-rad_abd")
+    for reply in answerer.answer(rows, Generation(max_new_tokens=64), "data/vqa-rad/images"):
+        print(reply.text, reply.route)
+
+The base is loaded once. Light stages are put on it and taken off again, which leaves nothing behind; what has weights
+of its own (a self-contained stage, a LoRA, a projector) is loaded by itself, in the base's place. Questions of like
+length are answered together, which changes no answer, and the replies come in the order in which they were asked.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llava.checkpoints.checkpoint import Checkpoint
+from llava.checkpoints.kinds import ADAPTER_CONFIG, SLOTS_FILE
+from llava.constants import DEFAULT_IMAGE_TOKEN
+from llava.conversation import get_conversation
+from llava.data.prompt import Prompt, PromptEncoder, check_aspect_ratio
+from llava.data.rows import Row
+from llava.devices import default_device
+from llava.eval.answer_file import batches
+from llava.eval.generation import (
+    NO_ROUTE,
+    ORACLE,
+    REFUSAL,
+    WINDOW,
+    Generation,
+    Loading,
+    Reply,
+    check_route,
+    given_tasks,
+    sorted_batches,
+)
+from llava.eval.question_cache import QuestionCache
+from llava.mm_utils import KeywordsStoppingCriteria, get_model_name_from_path
+from llava.model.builder import attach_slots, load_pretrained_model, tell_prompt
+from llava.model.configs import llava_config
+from llava.padding import pad
+from llava.slots.adapter import read_memory
+from llava.slots.pool import Pool
+from llava.utils import UserError, rank0_print
+
+_PROMPT_ENTRIES = ("prompt", "conversation_version", "image_aspect_ratio")
+
+
+@dataclass
+class _Loaded:
+    """What is in memory: the model as it was loaded, and from where."""
+
+    key: tuple[str, str | None]
+    tokenizer: Any
+    model: Any
+    image_processor: Any
+    adapter: Any
+    entries: dict[str, Any]
+
+
+class Answerer:
+    """A model that answers questions: a base, and what is put on it.
+
+    Args:
+        base: folder or hub name of the model under the stages; ``None``: what each stage names. Nothing is loaded yet.
+        cache: what is known of the questions already.
+    """
+
+    def __init__(self, base: str | None, loading: Loading | None = None, cache: QuestionCache | None = None) -> None:
+        self.base, self.loading = base, loading or Loading()
+        self.cache = cache or QuestionCache()
+        self._prompt: Prompt | None = None
+        self._loaded: _Loaded | None = None
+        self._route: str | None = None
+        self._task: str | None = None
+
+    @classmethod
+    def load(cls, base: str, loading: Loading | None = None) -> Answerer:
+        """An answerer whose base is in memory and answers."""
+        return cls(base, loading).use(None)
+
+    @property
+    def model(self) -> Any:
+        """The model in memory."""
+        return self._in_memory.model
+
+    @property
+    def tokenizer(self) -> Any:
+        """Its tokenizer."""
+        return self._in_memory.tokenizer
+
+    @property
+    def prompt(self) -> Prompt:
+        """How it is asked."""
+        if self._prompt is None:
+            raise UserError("no model is chosen; say which one answers with use()")
+        return self._prompt
+
+    @property
+    def _in_memory(self) -> _Loaded:
+        if self._loaded is None:
+            raise UserError("no model is loaded; say which one answers with use()")
+        return self._loaded
+
+    # -- which model -------------------------------------------------------------------------------------------------
+
+    def use(
+        self,
+        stage: str | None,
+        route: str | None = None,
+        task: str | None = None,
+        defaults: dict[str, Any] | None = None,
+        **asked: Any,
+    ) -> Answerer:
+        """Let a stage answer from now on, or with ``None`` the base; returns the answerer.
+
+        Args:
+            stage: folder or hub name of any checkpoint.
+            route: a router's name, ``oracle`` (each row's own domain, where it is learned), ``none`` (the base
+                answers), or ``None``: as the stage was trained.
+            task: every question goes to this task's slots.
+            defaults, asked: fields of the prompt, where the stage keeps none and whatever it keeps (``Prompt.of``).
+
+        Raises:
+            UserError: not a checkpoint, or one that does not fit its base; a text-only model; an unknown router, task,
+                template or picture mode.
+        """
+        place = stage or self.base
+        if place is None:
+            raise UserError("there is no base model; give one, or a stage")
+        check_route(route)
+        checkpoint = Checkpoint.open(place, get_model_name_from_path(place))
+        _check_asked(checkpoint, asked)
+        if stage is not None and is_light(checkpoint):
+            slots = Pool.read(checkpoint.folder / SLOTS_FILE)
+            base = self.base or slots.base.get("path")
+            if not base:
+                raise UserError(f"{place} holds only slots; give the base model they were trained on as --model-base")
+            loaded, under = self._ready(base, None), Checkpoint.open(base)
+            attach_slots(loaded.model, slots, under, read_memory(checkpoint.folder), self.cache.encoder)
+            tell_prompt(loaded.model.config, slots, base)
+        else:
+            loaded = self._ready(place, self.base if stage is not None and stage != self.base else None)
+            if loaded.adapter is not None:
+                loaded.model.attach_adapter(loaded.adapter)
+        self._choose(route, task)
+        self._prompt = Prompt.of(loaded.model.config, get_model_name_from_path(place), defaults, **asked)
+        self._prompt.tell(loaded.model.config)
+        template = get_conversation(self._prompt.conv_mode)
+        self._stop = (template.sep2 if template.sep_style.name in ("TWO", "LLAMA_2") else template.sep) or None
+        return self
+
+    def _ready(self, place: str, base: str | None) -> _Loaded:
+        """The model of ``place``, loaded or in memory already, with nothing on it."""
+        key = (place, base)
+        if self._loaded is None or self._loaded.key != key:
+            self._loaded = None  # two models may not fit into the memory
+            gc.collect()
+            self._loaded = self._load(place, base)
+        loaded = self._loaded
+        loaded.model.detach_adapter()
+        values = vars(loaded.model.config)
+        for name in _PROMPT_ENTRIES:
+            values.pop(name, None)
+        values.update(loaded.entries)
+        return loaded
+
+    def _load(self, place: str, base: str | None) -> _Loaded:
+        loading = self.loading
+        tokenizer, model, image_processor, _ = load_pretrained_model(
+            place,
+            base,
+            get_model_name_from_path(place),
+            load_8bit=loading.load_8bit,
+            load_4bit=loading.load_4bit,
+            device=default_device(loading.device),
+            attn_implementation=loading.attn_implementation,
+            dtype=loading.dtype,
+        )
+        if not hasattr(model, "get_vision_tower"):
+            raise UserError(f"{place} is a plain language model, not a LLaVA checkpoint")
+        if self.base is not None and place != self.base:
+            rank0_print(f"{place}: has weights of its own, so it was loaded by itself")
+        entries = {name: value for name, value in vars(model.config).items() if name in _PROMPT_ENTRIES}
+        return _Loaded((place, base), tokenizer, model.eval(), image_processor, model.retriever, entries)
+
+    def _choose(self, route: str | None, task: str | None) -> None:
+        self._route, self._task = route, task
+        if route == NO_ROUTE:
+            self.model.detach_adapter()
+        adapter = self.model.retriever
+        if adapter is not None:  # a base model has none
+            adapter.router_name = adapter.settings.router if route in (None, ORACLE) else route
+        if task and task not in self.known_tasks:
+            known = ", ".join(self.known_tasks) or "no slots"
+            raise UserError(f"no trained slots for task {task!r}; the model has {known}")
+
+    @property
+    def known_tasks(self) -> list[str]:
+        """Tasks that the model has trained slots for, in slot order; none for a base model."""
+        adapter = self.model.retriever
+        return [] if adapter is None else [task.name for task in adapter.pool.selectable]
+
+    # -- answers -----------------------------------------------------------------------------------------------------
+
+    def encoder(self, image_folder: str = "") -> PromptEncoder:
+        """What turns rows and conversations into this model's inputs, as training does."""
+        loaded = self._in_memory
+        parts = (self.prompt, loaded.tokenizer, loaded.image_processor, loaded.model.config)
+        return PromptEncoder(*parts, image_folder, cache_megabytes=0)
+
+    def answer(
+        self, rows: Sequence[Row], generation: Generation | None = None, image_folder: str = "", done: int = 0
+    ) -> Iterator[Reply]:
+        """Replies to ``rows[done:]``, in order, as they come.
+
+        Batches depend on the rows and the batch size alone: with ``done`` rows answered before, what follows is what
+        would have followed.
+
+        Raises:
+            UserError: a picture cannot be read, or a row has none of the tasks that ``use`` was told to go by.
+        """
+        generation = generation or Generation()
+        encoder = self.encoder(image_folder)
+        tasks = given_tasks(rows, self._route, self._task)
+        with ThreadPoolExecutor(max(generation.workers, 1)) as readers:
+            for window in batches(len(rows), generation.batch_size * WINDOW):
+                if window.stop <= done:
+                    continue
+                ids = {number: encoder.tokens(rows[number], answer=False)[0] for number in window}
+                plan = sorted_batches(window, ids, generation.batch_size, done)
+                following = max(window.start, done)
+                waiting: dict[int, Reply] = {}
+                for place, batch in enumerate(plan):
+                    if generation.workers:
+                        for later in plan[place : place + 2]:
+                            self.cache.read_ahead([rows[number] for number in later], encoder, readers)
+                    if generation.temperature > 0:
+                        torch.manual_seed(generation.seed + min(batch))  # sampled answers, too, survive a resume
+                    asked = [rows[number] for number in batch]
+                    inputs = self._inputs(asked, [ids[number] for number in batch], encoder)
+                    replies = self._generate(inputs, generation, [tasks[number] for number in batch])
+                    waiting.update(zip(batch, replies, strict=True))
+                    while following in waiting:
+                        yield waiting[following]
+                        following += 1
+
+    def ask(
+        self, turns: Sequence[tuple[str, str]], pictures: Sequence[Any], generation: Generation, **options: Any
+    ) -> Reply:
+        """The answer to the last human turn of a conversation about ``pictures`` (RGB, opened).
+
+        Args:
+            turns: ``("human", text)``, ``("gpt", text)``, …; the first human turn holds the ``<image>`` marks.
+            options: further arguments for ``generate``, such as a streamer.
+        """
+        encoder = self.encoder()
+        ids, _ = encoder.conversation(turns, bool(pictures))
+        question = turns[-1][1].replace(DEFAULT_IMAGE_TOKEN, "").strip()
+        inputs = {
+            **self._padded([ids]),
+            "images": [[pixels.to(self.model.device) for pixels in encoder.pixels(pictures)]] if pictures else None,
+            "image_sizes": [[picture.size for picture in pictures]],
+            "rows": [Row(0, None, (("human", question),), None, None, {})],
+        }
+        (reply,) = self._generate(inputs, generation, [self._task], **options)
+        return reply
+
+    def _inputs(self, rows: Sequence[Row], ids: Sequence[list[int]], encoder: PromptEncoder) -> dict[str, Any]:
+        """A batch: ids and mask ``[batch, length]``, features and image queries of the pictures, sizes, rows."""
+        model, adapter = self.model, self.model.retriever
+        sights = [self.cache.look(row, encoder, model) for row in rows]
+        inputs = {
+            **self._padded(ids),
+            "image_features": [[] if sight is None else [sight.features.to(model.device)] for sight in sights],
+            "image_sizes": [None if sight is None else sight.size for sight in sights],
+            "rows": rows,
+        }
+        if adapter is not None and adapter.active and adapter.settings.uses_images:
+            settings = adapter.settings
+            blank = torch.zeros(settings.image_dim)
+            queries = [blank if sight is None else sight.queries[settings.image_query] for sight in sights]
+            inputs["image_query"] = torch.stack(queries).to(model.device)
+        return inputs
+
+    def _padded(self, ids: Sequence[list[int]]) -> dict[str, Tensor]:
+        padded, mask = pad([torch.tensor(row) for row in ids], "left", self._pad_id)
+        return {"input_ids": padded.to(self.model.device), "attention_mask": mask.long().to(self.model.device)}
+
+    @property
+    def _pad_id(self) -> int:
+        """The padding token; masked, so any valid id serves where the tokenizer has none."""
+        candidates = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0)
+        return next(token for token in candidates if token is not None)
+
+    def _generate(
+        self, inputs: dict[str, Any], generation: Generation, tasks: Sequence[str | None], **options: Any
+    ) -> list[Reply]:
+        """Replies of one batch; tasks that the model has not learned yet are routed freely."""
+        model, rows = self.model, inputs.pop("rows")
+        given = [task if task in self.known_tasks else None for task in tasks]
+        more = {**inputs, **options}
+        if any(given):
+            more["tasks"] = given
+        if self._stop and self._stop.strip() and self._stop != self.tokenizer.eos_token:
+            more["stopping_criteria"] = [KeywordsStoppingCriteria([self._stop], self.tokenizer, inputs["input_ids"])]
+        if generation.temperature > 0:
+            more |= {"temperature": generation.temperature, "top_p": generation.top_p}
+        output = model.generate(
+            questions=[row.question for row in rows],
+            do_sample=generation.temperature > 0,
+            num_beams=generation.num_beams,
+            max_new_tokens=generation.max_new_tokens,
+            pad_token_id=self._pad_id,
+            **more,
+        )
+        texts = self.tokenizer.batch_decode(output, skip_special_tokens=True)
+        route = model.last_route
+        routes = [None if route is None else route.describe(number) for number in range(len(rows))]
+        return [
+            Reply(
+                row,
+                REFUSAL if generation.refuse_unknown and found and found.get("unknown") else self._clean(text),
+                found,
+            )
+            for row, text, found in zip(rows, texts, routes, strict=True)
+        ]
+
+    def _clean(self, text: str) -> str:
+        """The answer without the template's end mark and what a model says after it."""
+        return (text.split(self._stop)[0] if self._stop and self._stop.strip() else text).strip()
+
+
+def is_light(checkpoint: Checkpoint) -> bool:
+    """Whether a checkpoint is slots alone, which any number of can share one loaded base."""
+    return checkpoint.kind == "stage" and not checkpoint.has_weights and not checkpoint.has(ADAPTER_CONFIG)
+
+
+def _check_asked(checkpoint: Checkpoint, asked: dict[str, Any]) -> None:
+    """Refuse a template or picture mode that is not known, or that the model cannot do, before it is loaded."""
+    if asked.get("conv_mode"):
+        get_conversation(asked["conv_mode"])
+    if asked.get("aspect_ratio"):
+        config = llava_config(checkpoint) if checkpoint.has("config.json") else None
+        check_aspect_ratio(asked["aspect_ratio"], config)

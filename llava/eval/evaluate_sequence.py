@@ -1,0 +1,112 @@
+"""Evaluate a task sequence: answers by the base and by every stage, their scores, the accuracy matrix.
+
+    python -m llava.eval.evaluate_sequence --sequence vqa-rad --base_model BASE
+
+Everything that can be wrong is looked for before a model is loaded. Then each device loads the base once and answers
+its chunks of the test questions with the base alone and with one stage after the other. What is finished is skipped,
+and killed work goes on where it stopped and ends with the same bytes: give the same command again.
+
+Under ``output/eval/<sequence>[-<method>][-<route>]``, for ``zero-shot`` and each stage: ``chunks/``, ``answers.jsonl``,
+``scores.json``, ``rows.jsonl``; and ``accuracy_matrix.json`` with its picture.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from llava.cli import parse
+from llava.data.rows import write_jsonl
+from llava.devices import restricted_to, visible_devices
+from llava.eval import eval_video_qa
+from llava.eval.accuracy_matrix import DEFAULT_METRICS, write_matrix
+from llava.eval.answer_file import merge_answers
+from llava.eval.evaluation import Evaluation, Settings
+from llava.utils import UserError, quiet_libraries, run_cli
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Check, answer, score, draw."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    settings = parse(Settings, words, __doc__)
+    quiet_libraries()
+    if settings.worker:
+        number, count = map(int, settings.worker.split("/"))
+        answer(Evaluation.of(settings, settings.chunks), number, count)
+        return
+    devices = visible_devices()
+    evaluation = Evaluation.of(settings, max(len(devices), 1))
+    evaluation.check()
+    say(f"{len(evaluation.models)} models, {evaluation.chunks} chunk(s) on {', '.join(devices) or 'the CPU'}")
+    if len(devices) > 1:
+        answer_on(devices[: evaluation.chunks], [*words, "--chunks", str(evaluation.chunks)])
+    else:
+        answer(evaluation)
+    files = [str(merge(evaluation, name)) for name, _ in evaluation.models]
+    say(f"scoring {len(files)} answer files")
+    sequence = evaluation.sequence
+    train_files = [file for task in sequence.tasks for file in task.files]
+    eval_video_qa.score_files(
+        eval_video_qa.Arguments(question_file=sequence.test, answers_file=files, train_file=train_files)
+    )
+    scores = {name: evaluation.folder / name / eval_video_qa.SCORES_NAME for name, _ in evaluation.models}
+    zero_shot = scores.pop(evaluation.ZERO_SHOT, None)
+    metrics = sequence.metrics or DEFAULT_METRICS
+    write_matrix(evaluation.folder, list(scores.values()), sequence.task_names, metrics, zero_shot)
+
+
+def answer(evaluation: Evaluation, number: int = 0, count: int = 1) -> None:
+    """Answer every ``count``-th chunk from ``number`` on, with each model; the base is loaded where work is left."""
+
+    @functools.cache
+    def answerer():
+        from llava.eval.answerer import Answerer
+
+        return Answerer(evaluation.base, evaluation.loading)
+
+    for name, _ in evaluation.models:
+        for index in range(number, evaluation.chunks, count):
+            evaluation.chunk(name, index).write(answerer, quiet=number > 0)
+
+
+def answer_on(devices: Sequence[str], words: Sequence[str]) -> None:
+    """Answer with one process a device; none outlives this one.
+
+    Raises:
+        UserError: one of them failed, after it has said why.
+    """
+    command = [sys.executable, "-m", "llava.eval.evaluate_sequence", *words]
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    workers: list[subprocess.Popen] = []
+    try:
+        for number, device in enumerate(devices):
+            environment = {**os.environ, **restricted_to(device)}
+            own = [*command, "--worker", f"{number}/{len(devices)}"]
+            workers.append(subprocess.Popen(own, env=environment))
+        failed = [device for device, worker in zip(devices, workers, strict=True) if worker.wait() != 0]
+    finally:
+        for worker in workers:
+            worker.terminate()
+    if failed:
+        raise UserError(f"answering failed on device {', '.join(failed)} (message above); run the same command again")
+
+
+def merge(evaluation: Evaluation, name: str) -> Path:
+    """Join a model's chunks into one file of answers."""
+    target = evaluation.folder / name / "answers.jsonl"
+    chunks = [evaluation.chunk(name, index).answers_file for index in range(evaluation.chunks)]
+    write_jsonl(target, merge_answers(evaluation.rows, chunks))
+    return target
+
+
+def say(text: str) -> None:
+    print(f"[evaluate] {text}", flush=True)
+
+
+if __name__ == "__main__":
+    run_cli(main)

@@ -1,0 +1,186 @@
+"""What an evaluation of a task sequence takes and makes, and what about it can be checked before it starts."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import ClassVar
+
+from llava.checkpoints.checkpoint import Checkpoint
+from llava.checkpoints.kinds import SLOTS_FILE
+from llava.cli import flag
+from llava.continual.places import Places
+from llava.continual.tasks import TaskSequence, load_sequence, sequence_flag
+from llava.conversation import get_conversation
+from llava.data.prompt import check_aspect_ratio
+from llava.data.rows import Row, read_rows
+from llava.eval.answer_chunk import Chunk, check_images
+from llava.eval.generation import Generation, Loading, check_route
+from llava.eval.loading_flags import asked_prompt
+from llava.model.builder import check_slots_fit
+from llava.model.configs import llava_config
+from llava.slots.pool import Pool
+from llava.utils import UserError, require_file
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The command line; an empty text is as good as none."""
+
+    sequence: str = sequence_flag()
+    base_model: str = flag("", "model under the stages (default: the sequence's)", aliases=["--model-base"])
+    output_dir: str = flag("", "holds the stages and the results (default: OUTPUT_DIR, else output)")
+    method: str = flag("retrieval", "continual method whose stages are evaluated")
+    route: str = flag("", "a router, 'oracle' (the task is given) or 'none' (default: as trained)")
+    zero_shot: bool = flag(True, "also evaluate the base model alone")
+    chunks: str = flag("", "parts of the question file (default: one for each device)")
+    batch_size: int = flag(16, "questions answered at a time")
+    max_new_tokens: int = flag(64, "longest answer, in tokens")
+    num_workers: int = flag(0, "threads that read pictures ahead")
+    conv_mode: str = flag("", "conversation template (default: the stage's own)")
+    image_aspect_ratio: str = flag("", "pad, square or anyres (default: the stage's own)")
+    answer_suffix: str | None = flag(None, "text after each question (default: the stage's own; '' for none)")
+    stale: str = flag("replace", "answers of other weights or settings", choices=["replace", "refuse"])
+    worker: str = flag("", "which part of the chunks this process answers, for the command's own use")
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A task sequence's models, questions and places.
+
+    Attributes:
+        chunks: parts of the question file.
+        models: name of each model's folder, and its stage (``None``: the base), in the order in which they answer.
+    """
+
+    ZERO_SHOT: ClassVar[str] = "zero-shot"
+
+    settings: Settings
+    sequence: TaskSequence
+    places: Places
+    chunks: int
+
+    @classmethod
+    def of(cls, settings: Settings, devices: int | str) -> Evaluation:
+        """What the settings ask for.
+
+        Raises:
+            UserError: a number of chunks below 1; no such sequence.
+        """
+        chunks = str(settings.chunks or devices)
+        if not chunks.isdigit() or int(chunks) < 1:
+            raise UserError(f"CHUNKS is {chunks!r}; give a whole number of 1 or more, or leave it empty")
+        sequence = load_sequence(settings.sequence)
+        environ = {**os.environ, **({"OUTPUT_DIR": settings.output_dir} if settings.output_dir else {})}
+        return cls(settings, sequence, Places.of(sequence, settings.method, environ), int(chunks))
+
+    @cached_property
+    def base(self) -> str:
+        """The model under the stages; ``UserError`` where neither the settings nor the sequence name one."""
+        return self.places.base_model(self.settings.base_model or None)
+
+    @property
+    def folder(self) -> Path:
+        """Where everything goes."""
+        return self.places.evaluation(self.settings.route or None)
+
+    @property
+    def models(self) -> list[tuple[str, Path | None]]:
+        stages: list[tuple[str, Path | None]] = [(stage.name, stage) for stage in self.places.stages]
+        return [(self.ZERO_SHOT, None), *stages] if self.settings.zero_shot else stages
+
+    @cached_property
+    def rows(self) -> list[Row]:
+        """The test questions."""
+        source = require_file(self.sequence.test, "question file", "make it with: python fusion.py")
+        return read_rows(source)
+
+    @property
+    def loading(self) -> Loading:
+        """The defaults: the accelerator of this process, unquantised."""
+        return Loading()
+
+    def chunk(self, name: str, number: int) -> Chunk:
+        """One chunk of a model's answers."""
+        settings, stage = self.settings, dict(self.models)[name]
+        return Chunk(
+            question_file=self.sequence.test,
+            rows=self.rows,
+            image_folder=self.sequence.image_folder,
+            answers_file=self.folder / name / "chunks" / f"{self.chunks}_{number}.jsonl",
+            model=self.base if stage is None else str(stage),
+            base=None if stage is None else self.base,
+            loading=self.loading,
+            generation=Generation(
+                max_new_tokens=settings.max_new_tokens, batch_size=settings.batch_size, workers=settings.num_workers
+            ),
+            route=settings.route or None,
+            number=number,
+            count=self.chunks,
+            asked=asked_prompt(settings),
+            defaults={"answer_suffix": self.sequence.answer_suffix},
+            replace=settings.stale == "replace",
+        )
+
+    def check(self) -> None:
+        """Find what would stop the evaluation later on, without loading a model.
+
+        Raises:
+            UserError: naming the first thing that is wrong.
+        """
+        settings = self.settings
+        for name in ("batch_size", "max_new_tokens"):
+            if getattr(settings, name) < 1:
+                raise UserError(f"--{name} is {getattr(settings, name)}; give 1 or more")
+        check_route(settings.route or None)
+        if settings.conv_mode:
+            get_conversation(settings.conv_mode)
+        if settings.image_aspect_ratio:
+            check_aspect_ratio(settings.image_aspect_ratio)
+        check_questions(self.rows, self.sequence)
+        for task in self.sequence.tasks:
+            for file in task.files:
+                require_file(file, "training file", "the majority baselines need it; make it with: python fusion.py")
+        self._check_stages()
+        check_images(self.rows, self.sequence.image_folder)
+        for name, _ in self.models:
+            for number in range(self.chunks):
+                self.chunk(name, number).finished()  # refuses another run's answers, if it should
+
+    def _check_stages(self) -> None:
+        stages = self.places.stages
+        for stage in stages:
+            if not stage.is_dir():
+                raise UserError(f"stage checkpoint not found: {stage} (train it with: bash finetune_continual.sh)")
+        base = Checkpoint.open(self.base)
+        for stage in stages:
+            checkpoint = Checkpoint.open(stage)
+            if checkpoint.kind == "stage" and not checkpoint.has_weights:
+                check_slots_fit(llava_config(base), Pool.read(stage / SLOTS_FILE), base)
+
+
+def check_questions(rows: Sequence[Row], sequence: TaskSequence) -> None:
+    """Refuse test questions that could not be scored for the accuracy matrix.
+
+    Raises:
+        UserError: a row without a domain or an answer, an id used twice, a task without rows.
+    """
+    seen: dict[str, Row] = {}
+    for row in rows:
+        if row.domain is None:
+            raise UserError(f"{sequence.test}: question_id {row.id!r} has no domain (add 'domain' to the question row)")
+        if row.answer is None:
+            raise UserError(
+                f"{sequence.test}: question_id {row.id!r} has no reference answer (add 'gpt4_answer' to the row)"
+            )
+        if seen.setdefault(str(row.id), row) is not row:
+            raise UserError(f"{sequence.test}: question_id {row.id!r} occurs twice (ids must be unique)")
+    absent = [task for task in sequence.task_names if not any(row.domain == task for row in rows)]
+    if absent:
+        raise UserError(
+            f"{sequence.test}: no question is of task {absent[0]!r} (its domains are "
+            f"{', '.join(dict.fromkeys(str(row.domain) for row in rows))}); add some, or name the task as they do"
+        )

@@ -1,0 +1,117 @@
+"""What a model's frozen parts make of pictures and questions, kept for every stage that is asked about them.
+
+All stages over one base share its vision tower and their text encoder: each picture is opened once and goes through the
+tower once, by itself, so that nothing depends on which questions are answered together; each question is encoded once.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import OrderedDict
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llava.data.prompt import Picture, PromptEncoder
+from llava.data.rows import Row
+from llava.slots.encoders import TextEncoder, encoder_from_identity
+from llava.slots.picture_query import KINDS, image_queries, image_query_dim
+
+MEGABYTES = 2048
+"""Memory for features, about 1700 pictures of LLaVA-1.5 in half precision."""
+
+RECENT = 64
+"""Pictures beyond that memory that are kept while their neighbours are asked about."""
+
+
+@dataclass(frozen=True)
+class Sight:
+    """A picture as the tower saw it, on the CPU.
+
+    Attributes:
+        features: ``[tiles, patches, mm_hidden_size]``.
+        queries: by kind the image query ``[image_dim]``.
+        size: ``(width, height)`` of the file.
+    """
+
+    features: Tensor
+    queries: dict[str, Tensor]
+    size: tuple[int, int]
+
+
+class QuestionCache:
+    """Sights and text encoders of one base model.
+
+    What is kept first stays: stages ask about the same pictures in the same order, where dropping the oldest would drop
+    each picture just before it is needed.
+
+    Args:
+        megabytes: memory for pictures; those that find no room are looked at again for each stage.
+    """
+
+    def __init__(self, megabytes: int = MEGABYTES) -> None:
+        self.limit, self.used = megabytes * 2**20, 0
+        self.sights: dict[tuple, Sight] = {}
+        self.recent: OrderedDict[tuple, Sight] = OrderedDict()
+        self.coming: dict[tuple, Future[Picture]] = {}
+        self.encoders: dict[str, TextEncoder] = {}
+
+    def encoder(self, identity: dict[str, Any], base: Any) -> TextEncoder:
+        """The text encoder of this identity; it remembers the questions it has encoded."""
+        name = json.dumps(identity, sort_keys=True)
+        if name not in self.encoders:
+            self.encoders[name] = encoder_from_identity(identity, base)
+        return self.encoders[name]
+
+    def read_ahead(self, rows: Sequence[Row], encoder: PromptEncoder, pool: ThreadPoolExecutor) -> None:
+        """Open the rows' pictures that are not known yet while something else is worked on."""
+        for row in rows:
+            key = _key(row, encoder)
+            if row.image is not None and self._known(key) is None and key not in self.coming:
+                self.coming[key] = pool.submit(encoder.open_picture, row)
+
+    @torch.no_grad()
+    def look(self, row: Row, encoder: PromptEncoder, model: Any) -> Sight | None:
+        """The row's picture as ``model`` sees it; ``None`` without one.
+
+        Raises:
+            UserError: the picture cannot be read, naming row and file.
+        """
+        if row.image is None:
+            return None
+        key = _key(row, encoder)
+        if (found := self._known(key)) is not None:
+            return found
+        ahead = self.coming.pop(key, None)
+        pixels, size = encoder.open_picture(row) if ahead is None else ahead.result()
+        pixels = pixels.to(model.device)
+        features = model.vision_features([pixels])[0][0]
+        tiles = pixels if pixels.dim() == 4 else pixels[None]
+        queries = {
+            kind: image_queries(kind, [[features]], [[tiles]], image_query_dim(kind, features.shape[-1]))[0].cpu()
+            for kind in KINDS
+        }
+        sight = Sight(features.cpu(), queries, size)
+        self._keep(key, sight)
+        return sight
+
+    def _known(self, key: tuple) -> Sight | None:
+        return self.sights.get(key) or self.recent.get(key)
+
+    def _keep(self, key: tuple, sight: Sight) -> None:
+        taken = sight.features.nbytes
+        if self.used + taken <= self.limit:
+            self.sights[key] = sight
+            self.used += taken
+            return
+        self.recent[key] = sight
+        if len(self.recent) > RECENT:
+            self.recent.popitem(last=False)
+
+
+def _key(row: Row, encoder: PromptEncoder) -> tuple:
+    return str(encoder.image_folder), row.image, encoder.prompt.aspect_ratio

@@ -1,0 +1,220 @@
+"""Evaluating a task sequence in this process: one load, the same bytes after a kill, late faults found early."""
+
+import json
+import os
+
+import pytest
+import torch
+from tiny_llava import write_base, write_images, write_stage
+
+from llava.data.rows import question_row, write_jsonl
+from llava.eval import answer_chunk, answerer, evaluate_sequence, model_vqa_loader
+from llava.utils import UserError
+
+TASKS = ("abd", "chest")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sequence")
+    base = write_base(folder / "tiny-base")
+    write_stage(folder / "output" / "llava-tiny_abd", base, TASKS[:1])
+    write_stage(folder / "output" / "llava-tiny_abd_chest", base, TASKS)
+    write_images(folder / "images", [f"{number}.png" for number in range(4)])
+    rows = [question_row(n, f"{n % 4}.png", f"is there {n}?", "yes", TASKS[n % 2], TASKS) for n in range(11)]
+    write_jsonl(folder / "test.jsonl", rows)
+    write_sequence(folder)
+    return folder
+
+
+def write_sequence(folder, name="tiny", **changes):
+    values = {
+        "name": "tiny",
+        "tasks": [{"name": task, "train": str(folder / "test.jsonl")} for task in TASKS],
+        "test": str(folder / "test.jsonl"),
+        "image_folder": str(folder / "images"),
+        "metrics": ["exact_match"],
+        **changes,
+    }
+    (folder / f"{name}.json").write_text(json.dumps(values))
+    return folder / f"{name}.json"
+
+
+@pytest.fixture
+def evaluate(place, tmp_path, monkeypatch):
+    """The command; its results go to a folder of the test's own, whose stages are the shared ones."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setattr("llava.eval.eval_video_qa.TextScorer", without_java)
+    for stage in ("llava-tiny_abd", "llava-tiny_abd_chest"):
+        os.symlink(place / "output" / stage, tmp_path / stage)
+
+    def run(*more, sequence=None):
+        words = ["--sequence", sequence or place / "tiny.json", "--base_model", place / "tiny-base"]
+        words += ["--output_dir", tmp_path, "--max_new_tokens", 3, "--batch_size", 2, *more]
+        evaluate_sequence.main([str(word) for word in words])
+        return tmp_path / "eval" / "tiny"
+
+    return run
+
+
+def without_java(use_java=None):
+    from llava.eval.text_metrics import TextScorer
+
+    return TextScorer(use_java=False)
+
+
+@pytest.fixture
+def loads(monkeypatch):
+    """Every model that is loaded."""
+    made, load = [], answerer.load_pretrained_model
+    monkeypatch.setattr(answerer, "load_pretrained_model", lambda *a, **k: made.append(a[0]) or load(*a, **k))
+    return made
+
+
+def contents(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*.json*")}
+
+
+def test_one_load_answers_with_the_base_and_every_stage(place, evaluate, loads, tmp_path):
+    folder = evaluate("--chunks", 2)
+    assert loads == [str(place / "tiny-base")]
+    names = ["zero-shot", "llava-tiny_abd", "llava-tiny_abd_chest"]
+    assert sorted(path.name for path in folder.iterdir() if path.is_dir()) == sorted(names)
+    for name in names:
+        assert sorted(path.name for path in (folder / name / "chunks").iterdir()) == ["2_0.jsonl", "2_1.jsonl"]
+        words = ["--model-path", tmp_path / name, "--model-base", place / "tiny-base"]
+        words = ["--model-path", place / "tiny-base"] if name == "zero-shot" else words
+        words += ["--question-file", place / "test.jsonl", "--image-folder", place / "images", "--max_new_tokens", 3]
+        words += ["--batch-size", 2, "--answers-file", tmp_path / f"{name}.jsonl"]
+        model_vqa_loader.main([str(word) for word in words])  # a fresh load, for this model alone
+
+        def told(path):
+            answers = [json.loads(line) for line in path.read_text().splitlines()]
+            return [{**answer, "metadata": answer["metadata"].get("route")} for answer in answers]
+
+        assert told(folder / name / "answers.jsonl") == told(tmp_path / f"{name}.jsonl")
+    matrix = json.loads((folder / "accuracy_matrix.json").read_text())
+    assert matrix["stages"] == names[1:] and matrix["zero_shot_model"] == "tiny-base"
+
+
+def test_repeating_changes_nothing_and_loads_nothing(evaluate, loads):
+    before = contents(evaluate("--chunks", 2))
+    loads.clear()
+    assert contents(evaluate("--chunks", 2)) == before
+    assert loads == []
+
+
+class Killed(Exception):
+    """In the place of a kill."""
+
+
+@pytest.mark.parametrize("after", [2, 13])
+def test_killed_work_goes_on_to_the_same_bytes(evaluate, monkeypatch, tmp_path, after):
+    append, written = answer_chunk.append, []
+
+    def killed(stream, answers):
+        append(stream, answers)
+        written.extend(answers)
+        if len(written) == after:
+            stream.write(b'{"question_id": 6, "pro')
+            stream.flush()
+            raise Killed
+
+    monkeypatch.setattr(answer_chunk, "append", killed)
+    with pytest.raises(Killed):
+        evaluate("--chunks", 2)
+    monkeypatch.setattr(answer_chunk, "append", append)
+    continued = contents(evaluate("--chunks", 2))
+    for file in (tmp_path / "eval").rglob("*.jsonl"):
+        file.unlink()
+    assert contents(evaluate("--chunks", 2)) == continued
+
+
+def test_results_have_a_folder_for_each_route(evaluate, loads, tmp_path):
+    evaluate("--no_zero_shot", "--route", "oracle")
+    assert sorted(path.name for path in (tmp_path / "eval").iterdir()) == ["tiny-oracle"]
+    assert len(loads) == 1 and not (tmp_path / "eval" / "tiny-oracle" / "zero-shot").exists()
+
+
+def test_stale_answers_are_refused_before_anything_is_answered(evaluate, loads):
+    folder = evaluate()
+    (folder / "zero-shot" / "chunks" / "1_0.jsonl").unlink()  # there is work left before the stale ones come
+    loads.clear()
+    with pytest.raises(UserError, match=r"llava-tiny_abd/chunks/1_0.jsonl: line 1 was made with other model weights"):
+        evaluate("--conv_mode", "v0", "--stale", "refuse")
+    assert loads == []
+    evaluate("--conv_mode", "v0")
+    assert len(loads) == 1
+
+
+def rows_of(place):
+    return [json.loads(line) for line in (place / "test.jsonl").read_text().splitlines()]
+
+
+def without_a_domain(place):
+    return {"test": [{name: value for name, value in row.items() if name != "domain"} for row in rows_of(place)]}
+
+
+def of_one_task(place):
+    return {"test": [row for row in rows_of(place) if row["domain"]["abd"]]}
+
+
+def of_another_picture(place):
+    return {"test": [{**row, "image": "absent.png"} if row["question_id"] == 9 else row for row in rows_of(place)]}
+
+
+LATE = [
+    (without_a_domain, (), "question_id 0 has no domain"),
+    (of_one_task, (), "no question is of task 'chest'"),
+    (of_another_picture, (), "absent.png"),
+    (lambda _: {"metrics": ["exact_match", "accuracy"]}, (), "accuracy"),
+    (lambda _: {}, ("--chunks", 0), "CHUNKS is '0'"),
+    (lambda _: {}, ("--chunks", "two"), "CHUNKS is 'two'"),
+    (lambda _: {}, ("--route", "compass"), "'compass' is not a router"),
+    (lambda _: {}, ("--conv_mode", "v99"), "v99"),
+    (lambda _: {}, ("--image_aspect_ratio", "pda"), "did you mean 'pad'"),
+    (lambda _: {}, ("--batch_size", 0), "--batch_size is 0"),
+    (lambda _: {}, ("--method", "joint"), "stage checkpoint not found: .*llava-tiny-joint_abd"),
+    (lambda _: {}, ("--base_model", "no-such-model"), "no-such-model"),
+    (lambda place: {"test": place / "absent.jsonl"}, (), "absent.jsonl"),
+]
+
+
+@pytest.mark.parametrize("changes, more, message", LATE, ids=[message for *_, message in LATE])
+def test_what_is_wrong_is_found_before_a_model_is_loaded(place, evaluate, loads, tmp_path, changes, more, message):
+    found = changes(place)
+    if isinstance(found.get("test"), list):
+        write_jsonl(tmp_path / "test.jsonl", found["test"])
+        found["test"] = tmp_path / "test.jsonl"
+    sequence = write_sequence(place, "changed", **{name: _plain(value) for name, value in found.items()})
+    with pytest.raises(UserError, match=message):
+        evaluate(*more, sequence=sequence)
+    assert loads == [] and not (tmp_path / "eval").exists()
+
+
+def _plain(value):
+    return value if isinstance(value, list) else str(value)
+
+
+def test_a_stage_over_another_base_is_found_before_a_model_is_loaded(place, evaluate, loads, tmp_path):
+    other = write_base(tmp_path / "other", seed=7)
+    with pytest.raises(UserError, match="the slots were trained on base"):
+        evaluate("--base_model", other)
+    assert loads == []
+
+
+def test_devices_are_those_of_the_environment(monkeypatch):
+    from llava.devices import restricted_to, visible_devices
+
+    monkeypatch.delenv("HIP_VISIBLE_DEVICES", raising=False)
+    for text, found in (("0,2", ["0", "2"]), ("", []), (" GPU-1 ,", ["GPU-1"])):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", text)
+        assert visible_devices() == found
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "all")
+    assert visible_devices() == ["0", "1"]
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    assert visible_devices() == ["0", "1"]
+    monkeypatch.setenv("HIP_VISIBLE_DEVICES", "3")
+    assert visible_devices() == ["3"]
+    assert restricted_to("3") == {"CUDA_VISIBLE_DEVICES": "3", "HIP_VISIBLE_DEVICES": "3"}
