@@ -18,7 +18,7 @@ from llava.checkpoints.weights import fingerprint
 from llava.files import atomic_write
 from llava.slots.file import SlotFile, TaskSlots, read_slot_file, retriever_from, write_slot_file
 from llava.slots.merge import merge_slot_files
-from llava.slots.settings import check_task_name
+from llava.slots.names import check_task_name
 from llava.utils import UserError
 
 NOT_COPIED = (SLOTS_FILE, TRAINING_FILE, "log_history.json")
