@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from llava.checkpoints.kinds import SLOTS_FILE, TRAINING_FILE
+from llava.continual.places import Places
 from llava.continual.record import SHORT, difference, read_record
 from llava.data.rows import Row, read_rows, write_jsonl
 from llava.files import atomic_folder, atomic_write
@@ -79,7 +80,7 @@ class Run:
     @property
     def work(self) -> Path:
         """Where checkpoints lie while the stage is in training."""
-        return self.folder.parent / "checkpoints" / self.folder.name
+        return Places.work(self.folder)
 
     def finished(self) -> bool:
         """Whether the folder holds this very stage, whole.

@@ -14,8 +14,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar, TypeVar
 
-from llava.slots.picture_query import KINDS
-from llava.slots.settings import QUERY_MODES
+from llava.slots.names import KINDS, QUERY_MODES
 from llava.utils import UserError
 
 Block = TypeVar("Block")
@@ -34,7 +33,7 @@ class KeySettings:
 
     query_mode: str = setting("text+image", "what a question is routed by", choices=QUERY_MODES)
     text_encoder: str = setting("auto", "auto, base, minilm, or a sentence encoder's folder")
-    image_query: str = setting("tower+picture", "what the picture's query is made of", choices=tuple(KINDS))
+    image_query: str = setting("tower+picture", "what the picture's query is made of", choices=KINDS)
     groups: int = setting(4, "groups a key is split into", least=1)
     top_k: int = setting(4, "slots selected for each question", least=1)
     rank: int = setting(8, "rank of a slot", least=1)

@@ -152,8 +152,8 @@ def do_export(args: Export) -> None:
 def do_import(args: Import) -> None:
     from llava.checkpoints.weights import resolve_checkpoint
     from llava.slots.edit import write_place
+    from llava.slots.names import check_task_name
     from llava.slots.prototype import import_prototype
-    from llava.slots.settings import check_task_name
 
     for name in args.tasks:
         check_task_name(name)

@@ -42,7 +42,7 @@ from llava.continual.settings import (
 )
 from llava.data.metric_names import METRICS
 from llava.data.rows import ANSWER_STYLES
-from llava.slots.settings import check_task_name
+from llava.slots.names import check_task_name
 from llava.utils import UserError, require_file, run_cli
 
 SEQUENCE_FOLDER = Path(__file__).resolve().parents[2] / "scripts" / "tasks"

@@ -176,13 +176,21 @@ def _hashed(path: str, size: int, changed: int) -> str:
 
 
 def pictures_checksum(rows: Sequence[Row], image_folder: str | Path | None) -> str | None:
-    """16 hex digits over the contents of the rows' pictures, whatever their folder is called; None without any."""
+    """16 hex digits over the contents of the rows' pictures, whatever their folder is called; None without any.
+
+    Raises:
+        UserError: a picture is missing.
+    """
     names = picture_names(rows)
     if not names:
         return None
     digest = hashlib.sha256()
-    for name in sorted(names):
-        digest.update(f"{name}:{picture_sha256(Path(image_folder or '') / name)}\n".encode())
+    try:
+        for name in sorted(names):
+            digest.update(f"{name}:{picture_sha256(Path(image_folder or '') / name)}\n".encode())
+    except FileNotFoundError:
+        check_image_files(rows, image_folder)  # names the row and counts the others
+        raise
     return digest.hexdigest()[:16]
 
 
