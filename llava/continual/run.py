@@ -40,7 +40,7 @@ class Run:
         folder: of the stage checkpoint.
         record: everything that decides what is learned (see ``llava.continual.record``).
         unset: value of each recorded setting that nobody has set.
-        pool: slots of the finished stage; ``None`` before.
+        pool: slots of the finished stage; there are none before.
         memory: tensors that the method keeps (Fisher information, a gate, prefixes).
         kept_rows: rows of past tasks that the method keeps.
     """
@@ -48,7 +48,7 @@ class Run:
     folder: Path
     record: dict[str, Any]
     unset: dict[str, Any] = field(default_factory=dict)
-    pool: Pool | None = None
+    pool: Pool = field(init=False)
     memory: dict[str, Tensor] = field(default_factory=dict)
     kept_rows: list[Row] = field(default_factory=list)
 
@@ -64,7 +64,9 @@ class Run:
             raise UserError(f"stage checkpoint not found: {place} (train the stage before this one first)")
         record = read_record(place / TRAINING_FILE) if (place / TRAINING_FILE).is_file() else {}
         rows = read_rows(place / KEPT_ROWS_FILE) if (place / KEPT_ROWS_FILE).is_file() else []
-        return cls(place, record, {}, Pool.read(place / SLOTS_FILE), read_memory(place), rows)
+        run = cls(place, record, {}, read_memory(place), rows)
+        run.pool = Pool.read(place / SLOTS_FILE)
+        return run
 
     def contents(self) -> dict[str, Any]:
         """What a later stage takes from this finished one, as checksums for its record."""
