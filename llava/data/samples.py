@@ -25,6 +25,7 @@ from llava.data.labels import expanded_length, has_labels
 from llava.data.prompt import Picture, PromptEncoder
 from llava.data.rows import Row
 from llava.files import file_sha256
+from llava.padding import pad
 from llava.utils import UserError, rank0_print
 
 Features = dict[str, Picture]
@@ -208,14 +209,8 @@ class DataCollatorForSupervisedDataset:
     tokenizer: Any
 
     def __call__(self, samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        longest = max(len(sample["input_ids"]) for sample in samples)
-        padding = self.tokenizer.pad_token_id
-        ids = torch.full((len(samples), longest), padding if padding is not None else 0, dtype=torch.long)
-        labels = torch.full((len(samples), longest), IGNORE_INDEX, dtype=torch.long)
-        mask = torch.zeros((len(samples), longest), dtype=torch.bool)
-        for row, sample in enumerate(samples):
-            length = len(sample["input_ids"])
-            ids[row, :length], labels[row, :length], mask[row, :length] = sample["input_ids"], sample["labels"], True
+        ids, mask = pad([sample["input_ids"] for sample in samples], value=self.tokenizer.pad_token_id or 0)
+        labels, _ = pad([sample["labels"] for sample in samples], value=IGNORE_INDEX)
         batch = {
             "input_ids": ids,
             "labels": labels,
