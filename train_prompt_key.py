@@ -45,6 +45,7 @@ def main() -> None:
 
     places = places_of(args.sequence)
     sequence = places.sequence
+    sequence.task(args.task)  # refuses a name that the sequence does not have, before anything else is looked for
     keys = replace(sequence.keys, **given(args, KeySettings))
     if not 0 <= keys.held_out < 1:
         raise UserError(f"--held_out is {keys.held_out}; give a share of 0 or more and below 1")

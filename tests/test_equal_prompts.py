@@ -31,6 +31,7 @@ from llava.model.builder import load_pretrained_model
 from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower
 from llava.serve import cli
 from llava.slots.pool import Pool
+from llava.train import stage_data
 from llava.train import train as train_module
 
 SUFFIX = "Answer with one word."
@@ -322,7 +323,7 @@ def test_stage_1_and_stage_2_share_what_they_compute(world, tmp_path, counts, mo
     fit(tmp_path, world.base, world.sequence, "abd", "--cache_dir", cache)
     assert counts == {"looked for": 2 * PICTURES, "opened": PICTURES, "through": PICTURES, "towers": 1}
     counts.clear()
-    monkeypatch.setattr(train_module, "encoder_from_identity", lambda *_: pytest.fail("the queries are there"))
+    monkeypatch.setattr(stage_data, "encoder_from_identity", lambda *_: pytest.fail("the queries are there"))
     moved = tmp_path / "moved" / "pictures"
     shutil.copytree(world.folder / "images", moved)  # contents decide, not places and dates
     more = ("--query_cache", cache, "--image_folder", moved)

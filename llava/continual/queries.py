@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
@@ -44,12 +45,12 @@ _PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 def compute_queries(
     rows: list[Row],
     base: Path,
-    image_folder: str | os.PathLike,
+    image_folder: str | os.PathLike[str],
     query_mode: str,
     text_encoder: str,
     batch_size: int = 16,
     device: str = "cpu",
-    cache_dir: str | os.PathLike | None = DEFAULT_CACHE,
+    cache_dir: str | os.PathLike[str] | None = DEFAULT_CACHE,
     image_query: str = "tower",
     aspect_ratio: str | None = None,
 ) -> Queries:
@@ -68,16 +69,18 @@ def compute_queries(
         queries.encoder = encoder.identity
         queries.text = text_queries(rows, encoder.identity, lambda: encoder, cache)
     if "image" in query_mode:
-        check_image_files(rows, image_folder)
+        check_image_files(rows, Path(image_folder))
         source = PictureSource.standalone(base, image_folder, aspect_ratio, device, batch_size=batch_size)
         queries.image, _ = look_at_pictures(rows, source, image_query, cache, FEATURES_ON_DISK if cache else 0)
     return queries
 
 
-def text_queries(rows: list[Row], identity: dict, load: Callable[[], TextEncoder], cache: QueryCache) -> Tensor:
+def text_queries(
+    rows: list[Row], identity: dict[str, Any], load: Callable[[], TextEncoder], cache: QueryCache
+) -> Tensor:
     """Text queries ``[rows, text_dim]``; ``load`` gives the encoder of this identity where they must be computed."""
     content = {"encoder": identity, "questions": [row.question for row in rows]}
-    found = cache.read("text", content)
+    found: Tensor | None = cache.read("text", content)
     if found is None:
         encoder = load()
         shown = tqdm(rows, desc="text queries", unit="question", disable=not is_main_process(), leave=False)
@@ -97,7 +100,7 @@ class PictureSource:
 
     base: Path
     config: Any
-    image_folder: str | os.PathLike
+    image_folder: str | os.PathLike[str]
     aspect_ratio: str
     load_tower: Callable[[], CLIPVisionTower]
     device: str
@@ -108,7 +111,7 @@ class PictureSource:
     def standalone(
         cls,
         base: Path,
-        image_folder: str | os.PathLike,
+        image_folder: str | os.PathLike[str],
         aspect_ratio: str | None,
         device: str,
         dtype: torch.dtype = torch.float32,
@@ -143,16 +146,16 @@ class PictureSource:
             "pictures": [picture_sha256(Path(self.image_folder) / name) for name in names],
         }
 
-    def look(self, names: list[str]):
+    def look(self, names: list[str]) -> Iterator[tuple[str, Tensor, Tensor, tuple[int, int]]]:
         """One pass over the files, see ``tower_features``; nothing is loaded where there are none."""
         if not names:
             return iter(())
         tower = self.load_tower()
 
-        def preprocess(pictures):
+        def preprocess(pictures: list[Image.Image]) -> Tensor | list[Tensor]:
             return pixels_of(pictures, tower.image_processor, self.config, self.aspect_ratio)
 
-        return tower_features(names, tower, self.image_folder, preprocess, self.batch_size)
+        return tower_features(names, tower, Path(self.image_folder), preprocess, self.batch_size)
 
 
 def look_at_pictures(
@@ -169,7 +172,7 @@ def look_at_pictures(
     """
     names = picture_names(rows)
     content = source.content(names) if cache else {}
-    queries = cache.read("image", {**content, "query": kind}) if kind else None
+    queries: Any = cache.read("image", {**content, "query": kind}) if kind else None
     features = _kept_features(cache, content, names, feature_bytes) if feature_bytes else None
     missing = kind if queries is None else None
     if missing or (feature_bytes and features is None):
@@ -179,7 +182,9 @@ def look_at_pictures(
             cache.write("image", {**content, "query": kind}, queries)
         if features is not None and _size(features.values()) <= FEATURES_ON_DISK:
             cache.write("features", content, list(features.values()))
-    return _by_row(rows, dict(zip(names, queries, strict=True)), source, kind) if kind else None, features
+    if kind is None:
+        return None, features
+    return _by_row(rows, dict(zip(names, queries or [], strict=True)), source, kind), features
 
 
 def _look_once(
@@ -201,7 +206,7 @@ def _look_once(
     return queries, features if feature_bytes and taken <= feature_bytes else None
 
 
-def _kept_features(cache: QueryCache, content: dict, names: list[str], limit: int) -> Features | None:
+def _kept_features(cache: QueryCache, content: dict[str, Any], names: list[str], limit: int) -> Features | None:
     """Features from the cache, where they are there and within the limit."""
     kept = cache.read("features", content)
     if kept is None or _size(kept) > limit:

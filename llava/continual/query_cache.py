@@ -28,7 +28,7 @@ _DIGEST = 32
 class QueryCache:
     """Entries of one folder; without a folder nothing is kept and nothing found."""
 
-    def __init__(self, folder: str | os.PathLike | None) -> None:
+    def __init__(self, folder: str | os.PathLike[str] | None) -> None:
         self.folder = Path(folder) if folder else None
 
     def __bool__(self) -> bool:

@@ -99,7 +99,7 @@ def defaults(*groups: Any) -> dict[str, Any]:
     }
 
 
-def recorded(item: Field) -> bool:
+def recorded(item: Field[Any]) -> bool:
     """Whether a field of a group of arguments belongs to the record."""
     return item.name not in IGNORED and item.metadata.get("recorded", True)
 

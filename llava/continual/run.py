@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from llava.checkpoints.kinds import SLOTS_FILE, TRAINING_FILE
+from llava.continual.places import Places
 from llava.continual.record import SHORT, difference, read_record
 from llava.data.rows import Row, read_rows, write_jsonl
 from llava.files import atomic_folder, atomic_write
@@ -39,7 +40,7 @@ class Run:
         folder: of the stage checkpoint.
         record: everything that decides what is learned (see ``llava.continual.record``).
         unset: value of each recorded setting that nobody has set.
-        pool: slots of the finished stage; ``None`` before.
+        pool: slots of the finished stage; there are none before.
         memory: tensors that the method keeps (Fisher information, a gate, prefixes).
         kept_rows: rows of past tasks that the method keeps.
     """
@@ -47,7 +48,7 @@ class Run:
     folder: Path
     record: dict[str, Any]
     unset: dict[str, Any] = field(default_factory=dict)
-    pool: Pool | None = None
+    pool: Pool = field(init=False)
     memory: dict[str, Tensor] = field(default_factory=dict)
     kept_rows: list[Row] = field(default_factory=list)
 
@@ -63,7 +64,9 @@ class Run:
             raise UserError(f"stage checkpoint not found: {place} (train the stage before this one first)")
         record = read_record(place / TRAINING_FILE) if (place / TRAINING_FILE).is_file() else {}
         rows = read_rows(place / KEPT_ROWS_FILE) if (place / KEPT_ROWS_FILE).is_file() else []
-        return cls(place, record, {}, Pool.read(place / SLOTS_FILE), read_memory(place), rows)
+        run = cls(place, record, {}, read_memory(place), rows)
+        run.pool = Pool.read(place / SLOTS_FILE)
+        return run
 
     def contents(self) -> dict[str, Any]:
         """What a later stage takes from this finished one, as checksums for its record."""
@@ -79,7 +82,7 @@ class Run:
     @property
     def work(self) -> Path:
         """Where checkpoints lie while the stage is in training."""
-        return self.folder.parent / "checkpoints" / self.folder.name
+        return Places.work(self.folder)
 
     def finished(self) -> bool:
         """Whether the folder holds this very stage, whole.

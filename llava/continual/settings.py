@@ -11,14 +11,21 @@ import difflib
 import types
 import typing
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, fields, replace
-from typing import Any, ClassVar, TypeVar
+from dataclasses import Field, dataclass, field, fields, replace
+from typing import Any, ClassVar, Protocol, TypeVar
 
-from llava.slots.picture_query import KINDS
-from llava.slots.settings import QUERY_MODES
+from llava.slots.names import KINDS, QUERY_MODES
 from llava.utils import UserError
 
-Block = TypeVar("Block")
+
+class _IsBlock(Protocol):
+    """A dataclass of settings; ``VARIABLES`` goes in front of the environment's names for its fields."""
+
+    VARIABLES: ClassVar[str]
+    __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
+
+
+Block = TypeVar("Block", bound=_IsBlock)
 
 
 def setting(default: Any, help: str, **more: Any) -> Any:
@@ -34,7 +41,7 @@ class KeySettings:
 
     query_mode: str = setting("text+image", "what a question is routed by", choices=QUERY_MODES)
     text_encoder: str = setting("auto", "auto, base, minilm, or a sentence encoder's folder")
-    image_query: str = setting("tower+picture", "what the picture's query is made of", choices=tuple(KINDS))
+    image_query: str = setting("tower+picture", "what the picture's query is made of", choices=KINDS)
     groups: int = setting(4, "groups a key is split into", least=1)
     top_k: int = setting(4, "slots selected for each question", least=1)
     rank: int = setting(8, "rank of a slot", least=1)
@@ -103,7 +110,7 @@ def overridden(block: Block, environ: Mapping[str, str]) -> Block:
     return replace(block, **_from_environment(type(block), environ))
 
 
-def stated_by(kind: type, values: Mapping[str, Any], environ: Mapping[str, str]) -> frozenset[str]:
+def stated_by(kind: type[_IsBlock], values: Mapping[str, Any], environ: Mapping[str, str]) -> frozenset[str]:
     """Names of the fields that the file's block or the environment gives, rather than the defaults above."""
     return frozenset({name for name, value in values.items() if value is not None} | set(_names_set(kind, environ)))
 
@@ -143,19 +150,20 @@ def field_type(kind: type, name: str) -> type:
     hint = typing.get_type_hints(kind)[name]
     if isinstance(hint, types.UnionType):
         hint = next(part for part in typing.get_args(hint) if part is not type(None))
-    return typing.get_origin(hint) or hint
+    found: type = typing.get_origin(hint) or hint
+    return found
 
 
 _ARTICLES = {str: "a text", int: "an integer", float: "a number"}
 
 
-def _names_set(kind: type, environ: Mapping[str, str]) -> dict[str, str]:
+def _names_set(kind: type[_IsBlock], environ: Mapping[str, str]) -> dict[str, str]:
     """Fields that the environment sets, with the variable that does."""
     variables = {entry.name: kind.VARIABLES + entry.name.upper() for entry in fields(kind)}
     return {name: variable for name, variable in variables.items() if environ.get(variable)}
 
 
-def _from_environment(kind: type, environ: Mapping[str, str]) -> dict[str, Any]:
+def _from_environment(kind: type[_IsBlock], environ: Mapping[str, str]) -> dict[str, Any]:
     return {
         name: parsed(kind, name, environ[variable], variable) for name, variable in _names_set(kind, environ).items()
     }

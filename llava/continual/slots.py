@@ -14,8 +14,10 @@ place unless ``--output`` is given.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from llava.cli import flag, parse_command, word
 from llava.utils import UserError, quiet_libraries, run_cli
@@ -152,8 +154,8 @@ def do_export(args: Export) -> None:
 def do_import(args: Import) -> None:
     from llava.checkpoints.weights import resolve_checkpoint
     from llava.slots.edit import write_place
+    from llava.slots.names import check_task_name
     from llava.slots.prototype import import_prototype
-    from llava.slots.settings import check_task_name
 
     for name in args.tasks:
         check_task_name(name)
@@ -190,7 +192,7 @@ def do_verify(args: Verify) -> None:
         raise UserError(f"{args.place}: not sound: {', '.join(bad)}")
 
 
-COMMANDS = {
+COMMANDS: dict[str, tuple[type, Callable[[Any], None]]] = {
     "list": (Listing, show_list),
     "merge": (Merge, do_merge),
     "remove": (Remove, do_remove),

@@ -42,7 +42,7 @@ from llava.continual.settings import (
 )
 from llava.data.metric_names import METRICS
 from llava.data.rows import ANSWER_STYLES
-from llava.slots.settings import check_task_name
+from llava.slots.names import check_task_name
 from llava.utils import UserError, require_file, run_cli
 
 SEQUENCE_FOLDER = Path(__file__).resolve().parents[2] / "scripts" / "tasks"
@@ -198,7 +198,7 @@ def _validated(values: Any, path: Path) -> TaskSequence:
 _TEXTS = {"name": "", "dataset": "", "test": "", "image_folder": "", "answer_suffix": "", "answer_style": "as_is"}
 
 
-def _text(values: dict, name: str, default: str, path: Path) -> str:
+def _text(values: dict[str, Any], name: str, default: str, path: Path) -> str:
     value = values.get(name)
     if value is not None and not isinstance(value, str):
         raise UserError(f"{path}: {name} is {value!r}; write one text in quotes")
@@ -310,7 +310,7 @@ def _get(places: Any, wanted: str) -> str:
         values |= {name: getattr(places, name) for name in ("key_folder", "merged_keys", "tiny_base", "query_cache")}
         name = wanted
     if wanted == "base_model":
-        return places.base_model()
+        return str(places.base_model())
     if name not in values:
         more = ("base_model", "train:<task>", "keys.*", "train.*", "base.*")
         known = ", ".join(values if "." in wanted else (*values, *more))

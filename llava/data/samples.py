@@ -25,6 +25,7 @@ from llava.data.labels import expanded_length, has_labels
 from llava.data.prompt import Picture, PromptEncoder
 from llava.data.rows import Row
 from llava.files import file_sha256
+from llava.padding import pad
 from llava.utils import UserError, rank0_print
 
 Features = dict[str, Picture]
@@ -176,13 +177,21 @@ def _hashed(path: str, size: int, changed: int) -> str:
 
 
 def pictures_checksum(rows: Sequence[Row], image_folder: str | Path | None) -> str | None:
-    """16 hex digits over the contents of the rows' pictures, whatever their folder is called; None without any."""
+    """16 hex digits over the contents of the rows' pictures, whatever their folder is called; None without any.
+
+    Raises:
+        UserError: a picture is missing.
+    """
     names = picture_names(rows)
     if not names:
         return None
     digest = hashlib.sha256()
-    for name in sorted(names):
-        digest.update(f"{name}:{picture_sha256(Path(image_folder or '') / name)}\n".encode())
+    try:
+        for name in sorted(names):
+            digest.update(f"{name}:{picture_sha256(Path(image_folder or '') / name)}\n".encode())
+    except FileNotFoundError:
+        check_image_files(rows, image_folder)  # names the row and counts the others
+        raise
     return digest.hexdigest()[:16]
 
 
@@ -200,14 +209,8 @@ class DataCollatorForSupervisedDataset:
     tokenizer: Any
 
     def __call__(self, samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        longest = max(len(sample["input_ids"]) for sample in samples)
-        padding = self.tokenizer.pad_token_id
-        ids = torch.full((len(samples), longest), padding if padding is not None else 0, dtype=torch.long)
-        labels = torch.full((len(samples), longest), IGNORE_INDEX, dtype=torch.long)
-        mask = torch.zeros((len(samples), longest), dtype=torch.bool)
-        for row, sample in enumerate(samples):
-            length = len(sample["input_ids"])
-            ids[row, :length], labels[row, :length], mask[row, :length] = sample["input_ids"], sample["labels"], True
+        ids, mask = pad([sample["input_ids"] for sample in samples], value=self.tokenizer.pad_token_id or 0)
+        labels, _ = pad([sample["labels"] for sample in samples], value=IGNORE_INDEX)
         batch = {
             "input_ids": ids,
             "labels": labels,

@@ -84,7 +84,7 @@ def read_memory(folder: Path) -> dict[str, Tensor]:
     except PermissionError:
         raise
     except Exception as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        reason = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
         raise UserError(
             f"{path}: cannot be read as a file of plain tensors ({reason}); train the stage again"
         ) from error

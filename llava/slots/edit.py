@@ -18,8 +18,8 @@ from llava.checkpoints.kinds import SLOTS_FILE, TRAINING_FILE
 from llava.checkpoints.weights import fingerprint
 from llava.files import atomic_write
 from llava.slots.merge import merge_pools
+from llava.slots.names import check_task_name
 from llava.slots.pool import Pool
-from llava.slots.settings import check_task_name
 from llava.slots.task_slots import TaskSlots
 from llava.utils import UserError
 

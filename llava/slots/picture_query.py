@@ -14,7 +14,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-KINDS = ("tower", "picture", "tower+picture")
 FIELDS, DIRECTIONS, PIXELS = 6, 8, 64
 PICTURE_DIM = FIELDS * FIELDS * DIRECTIONS
 

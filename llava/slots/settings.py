@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
+from llava.slots.names import KINDS, QUERY_MODES
 from llava.slots.offsets import TARGETS
-from llava.slots.picture_query import KINDS
 from llava.slots.routers import ORACLE, ROUTERS
-from llava.utils import UserError
-
-QUERY_MODES = ("text", "image", "text+image")
-_TASK_NAME = re.compile(r"[a-z0-9][a-z0-9_-]*")
 
 
 @dataclass
@@ -83,9 +78,3 @@ class RetrieverSettings:
     def from_dict(cls, values: dict[str, Any]) -> RetrieverSettings:
         known = {item.name for item in fields(cls)}
         return cls(**{name: value for name, value in values.items() if name in known})
-
-
-def check_task_name(name: str, where: str = "") -> None:
-    """``UserError`` if ``name`` cannot be a task's name; ``where`` goes in front of the message."""
-    if not _TASK_NAME.fullmatch(name):
-        raise UserError(f"{where}task name {name!r}: use lower-case letters, digits, '-' and '_' only")

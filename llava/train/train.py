@@ -26,7 +26,7 @@ from llava.continual.run import Run
 from llava.continual.tasks import load_sequence
 from llava.data.prompt import Prompt, PromptEncoder
 from llava.data.rows import Row
-from llava.data.samples import DataCollatorForSupervisedDataset, check_image_files, pictures_checksum
+from llava.data.samples import DataCollatorForSupervisedDataset, LazySupervisedDataset, pictures_checksum
 from llava.devices import has_accelerator
 from llava.model.builder import attention, check_slots_fit, load_base
 from llava.slots.fit import seed_of
@@ -49,6 +49,8 @@ from llava.train.llava_trainer import (
 from llava.train.lora import add_lora, base_options, save_lora, slots_count_as_adapters
 from llava.train.stage_data import base_dtype, build_dataset, picture_source, read_training_rows, stage_prompt
 from llava.utils import UserError, rank0_print
+
+__all__ = ["DataCollatorForSupervisedDataset", "LazySupervisedDataset", "train"]
 
 
 def train(attn_implementation: str | None = None) -> None:
@@ -114,7 +116,6 @@ def plan(
     name = str(model_args.model_name_or_path)
     context = Context(sequence, data_args.task, options, seed, run, previous, keys, base, name)
     rows = recipe.rows(context, rows)
-    check_image_files(rows, data_args.image_folder)
     run.record = {
         "record": VERSION,
         **settings_record(*groups),
@@ -169,7 +170,13 @@ def prepare(
     return build_trainer(recipe, context, dataset, args, held_out)
 
 
-def build_trainer(recipe: Recipe, context: Context, dataset, args: TrainingArguments, held_out=None) -> LLaVATrainer:
+def build_trainer(
+    recipe: Recipe,
+    context: Context,
+    dataset: LazySupervisedDataset,
+    args: TrainingArguments,
+    held_out: LazySupervisedDataset | None,
+) -> LLaVATrainer:
     """The trainer, with what a frozen base asks for; ``held_out`` is a dataset for a validation loss."""
     if held_out is not None:
         args.prediction_loss_only = True  # logits of a whole file would fill the memory

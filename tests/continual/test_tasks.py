@@ -1,6 +1,7 @@
 """Task sequence files: read, checked and expanded; and the command that shell scripts read them with."""
 
 import json
+import subprocess
 import sys
 from dataclasses import fields
 from pathlib import Path
@@ -227,3 +228,10 @@ def test_the_quick_start_chooses_a_sequence(tmp_path, monkeypatch):
     assert choose_sequence("auto", {}) == "phantom"
     (tmp_path / "VQA_RAD Dataset Public.json").write_text("[]")
     assert choose_sequence("auto", {"VQA_RAD_DIR": str(tmp_path)}) == "vqa-rad-tiny"
+
+
+def test_reading_a_sequence_needs_no_torch():
+    """Shell scripts read a field at a time."""
+    code = "import sys, llava.continual.tasks, llava.continual.places; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"

@@ -98,7 +98,9 @@ def test_slots_for_another_width(place, tmp_path):
         slots.base.pop("fingerprint")
         slots.settings.features["o_proj"] = (16, 16)
         for task in slots.tasks:
-            task.A, task.B = ({"o_proj": side["o_proj"][..., :16]} for side in (task.A, task.B))
+            narrow = {kind: {"o_proj": getattr(task, kind)["o_proj"][..., :16]} for kind in ("A", "B")}
+            slots.remove(task.name)
+            slots.add(task.copy(**narrow))
 
     with pytest.raises(UserError, match=r"slots are for o_proj of 16 -> 16 features, the base model has 32 -> 32"):
         load(altered_stage(place, tmp_path / "llava-narrow", narrower), place / "tiny-llava-base")

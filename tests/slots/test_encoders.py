@@ -20,7 +20,8 @@ from llava.slots.encoders import (
     load_text_encoder,
     read_embedding_table,
 )
-from llava.slots.picture_query import KINDS, PICTURE_DIM, image_queries, image_query_dim
+from llava.slots.names import KINDS
+from llava.slots.picture_query import PICTURE_DIM, image_queries, image_query_dim
 from llava.utils import UserError
 
 ASKED = ["is there a lesion?", "what side", "where is the lesion in the chest"]

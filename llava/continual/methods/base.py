@@ -60,7 +60,7 @@ class Context:
     keys: Pool
     base: Checkpoint
     base_name: str
-    pool: Pool | None = None
+    pool: Pool = field(init=False)
     trained: str = ""
     model: Any = None
     tokenizer: Any = None

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from llava.continual.methods import METHODS, Context
 from llava.continual.methods.sequential import SHARED, Sequential
+from llava.slots.pool import Pool
 from llava.slots.task_slots import TaskSlots
 
 
@@ -51,11 +52,11 @@ class EWC(Sequential):
         if not self.fisher:
             return loss
         now = _slots(context)(context.pool.settings.targets)
-        penalty = sum(
-            (fisher * (value - anchor).square()).sum()
-            for fisher, value, anchor in zip(self.fisher, now, self.anchor, strict=True)
-        )
-        return loss + context.options.ewc_lambda / 2 * penalty
+        penalty = torch.zeros_like(loss)
+        for fisher, value, anchor in zip(self.fisher, now, self.anchor, strict=True):
+            penalty = penalty + (fisher * (value - anchor).square()).sum()
+        weight: float = context.options.ewc_lambda
+        return loss + weight / 2 * penalty
 
     def end(self, context: Context, batches: Iterable[dict[str, Any]]) -> None:
         """Add this task's information to that of the tasks before."""
@@ -81,7 +82,8 @@ class EWC(Sequential):
 
 
 def _slots(context: Context) -> TaskSlots:
-    return context.model.retriever.pool.task(SHARED)
+    pool: Pool = context.model.retriever.pool
+    return pool.task(SHARED)
 
 
 def _names(context: Context) -> list[str]:

@@ -79,7 +79,8 @@ class MoELoRA(Recipe):
         memory = {GATE: torch.zeros(context.pool.size, width)} if context.previous is None else context.previous.memory
         adapter = GatedAdapter(context.pool, memory)
         context.model.attach_adapter(adapter)
-        return [*adapter.train_only(SHARED), adapter.gate.weight.requires_grad_(True)]
+        adapter.gate.requires_grad_(True)
+        return [*adapter.train_only(SHARED), *adapter.gate.parameters()]
 
     def slots(self, context: Context) -> Pool:
         context.run.memory = {GATE: context.adapter_state()[GATE]}

@@ -1,0 +1,135 @@
+"""A run: which changes make a stage another one, and that a finished stage is what its record says."""
+
+import json
+import shutil
+from dataclasses import replace
+
+import pytest
+from PIL import Image
+from tiny_world import refusal
+
+from llava.continual.places import Places
+from llava.continual.record import difference
+from llava.continual.run import Run
+from llava.slots.edit import remove
+from llava.slots.pool import Pool
+from llava.utils import UserError
+
+
+@pytest.fixture
+def stage(world, tmp_path):
+    folder = tmp_path / "llava-tiny_abd"
+    world.train("abd", folder)
+    return folder
+
+
+def with_changes(world, path, **changes):
+    """Another task sequence file."""
+    path.write_text(json.dumps({**json.loads(world.sequence.read_text()), **changes}))
+    return path
+
+
+def refused(world, capsys, stage, *more):
+    return refusal(world, capsys, world.train_arguments("abd", stage, None, *more))
+
+
+def test_another_answer_suffix_is_another_run(world, stage, capsys, tmp_path):
+    suffix = with_changes(world, tmp_path / "suffix.json", answer_suffix="Answer with one word.")
+    assert "prompt.answer_suffix = , now it is Answer with one word." in refused(
+        world, capsys, stage, "--sequence", suffix
+    )
+
+
+def test_other_pictures_are_another_run(world, stage, capsys, tmp_path):
+    shutil.copytree(world.folder / "images", tmp_path / "same")
+    world.train("abd", stage, None, "--image_folder", tmp_path / "same")  # only moved
+    assert "is finished already" in capsys.readouterr().out
+    Image.new("RGB", (20, 20), (255, 0, 0)).save(tmp_path / "same" / "abd0.png")
+    assert "was trained with pictures = " in refused(world, capsys, stage, "--image_folder", tmp_path / "same")
+
+
+@pytest.mark.parametrize(
+    "more, message",
+    [
+        (("--optim", "sgd"), "optim = adamw_torch, now it is sgd"),
+        (("--weight_decay", "0.1"), "weight_decay = 0.0, now it is 0.1"),
+        (("--label_smoothing_factor", "0.1"), "label_smoothing_factor = 0.0, now it is 0.1"),
+        (("--lora_enable", "True"), "lora_enable = False, now it is True"),
+    ],
+)
+def test_other_settings_are_another_run(world, stage, capsys, more, message):
+    assert message in refused(world, capsys, stage, *more)
+
+
+def test_what_changes_no_weight_changes_no_run(world, stage, capsys):
+    world.train("abd", stage, None, "--logging_steps", 3, "--dataloader_num_workers", 0, "--save_total_limit", 5)
+    assert "is finished already" in capsys.readouterr().out
+
+
+def test_another_number_of_processes_is_another_run(stage):
+    run = Run.open(stage)
+    assert run.record["world_size"] == 1
+    assert "world_size = 1, now it is 2" in difference(run.record, {**run.record, "world_size": 2}, {})
+
+
+def test_joint_files_of_one_name_are_told_apart(world, capsys, tmp_path):
+    tasks = []
+    for task in ("abd", "chest"):
+        (tmp_path / task).mkdir()
+        shutil.copyfile(world.folder / f"train_{task}.jsonl", tmp_path / task / "train.jsonl")
+        tasks.append({"name": task, "train": str(tmp_path / task / "train.jsonl")})
+    joint = with_changes(world, tmp_path / "joint.json", tasks=tasks)
+    stage = tmp_path / "llava-joint"
+    words = ("--sequence", joint, "--method", "joint")
+    world.train("chest", stage, None, *words)
+    lines = (tmp_path / "abd" / "train.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "abd" / "train.jsonl").write_text("".join(lines[:3]))
+    line = refusal(world, capsys, world.train_arguments("chest", stage, None, *words))
+    assert "was trained with" in line and "training_files = " in line or "pictures = " in line
+
+
+def test_a_task_removed_in_place_is_not_finished(world, stage, capsys):
+    second = stage.with_name("llava-tiny_abd_chest")
+    world.train("chest", second, stage)
+    remove(Pool.read(second / "slots.pth"), ["chest"]).write(second / "slots.pth")
+    line = refusal(world, capsys, world.train_arguments("chest", second, stage))
+    assert "slots.pth: task 'chest' was removed since the stage was trained" in line and "or evaluate it" in line
+
+
+def test_slots_that_changed_in_place_are_not_finished(world, stage, capsys):
+    pool = Pool.read(stage / "slots.pth")
+    pool.task("abd").A["o_proj"].data += 1
+    pool.write(stage / "slots.pth")
+    assert "task 'abd' has changed since the stage was trained" in refused(world, capsys, stage)
+
+
+def test_a_stage_of_the_first_version_is_still_finished(world, stage, capsys):
+    """Its record held some settings by hand-picked names, and no checksums of its slots."""
+    kept = json.loads((stage / "training.json").read_text())
+    names = ("task", "method", "seed", "base", "learning_rate", "weight_decay", "max_steps")
+    old = {name: kept[name] for name in names} | {"data": {"train_abd.jsonl": "0" * 16}, "version": None}
+    (stage / "training.json").write_text(json.dumps(old))
+    world.train("abd", stage)
+    assert "is finished already" in capsys.readouterr().out
+    assert "learning_rate = 0.02, now it is 0.1" in refused(world, capsys, stage, "--learning_rate", "0.1")
+
+
+def test_a_run_opens_with_what_it_wrote(stage):
+    run = Run.open(stage)
+    assert run.pool.names == ["abd"] and run.record["task"] == "abd"
+    assert run.record["slots"] == {"abd": run.pool.task("abd").checksum()}
+    assert run.contents() == {"earlier_tasks": run.record["slots"]}
+    assert run.work == Places.work(stage) == stage.parent / "checkpoints" / stage.name
+    assert replace(run, kept_rows=[]).memory == {} and not (stage / "memory.pth").exists()
+
+
+def test_a_folder_without_a_stage_is_named(tmp_path):
+    with pytest.raises(UserError, match="stage checkpoint not found"):
+        Run.open(tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"half", b""])
+def test_a_damaged_memory_is_one_line(stage, content):
+    (stage / "memory.pth").write_bytes(content)
+    with pytest.raises(UserError, match="memory.pth: cannot be read as a file of plain tensors"):
+        Run.open(stage)
