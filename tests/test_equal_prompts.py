@@ -24,7 +24,7 @@ from llava.constants import IGNORE_INDEX
 from llava.data.rows import read_rows, write_jsonl
 from llava.data.samples import LazySupervisedDataset
 from llava.eval import model_vqa_loader, run_llava
-from llava.eval.model_vqa_loader import Speaker
+from llava.eval.answerer import Answerer
 from llava.image_io import load_image
 from llava.mm_utils import process_images
 from llava.model.builder import load_pretrained_model
@@ -70,23 +70,23 @@ class Seen:
         self.trained: dict = {}
         self.asked: dict = {}
         self.pixels: set[str] = set()
-        get, collate, forward = LazySupervisedDataset.__getitem__, Speaker.collate, CLIPVisionTower.forward
+        get, collate, forward = LazySupervisedDataset.__getitem__, Answerer._inputs, CLIPVisionTower.forward
 
         def note_sample(dataset, index):
             sample = get(dataset, index)
             self.trained[dataset.rows[index].id] = sample
             return sample
 
-        def note_batch(speaker, items):
-            self.asked |= {item["row"].id: item["input_ids"] for item in items}
-            return collate(speaker, items)
+        def note_batch(answerer, rows, ids, encoder):
+            self.asked |= {row.id: mine for row, mine in zip(rows, ids, strict=True)}
+            return collate(answerer, rows, ids, encoder)
 
         def note_pixels(tower, images):
             self.pixels |= {checksum(image) for image in images}
             return forward(tower, images)
 
         monkeypatch.setattr(LazySupervisedDataset, "__getitem__", note_sample)
-        monkeypatch.setattr(Speaker, "collate", note_batch)
+        monkeypatch.setattr(Answerer, "_inputs", note_batch)
         monkeypatch.setattr(CLIPVisionTower, "forward", note_pixels)
 
     def take_pixels(self):
@@ -202,9 +202,14 @@ def test_an_earlier_tasks_other_prompt_is_noted(worlds, tmp_path, capsys):
 
 def test_one_question_and_a_chat_are_asked_so_too(worlds, tmp_path, monkeypatch):
     world, stage = worlds["llama"], tmp_path / "llava-tiny_abd"
-    seen, batches, reply = Seen(monkeypatch), [], Speaker.reply
+    seen, batches, generate = Seen(monkeypatch), [], Answerer._generate
     world.train("abd", stage, None, *OWN)
-    monkeypatch.setattr(Speaker, "reply", lambda self, batch, *a, **k: batches.append(batch) or reply(self, batch, *a))
+
+    def note(answerer, inputs, *args, **options):
+        batches.append(dict(inputs))
+        return generate(answerer, inputs, *args, **options)
+
+    monkeypatch.setattr(Answerer, "_generate", note)
     (row, *_) = read_rows(world.folder / "train_abd.jsonl")
     words = ["--model-path", stage, "--model-base", world.base, "--image-file", world.folder / "images" / row.image]
     seen.take_pixels()

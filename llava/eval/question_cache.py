@@ -19,7 +19,8 @@ from torch import Tensor
 from llava.data.prompt import Picture, PromptEncoder
 from llava.data.rows import Row
 from llava.slots.encoders import TextEncoder, encoder_from_identity
-from llava.slots.picture_query import KINDS, image_queries, image_query_dim
+from llava.slots.names import KINDS
+from llava.slots.picture_query import image_queries, image_query_dim
 
 MEGABYTES = 2048
 """Memory for features, about 1700 pictures of LLaVA-1.5 in half precision."""
