@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llava.cli import flag, parse, word
-from llava.continual.tasks import sequence_flag
+from llava.continual.sequence import sequence_flag
 from llava.utils import UserError, quiet_libraries, run_cli
 
 

@@ -13,8 +13,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from llava.cli import flag, flags_of, given, parse
+from llava.continual.sequence import sequence_flag
 from llava.continual.settings import KeySettings
-from llava.continual.tasks import sequence_flag
 from llava.devices import default_device
 from llava.utils import UserError, quiet_libraries, run_cli
 

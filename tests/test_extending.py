@@ -14,7 +14,7 @@ from PIL import Image
 from tiny_world import TASKS, arguments, fit, merge, run_main, same
 
 import fusion
-from llava.continual.tasks import load_sequence
+from llava.continual.sequence import load_sequence
 from llava.data.metric_names import METRICS
 from llava.data.raw import RAW
 from llava.data.rows import question_row, read_answers, read_rows, write_jsonl

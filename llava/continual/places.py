@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from llava.continual.tasks import TaskSequence, load_sequence
+from llava.continual.sequence import TaskSequence, load_sequence
 from llava.utils import UserError
 
 MERGED = "merged_prompt_key.pth"

@@ -1,245 +1,21 @@
-"""Task sequences: which tasks arrive in which order, with which files and settings. One JSON file each, no code.
+"""What the shell scripts ask of a task sequence; the sequence itself is ``llava.continual.sequence``.
 
-``scripts/tasks/<name>.json``::
-
-    {"name": "vqa-rad", "dataset": "vqa-rad",
-     "tasks": [{"name": "abd", "train": "data/train_abd.jsonl"}, ...],
-     "test": "data/test_vqa_rad.jsonl", "image_folder": "${VQA_RAD_DIR:-data/vqa-rad}/images",
-     "slots_per_task": 8, "answer_suffix": "", "answer_style": "lower",
-     "metrics": ["exact_match", ...],
-     "keys": {"rank": 8}, "train": {"epochs": 1}, "base": {"recipe": "phantom"}}
-
-``train`` of a task is a file or a list of files. ``answer_style`` says how answers are taught: ``as_is``, or ``lower``
-where the data mixes cases without meaning. Task ``i`` owns slots ``[i * slots_per_task, (i + 1) * slots_per_task)``.
-The blocks and their defaults stand in ``llava/continual/settings.py``; the environment overrides them, and
-``SLOTS_PER_TASK`` the slots. Relative paths mean the folder in which a command is started. On the command line::
-
-    python -m llava.continual.tasks get SEQUENCE FIELD          test, tasks, train:<task>, keys.rank, merged_keys, ...
-    python -m llava.continual.tasks stages SEQUENCE [--output_dir output] [--method retrieval]
-    python -m llava.continual.tasks flags SEQUENCE              flags of llava.train.train_mem, one word a line
-    python -m llava.continual.tasks choose DATASET              the sequence that the quick start takes
+python -m llava.continual.tasks get SEQUENCE FIELD          test, tasks, train:<task>, keys.rank, merged_keys, ...
+python -m llava.continual.tasks stages SEQUENCE [--output_dir output] [--method retrieval]
+python -m llava.continual.tasks flags SEQUENCE              flags of llava.train.train_mem, one word a line
+python -m llava.continual.tasks choose DATASET              the sequence that the quick start takes
 """
 
 from __future__ import annotations
 
-import json
 import os
-import re
-from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 from llava.cli import flag, parse_command, word
-from llava.continual.settings import (
-    BaseSettings,
-    KeySettings,
-    TrainSettings,
-    overridden,
-    read_block,
-    refuse_unknown,
-    stated_by,
-)
-from llava.data.metric_names import METRICS
-from llava.data.rows import ANSWER_STYLES
-from llava.slots.names import check_task_name
-from llava.utils import UserError, require_file, run_cli
-
-SEQUENCE_FOLDER = Path(__file__).resolve().parents[2] / "scripts" / "tasks"
-_DEFAULTED_VARIABLE = re.compile(r"\$\{(\w+):-([^}]*)\}")
-
-
-@dataclass(frozen=True)
-class Task:
-    """One task: its name (also the rows' domain) and its training files."""
-
-    name: str
-    files: tuple[str, ...]
-
-    @property
-    def train(self) -> str:
-        """The training file of a task that has one."""
-        if len(self.files) > 1:
-            raise UserError(f"task {self.name!r} has {len(self.files)} training files; one is wanted here")
-        return self.files[0]
-
-
-@dataclass(frozen=True)
-class TaskSequence:
-    """A task sequence as read from its file. ``stated``: fields of ``train`` that are not defaults."""
-
-    name: str
-    dataset: str
-    tasks: tuple[Task, ...]
-    test: str
-    image_folder: str
-    slots_per_task: int = 8
-    answer_suffix: str = ""
-    answer_style: str = "as_is"
-    metrics: tuple[str, ...] = field(default=())
-    keys: KeySettings = field(default_factory=KeySettings)
-    train: TrainSettings = field(default_factory=TrainSettings)
-    base: BaseSettings = field(default_factory=BaseSettings)
-    stated: frozenset[str] = field(default=frozenset())
-
-    @property
-    def task_names(self) -> list[str]:
-        return [task.name for task in self.tasks]
-
-    def task(self, name: str) -> Task:
-        """The task called ``name``; ``UserError`` names the ones there are."""
-        for task in self.tasks:
-            if task.name == name:
-                return task
-        raise UserError(f"unknown task {name!r}; sequence {self.name!r} has {', '.join(self.task_names)}")
-
-    def slot_range(self, name: str) -> tuple[int, int]:
-        """First slot and one past the last slot of a task."""
-        index = self.task_names.index(self.task(name).name)
-        return index * self.slots_per_task, (index + 1) * self.slots_per_task
-
-    def stage_name(self, number: int, method: str = "retrieval") -> str:
-        """Folder name of the checkpoint after ``number`` tasks, e.g. ``llava-vqa-rad_abd_chest``.
-
-        ``llava`` stays in the name, as LLaVA's loaders want it. Methods other than retrieval are named.
-        """
-        mark = "" if method == "retrieval" else f"-{method}"
-        return f"llava-{self.name}{mark}_" + "_".join(self.task_names[:number])
-
-    def overridden(self, environ: Mapping[str, str]) -> TaskSequence:
-        """The sequence with what the environment sets (see ``llava/continual/settings.py``)."""
-        slots: Any = environ.get("SLOTS_PER_TASK") or self.slots_per_task
-        return replace(
-            self,
-            slots_per_task=_slots(int(slots) if str(slots).isdigit() else slots, "SLOTS_PER_TASK"),
-            keys=overridden(self.keys, environ),
-            train=overridden(self.train, environ),
-            base=overridden(self.base, environ),
-            stated=self.stated | stated_by(TrainSettings, {}, environ),
-        )
-
-
-FIELDS = tuple(entry.name for entry in fields(TaskSequence) if entry.name != "stated")
-"""Fields of a file."""
-
-
-def load_sequence(name_or_path: str | os.PathLike[str], environ: Mapping[str, str] | None = None) -> TaskSequence:
-    """Read a task sequence by file, or by the name of one that ships (``vqa-rad``, ``slake``, ``phantom``).
-
-    Args:
-        environ: variables that override the file; the process's own unless given.
-    """
-    path = Path(name_or_path)
-    if path.suffix != ".json":
-        path = SEQUENCE_FOLDER / f"{name_or_path}.json"
-    require_file(path, "task sequence", f"give a JSON file, or one of {', '.join(shipped_names())}")
-    try:
-        values = json.loads(path.read_bytes().decode("utf-8-sig"))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}, line {error.lineno}: broken JSON ({error.msg})") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: byte {error.start} is not UTF-8 text; save the file as UTF-8") from error
-    return _validated(values, path).overridden(os.environ if environ is None else environ)
-
-
-def sequence_flag(**more: Any) -> Any:
-    """The field of a command's arguments that names a task sequence; ``SEQUENCE`` is its default."""
-    about = {"help": "task sequence, name or file", **more}
-    return field(default_factory=lambda: os.environ.get("SEQUENCE") or "vqa-rad", metadata=about)
-
-
-def shipped_names() -> list[str]:
-    """Names of the sequences in ``scripts/tasks``."""
-    return sorted(file.stem for file in SEQUENCE_FOLDER.glob("*.json"))
-
-
-def choose_sequence(dataset: str, environ: Mapping[str, str]) -> str:
-    """The sequence that the quick start takes for a data set: without a base model the one for the tiny base.
-
-    ``auto`` is VQA-RAD where its data lies, else the phantoms.
-    """
-    if dataset == "auto":
-        folder = Path(environ.get("VQA_RAD_DIR") or "data/vqa-rad")
-        dataset = "vqa-rad" if any(folder.glob("VQA_RAD*.json")) else "phantom"
-    tiny = f"{dataset}-tiny"
-    return tiny if not environ.get("BASE_MODEL") and tiny in shipped_names() else dataset
-
-
-def _validated(values: Any, path: Path) -> TaskSequence:
-    if not isinstance(values, dict) or not isinstance(values.get("tasks", []), list):
-        raise UserError(f"{path}: a task sequence is a JSON object with a list of tasks (see scripts/tasks)")
-    refuse_unknown(values, FIELDS, str(path))
-    for name in ("name", "tasks", "test", "image_folder"):
-        if not values.get(name):
-            raise UserError(f"{path}: field {name!r} is missing or empty")
-    names = [entry.get("name") for entry in values["tasks"] if isinstance(entry, dict)]
-    tasks = tuple(_task(entry, number, path) for number, entry in enumerate(values["tasks"], start=1))
-    if len(set(names)) != len(names):
-        raise UserError(f"{path}: a task name occurs twice in {names}")
-    texts = {name: _text(values, name, default, path) for name, default in _TEXTS.items()}
-    if texts["answer_style"] not in ANSWER_STYLES:
-        raise UserError(f"{path}: answer_style is {texts['answer_style']!r}; known: {', '.join(ANSWER_STYLES)}")
-    train = values.get("train") or {}
-    base = values["base"] if "base" in values else {}
-    return TaskSequence(
-        **{**texts, "dataset": texts["dataset"] or texts["name"]},
-        tasks=tasks,
-        slots_per_task=_slots(
-            values.get("slots_per_task") if values.get("slots_per_task") is not None else 8, f"{path}: slots_per_task"
-        ),
-        metrics=_metrics(values.get("metrics"), path),
-        keys=read_block(KeySettings, values.get("keys") or {}, f"{path}: keys"),
-        train=read_block(TrainSettings, train, f"{path}: train"),
-        base=BaseSettings(recipe=None) if base is None else read_block(BaseSettings, base, f"{path}: base"),
-        stated=stated_by(TrainSettings, train, {}),
-    )
-
-
-_TEXTS = {"name": "", "dataset": "", "test": "", "image_folder": "", "answer_suffix": "", "answer_style": "as_is"}
-
-
-def _text(values: dict[str, Any], name: str, default: str, path: Path) -> str:
-    value = values.get(name)
-    if value is not None and not isinstance(value, str):
-        raise UserError(f"{path}: {name} is {value!r}; write one text in quotes")
-    value = default if value is None else value
-    return _expand(value) if name in ("test", "image_folder") else value
-
-
-def _task(entry: Any, number: int, path: Path) -> Task:
-    if not isinstance(entry, dict) or not entry.get("name") or not entry.get("train"):
-        raise UserError(f"{path}: task {number} needs a name and a training file")
-    refuse_unknown(entry, ("name", "train"), f"{path}: task {number}")
-    name, files = entry["name"], entry["train"]
-    if not isinstance(name, str):
-        raise UserError(f"{path}: task {number}: name is {name!r}; write it in quotes")
-    check_task_name(name, f"{path}: ")
-    files = [files] if isinstance(files, str) else files
-    if not isinstance(files, list) or not all(isinstance(file, str) and file for file in files):
-        raise UserError(f"{path}: task {number}: train is {entry['train']!r}; write a file's name, or a list of them")
-    return Task(name, tuple(map(_expand, files)))
-
-
-def _slots(value: Any, where: str) -> int:
-    if type(value) is not int or value < 1:
-        raise UserError(f"{where} is {value!r}; write an integer of 1 or more")
-    return value
-
-
-def _metrics(values: Any, path: Path) -> tuple[str, ...]:
-    if values is None:
-        return ()
-    if not isinstance(values, list) or not all(isinstance(name, str) for name in values):
-        raise UserError(f'{path}: metrics is {values!r}; write a list of names, e.g. ["exact_match"]')
-    refuse_unknown(values, METRICS.names(), f"{path}: metrics", "metric")
-    return tuple(values)
-
-
-def _expand(text: str) -> str:
-    """``${NAME:-default}`` and ``$NAME`` from the environment, as a shell would."""
-    text = _DEFAULTED_VARIABLE.sub(lambda match: os.environ.get(match[1]) or match[2], text)
-    return os.path.expandvars(text)
-
+from llava.continual.places import Places
+from llava.continual.sequence import FIELDS, choose_sequence, load_sequence
+from llava.utils import UserError, run_cli
 
 _OUTPUT_DIR: Any = flag(None, "default: OUTPUT_DIR, else output")
 
@@ -287,14 +63,13 @@ def main() -> None:
         for flag, value in sequence.train.flags().items():
             print(f"--{flag}\n{value}")
         return
-    from llava.continual.places import Places
 
     environ = {**os.environ, **({"OUTPUT_DIR": args.output_dir} if args.output_dir else {})}
     places = Places.of(sequence, args.method, environ)
     print(_get(places, args.field) if name == "get" else "\n".join(map(str, places.stages)))
 
 
-def _get(places: Any, wanted: str) -> str:
+def _get(places: Places, wanted: str) -> str:
     sequence = places.sequence
     block, _, name = wanted.partition(".")
     if wanted == "tasks":

@@ -22,7 +22,7 @@ import numpy as np
 
 from llava.cli import fail, flag, parse
 from llava.continual.matrix import FORMULAS, summary
-from llava.continual.tasks import load_sequence
+from llava.continual.sequence import load_sequence
 from llava.eval.eval_video_qa import package_version
 from llava.eval.metrics import metric_names
 from llava.eval.statistics import DRAWS, SEED, interval, resample_weights

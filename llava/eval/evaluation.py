@@ -13,7 +13,7 @@ from llava.checkpoints.checkpoint import Checkpoint
 from llava.checkpoints.kinds import SLOTS_FILE
 from llava.cli import flag
 from llava.continual.places import Places
-from llava.continual.tasks import TaskSequence, load_sequence, sequence_flag
+from llava.continual.sequence import TaskSequence, load_sequence, sequence_flag
 from llava.conversation import get_conversation
 from llava.data.prompt import check_aspect_ratio
 from llava.data.rows import Row, read_rows

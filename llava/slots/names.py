@@ -5,12 +5,18 @@ only read a task sequence start at once.
 from __future__ import annotations
 
 import re
+from typing import Any
 
+from llava.registry import Registry
 from llava.utils import UserError
 
 QUERY_MODES = ("text", "image", "text+image")
 KINDS = ("tower", "picture", "tower+picture")
 """What a picture's query is made of (see ``picture_query``)."""
+ORACLE = "oracle"
+"""What stands for "the task is given" where a router's name is expected."""
+ROUTERS: Registry[Any] = Registry("router", "llava.slots.routers")
+"""Classes of routers by name (see ``routers``)."""
 _TASK_NAME = re.compile(r"[a-z0-9][a-z0-9_-]*")
 
 

@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
-from llava.slots.names import KINDS, QUERY_MODES
+from llava.slots.names import KINDS, ORACLE, QUERY_MODES, ROUTERS
 from llava.slots.offsets import TARGETS
-from llava.slots.routers import ORACLE, ROUTERS
 
 
 @dataclass

@@ -17,7 +17,7 @@ import transformers
 
 from llava.cli import Parser
 from llava.continual.places import Places
-from llava.continual.tasks import load_sequence, sequence_flag
+from llava.continual.sequence import load_sequence, sequence_flag
 from llava.train.ignored_flags import ignored_beside, say_ignored
 from llava.utils import UserError, rank0_print
 

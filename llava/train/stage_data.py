@@ -8,7 +8,7 @@ import torch
 
 from llava.continual.queries import PictureSource, look_at_pictures, text_queries
 from llava.continual.query_cache import QueryCache
-from llava.continual.tasks import TaskSequence
+from llava.continual.sequence import TaskSequence
 from llava.data.prompt import Prompt, PromptEncoder
 from llava.data.rows import Row, read_rows
 from llava.data.samples import LazySupervisedDataset

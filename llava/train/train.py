@@ -23,7 +23,7 @@ from llava.checkpoints.checkpoint import Checkpoint
 from llava.continual.methods import METHODS, Context, Recipe
 from llava.continual.record import VERSION, checksums, deepspeed_record, defaults, settings_record
 from llava.continual.run import Run
-from llava.continual.tasks import load_sequence
+from llava.continual.sequence import load_sequence
 from llava.data.prompt import Prompt, PromptEncoder
 from llava.data.rows import Row
 from llava.data.samples import DataCollatorForSupervisedDataset, LazySupervisedDataset, pictures_checksum

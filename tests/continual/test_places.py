@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from llava.continual.places import Places
-from llava.continual.tasks import load_sequence
+from llava.continual.sequence import load_sequence
 from llava.utils import UserError
 
 

@@ -10,8 +10,8 @@ import pytest
 
 from llava.continual import tasks
 from llava.continual.places import Places
+from llava.continual.sequence import choose_sequence, load_sequence
 from llava.continual.settings import BaseSettings, KeySettings, TrainSettings
-from llava.continual.tasks import choose_sequence, load_sequence
 from llava.utils import UserError
 
 ROOT = Path(__file__).resolve().parents[2]

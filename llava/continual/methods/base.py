@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from llava.checkpoints.checkpoint import Checkpoint
 from llava.continual.run import Run
-from llava.continual.tasks import TaskSequence
+from llava.continual.sequence import TaskSequence
 from llava.data.rows import Row
 from llava.model.language_model.retriever import Retriever
 from llava.slots.pool import Pool

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from llava.continual.methods import METHODS, Context, Recipe
 from llava.continual.methods.sequential import SHARED, single_adapter
-from llava.continual.tasks import TaskSequence
+from llava.continual.sequence import TaskSequence
 from llava.slots.pool import Pool
 
 

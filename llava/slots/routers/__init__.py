@@ -28,21 +28,17 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from llava.registry import Registry
 from llava.slots.key_scores import KeyScores, joined
+from llava.slots.names import ORACLE, ROUTERS
 from llava.slots.queries import Query
+from llava.slots.settings import RetrieverSettings
+from llava.slots.task_slots import TaskSlots
 
-if TYPE_CHECKING:
-    from llava.slots.settings import RetrieverSettings
-    from llava.slots.task_slots import TaskSlots
-
-ORACLE = "oracle"
-"""What stands for "the task is given" where a router's name is expected."""
+__all__ = ["ORACLE", "ROUTERS", "Choice", "Router", "build_router"]
 
 
 @dataclass(frozen=True)
@@ -124,12 +120,9 @@ class Router:
         return self.best_of(scores.masked_fill(~mine, -torch.inf), k)
 
 
-ROUTERS: Registry[type[Router]] = Registry("router", __name__)
-
-
 def build_router(name: str, settings: RetrieverSettings, slots: Sequence[TaskSlots], seed: int = 0) -> Router:
     """The router called ``name`` over the slots of some tasks. ``ValueError``: an unknown name, or no slots."""
-    router = ROUTERS.get(name)
+    router: type[Router] = ROUTERS.get(name)
     if not slots:
         raise ValueError("the pool is empty: there is no slot to route to")
     return router(settings, slots, seed)
