@@ -102,8 +102,11 @@ class Run:
             json.dump(self.record, stream, indent=1)
 
     def check_work(self) -> None:
-        """``UserError`` where an interrupted run of other settings left its checkpoints."""
-        self._refuse_another(self.work / WORK_FILE, self.work)
+        """``UserError`` where an interrupted run of other settings, or of an earlier version, left its checkpoints."""
+        path = self.work / WORK_FILE
+        if path.is_file() and "record" not in read_record(path):  # the weights have other names in its checkpoints
+            raise UserError(f"{path}: was begun by an earlier version; remove {self.work} to start the task anew")
+        self._refuse_another(path, self.work)
 
     def write(
         self,

@@ -114,6 +114,14 @@ def test_a_stage_of_the_first_version_is_still_finished(world, stage, capsys):
     assert "learning_rate = 0.02, now it is 0.1" in refused(world, capsys, stage, "--learning_rate", "0.1")
 
 
+def test_work_that_the_first_version_began_is_refused_before_it_is_touched(tmp_path):
+    run = Run(tmp_path / "llava-tiny_abd", {"record": 2, "task": "abd"})
+    run.work.mkdir(parents=True)
+    (run.work / "run.json").write_text('{"task": "abd"}')
+    with pytest.raises(UserError, match=r"begun by an earlier version.*remove .*checkpoints/llava-tiny_abd to start"):
+        run.check_work()
+
+
 def test_a_run_opens_with_what_it_wrote(stage):
     run = Run.open(stage)
     assert run.pool.names == ["abd"] and run.record["task"] == "abd"
