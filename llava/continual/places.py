@@ -8,7 +8,7 @@
     output/checkpoints/<stage>                            its work in progress
     output/eval/<sequence>[-<method>][-<route>]           answers, scores, accuracy matrix
     output/tiny-base, output/tiny-base-<recipe>           tiny bases
-    output/cache/queries                                  queries of stage 1
+    output/cache/queries                                  queries and picture features of both stages
 """
 
 from __future__ import annotations
