@@ -17,7 +17,7 @@ import torch
 from llava.checkpoints.kinds import SLOTS_FILE, TRAINING_FILE
 from llava.checkpoints.weights import fingerprint
 from llava.files import atomic_write
-from llava.slots.merge import merge_pools
+from llava.slots.merge import merge_pools, refuse_more_than_slots
 from llava.slots.names import check_task_name
 from llava.slots.pool import Pool
 from llava.slots.task_slots import TaskSlots
@@ -106,8 +106,9 @@ def remove(pool: Pool, names: Sequence[str]) -> Pool:
     """The pool without the named tasks: bit for bit that of a model that never saw them.
 
     Raises:
-        UserError: an unknown task, or no task would be left.
+        UserError: an unknown task, no task would be left, or the slots are only a part of what was learned.
     """
+    refuse_more_than_slots("the stage", pool, "taken apart")
     for name in names:
         pool.task(name)
     left = [task for task in pool.tasks if task.name not in names]

@@ -27,6 +27,8 @@ def merge_files(paths: Sequence[Path]) -> Pool:
 
 def merge_pools(pools: Sequence[tuple[Path, Pool]]) -> Pool:
     """The same for pools that were read already, each with the place it is from; they stay as they are."""
+    for path, pool in pools:
+        refuse_more_than_slots(path, pool, "merged")
     for (path_a, a), (path_b, b) in combinations(pools, 2):
         check_mergeable(path_a, a, path_b, b)
         _check_pictures(path_a, a, path_b, b)
@@ -77,4 +79,13 @@ def _check_pictures(path_a: Path, a: Pool, path_b: Path, b: Pool) -> None:
         raise UserError(
             f"{path_a} and {path_b} were fitted to pictures of different modes, {mine} and {theirs}; fit both with the "
             "same --image_aspect_ratio"
+        )
+
+
+def refuse_more_than_slots(path: Path | str, pool: Pool, what: str) -> None:
+    """``UserError`` for slots of a method that keeps more beside them, so that they are only a part."""
+    if pool.adapter:
+        raise UserError(
+            f"{path}: its slots belong to method {pool.adapter!r}, which keeps tensors beside them, so they cannot be "
+            f"{what} by themselves; train the tasks with that method instead"
         )

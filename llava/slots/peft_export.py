@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from llava.slots.merge import refuse_more_than_slots
 from llava.slots.offsets import ATTENTION_TARGETS
 from llava.slots.pool import Pool
 from llava.slots.task_slots import TaskSlots
@@ -71,6 +72,7 @@ def export_peft(pool: Pool, task_name: str, folder: str | Path, weights: list[fl
     """
     from peft import LoraConfig
 
+    refuse_more_than_slots("the stage", pool, "exported")
     task = pool.task(task_name)
     if not task.trained:
         raise UserError(f"task {task_name!r} is not trained yet, so its adapter would change nothing; train it first")

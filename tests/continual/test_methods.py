@@ -14,6 +14,10 @@ from llava.continual.methods.replay import without_picture
 from llava.continual.run import Run
 from llava.data.rows import read_rows
 from llava.model.builder import load_pretrained_model
+from llava.slots.edit import remove
+from llava.slots.merge import merge_pools
+from llava.slots.peft_export import export_peft
+from llava.utils import UserError
 
 NEW = ("replay", "ewc", "l2p", "moelora")
 
@@ -228,3 +232,16 @@ def test_an_option_of_the_method_is_part_of_the_record(world, tmp_path, capsys):
     assert json.loads((stage / "training.json").read_text())["experts"] == 2
     line = refusal(world, capsys, world.train_arguments("abd", stage, None, "--method", "moelora", "--experts", 3))
     assert "experts = 2, now it is 3" in line
+
+
+@pytest.mark.parametrize("method", ["l2p", "moelora"])
+def test_slots_that_are_only_a_part_are_neither_merged_nor_taken_apart(runs, tmp_path, method):
+    pool = runs[method][1].pool
+    name = pool.names[0]
+    for edit in (
+        lambda: merge_pools([("a.pth", pool)]),
+        lambda: remove(pool, [name]),
+        lambda: export_peft(pool, name, tmp_path / "lora"),
+    ):
+        with pytest.raises(UserError, match=f"its slots belong to method '{method}', which keeps tensors beside them"):
+            edit()
