@@ -210,6 +210,7 @@ def finish(recipe: Recipe, context: Context, trainer: LLaVATrainer, loss: float,
     finite = all(torch.isfinite(tensor).all() for tensor in context.state.values())
     if not finite or not torch.isfinite(torch.tensor(loss)):
         raise UserError(f"the training loss is {loss}; lower --learning_rate, and remove {run.work}")
+    model.eval()  # dropout is over, whatever the recipe works out now
     recipe.end(context, trainer.single_rows())
     if args.save_full_model:
         context.more_files.append(partial(save_whole_state, model=model, state=whole_state(model)))

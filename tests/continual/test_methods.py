@@ -3,6 +3,7 @@
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -145,6 +146,29 @@ def test_the_fisher_information_of_tasks_adds_up(world, tmp_path):
     here = alone.memory["fisher.A.o_proj"]
     torch.testing.assert_close(again.memory["fisher.A.o_proj"], first.memory["fisher.A.o_proj"])
     torch.testing.assert_close(second.memory["fisher.A.o_proj"], here + 0.5 * first.memory["fisher.A.o_proj"])
+
+
+def test_ewc_holds_the_adapter_where_it_is_by_then(world, runs):
+    """The model moves to its device after ``begin``; ``meta`` stands for an accelerator."""
+    first, second = runs["ewc"]
+    recipe = METHODS.get("ewc")()
+    model = torch.nn.Module()
+    model.attach_adapter = lambda adapter: setattr(model, "retriever", adapter)
+    pool = second.pool.with_tasks([second.pool.tasks[0].copy()])
+    context = SimpleNamespace(
+        model=model, pool=pool, trained=pool.tasks[0].name, previous=first, options=METHODS.get("ewc").Options()
+    )
+    model.device = torch.device("cpu")
+    recipe.begin(context)
+    model.to("meta")
+    assert recipe.loss(context, {}, None, torch.zeros((), device="meta")).device.type == "meta"
+
+
+def test_information_is_measured_without_dropout(world, tmp_path, monkeypatch):
+    modes = []
+    monkeypatch.setattr(METHODS.get("ewc"), "end", lambda self, context, batches: modes.append(context.model.training))
+    world.train("abd", tmp_path / "llava-ewc", None, "--method", "ewc")
+    assert modes == [False]
 
 
 # -- L2P ---------------------------------------------------------------------------------------------------------------

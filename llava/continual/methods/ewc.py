@@ -42,16 +42,17 @@ class EWC(Sequential):
         self.fisher: list[Tensor] = []
         self.anchor: list[Tensor] = []
         if context.previous is not None:
-            device = context.model.device
             before = context.previous.pool.task(SHARED)
-            self.anchor = [tensor.detach().to(device) for tensor in before(context.pool.settings.targets)]
-            self.fisher = [context.previous.memory[name].to(device) for name in _names(context)]
+            self.anchor = [tensor.detach() for tensor in before(context.pool.settings.targets)]
+            self.fisher = [context.previous.memory[name] for name in _names(context)]
         return parameters
 
     def loss(self, context: Context, batch: dict[str, Any], outputs: Any, loss: Tensor) -> Tensor:
         if not self.fisher:
             return loss
         now = _slots(context)(context.pool.settings.targets)
+        # The model is not on its device yet when training begins; from the first step on nothing moves.
+        self.fisher, self.anchor = ([one.to(now[0].device) for one in held] for held in (self.fisher, self.anchor))
         penalty = torch.zeros_like(loss)
         for fisher, value, anchor in zip(self.fisher, now, self.anchor, strict=True):
             penalty = penalty + (fisher * (value - anchor).square()).sum()
