@@ -43,6 +43,7 @@ class Run:
         pool: slots of the finished stage; there are none before.
         memory: tensors that the method keeps (Fisher information, a gate, prefixes).
         kept_rows: rows of past tasks that the method keeps.
+        has_slots: whether the stage leaves slots; one that does not is known by its record.
     """
 
     folder: Path
@@ -51,6 +52,7 @@ class Run:
     pool: Pool = field(init=False)
     memory: dict[str, Tensor] = field(default_factory=dict)
     kept_rows: list[Row] = field(default_factory=list)
+    has_slots: bool = True
 
     @classmethod
     def open(cls, folder: str | Path) -> Run:
@@ -90,10 +92,11 @@ class Run:
         Raises:
             UserError: it holds one that was trained otherwise, or whose slots are no longer those that were trained.
         """
-        if not (self.folder / SLOTS_FILE).is_file():
+        if not (self.folder / (SLOTS_FILE if self.has_slots else TRAINING_FILE)).is_file():
             return False
         self._refuse_another(self.folder / TRAINING_FILE, self.folder)
-        self._refuse_edited()
+        if self.has_slots:
+            self._refuse_edited()
         return True
 
     def begin_work(self) -> None:
@@ -129,7 +132,8 @@ class Run:
                 write_jsonl(partial / KEPT_ROWS_FILE, [row.raw for row in self.kept_rows])
             if write_more is not None:
                 write_more(partial)
-            pool.write(partial / SLOTS_FILE)
+            if self.has_slots:
+                pool.write(partial / SLOTS_FILE)
 
     def _refuse_another(self, path: Path, folder: Path) -> None:
         if not path.is_file():

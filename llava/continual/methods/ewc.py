@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llava.continual.methods import METHODS, Context
+from llava.continual.methods import METHODS, Context, ParamGroup
 from llava.continual.methods.sequential import SHARED, Sequential
 from llava.slots.pool import Pool
 from llava.slots.task_slots import TaskSlots
@@ -37,7 +37,7 @@ class EWC(Sequential):
     name = "ewc"
     Options = EWCOptions
 
-    def begin(self, context: Context) -> Sequence[nn.Parameter]:
+    def begin(self, context: Context) -> Sequence[nn.Parameter | ParamGroup]:
         parameters = super().begin(context)
         self.fisher: list[Tensor] = []
         self.anchor: list[Tensor] = []
