@@ -218,7 +218,7 @@ class Answerer:
     def known_tasks(self) -> list[str]:
         """Tasks that the model has trained slots for, in slot order; none for a base model."""
         adapter = self.model.retriever
-        return [] if adapter is None else [task.name for task in adapter.pool.selectable]
+        return [] if adapter is None else adapter.known_tasks
 
     # -- answers -----------------------------------------------------------------------------------------------------
 
