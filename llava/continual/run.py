@@ -81,6 +81,13 @@ class Run:
         kept = {"earlier_memory": memory.hexdigest()[:SHORT]} if self.memory or self.kept_rows else {}
         return {"earlier_tasks": {task.name: task.checksum() for task in self.pool.tasks}, **kept}
 
+    def remembered(self, name: str) -> Tensor:
+        """A tensor that the method keeps; ``UserError`` where another method trained the stage, which keeps none."""
+        if name not in self.memory:
+            method = self.record.get("method", "another")
+            raise UserError(f"{self.folder} keeps no {name}: it was trained with --method {method}; train it with this")
+        return self.memory[name]
+
     @property
     def work(self) -> Path:
         """Where checkpoints lie while the stage is in training."""
