@@ -216,6 +216,12 @@ def test_a_stage_before_of_another_method_is_one_line(world, tmp_path, capsys, m
     assert kept in line and str(before) in line and "--method sequential" in line
 
 
+def test_a_stage_before_with_another_adapter_is_one_line(world, runs, tmp_path, capsys):
+    before = runs["moelora"][0].folder
+    words = world.train_arguments("chest", tmp_path / "llava-x", before, "--method", "sequential")
+    assert f"{before} was trained with --method moelora, whose adapter is another" in refusal(world, capsys, words)
+
+
 @pytest.mark.parametrize(
     "more, message",
     [
