@@ -217,6 +217,7 @@ class LlavaMetaForCausalLM:
             row_labels.append(spliced)
         limit = getattr(self.config, "tokenizer_model_max_length", None)
         if limit is not None:
+            limit += 0 if prefix is None else prefix.shape[1]
             rows, row_labels = [row[:limit] for row in rows], [row[:limit] for row in row_labels]
         side = padding_side or getattr(self.config, "tokenizer_padding_side", None) or "right"
         embeds, mask = pad(rows, side)

@@ -189,6 +189,8 @@ def test_l2p_puts_the_selected_prompts_in_front(world, runs):
     image = torch.randn(2, model.retriever.settings.image_dim)
     with torch.no_grad():
         out = model(ids, text_query=query, image_query=image)
+        model.config.tokenizer_model_max_length = 4  # of the text: the prompts take no room from it
+        assert torch.equal(model(ids, text_query=query, image_query=image).logits, out.logits)
     assert out.logits.shape[1] == 4 + TOP_K * 5
     alone = model(ids[:1], text_query=query[:1], image_query=image[:1])
     torch.testing.assert_close(out.logits[:1], alone.logits, rtol=1e-4, atol=1e-4)
