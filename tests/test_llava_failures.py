@@ -33,7 +33,12 @@ def test_no_blanket_except_swallows_an_error(path):
 
 
 @pytest.mark.parametrize(
-    "statement", ["from llava import LlavaLlamaForCausalLM", "from llava.model import LlavaConfig"]
+    "statement",
+    [
+        "from llava import LlavaLlamaForCausalLM",
+        "from llava.model import LlavaConfig",
+        "from llava.model import *; LlavaConfig",
+    ],
 )
 def test_a_broken_dependency_is_named_by_the_import_that_needs_it(statement):
     program = f"import sys; sys.modules['transformers'] = None; {statement}"

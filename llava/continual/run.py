@@ -43,6 +43,7 @@ class Run:
         pool: slots of the finished stage; there are none before.
         memory: tensors that the method keeps (Fisher information, a gate, prefixes).
         kept_rows: rows of past tasks that the method keeps.
+        has_slots: whether the stage leaves slots; one that does not is known by its record.
     """
 
     folder: Path
@@ -51,6 +52,7 @@ class Run:
     pool: Pool = field(init=False)
     memory: dict[str, Tensor] = field(default_factory=dict)
     kept_rows: list[Row] = field(default_factory=list)
+    has_slots: bool = True
 
     @classmethod
     def open(cls, folder: str | Path) -> Run:
@@ -79,6 +81,13 @@ class Run:
         kept = {"earlier_memory": memory.hexdigest()[:SHORT]} if self.memory or self.kept_rows else {}
         return {"earlier_tasks": {task.name: task.checksum() for task in self.pool.tasks}, **kept}
 
+    def remembered(self, name: str) -> Tensor:
+        """A tensor that the method keeps; ``UserError`` where another method trained the stage, which keeps none."""
+        if name not in self.memory:
+            method = self.record.get("method", "another")
+            raise UserError(f"{self.folder} keeps no {name}: it was trained with --method {method}; train it with this")
+        return self.memory[name]
+
     @property
     def work(self) -> Path:
         """Where checkpoints lie while the stage is in training."""
@@ -90,10 +99,11 @@ class Run:
         Raises:
             UserError: it holds one that was trained otherwise, or whose slots are no longer those that were trained.
         """
-        if not (self.folder / SLOTS_FILE).is_file():
+        if not (self.folder / (SLOTS_FILE if self.has_slots else TRAINING_FILE)).is_file():
             return False
         self._refuse_another(self.folder / TRAINING_FILE, self.folder)
-        self._refuse_edited()
+        if self.has_slots:
+            self._refuse_edited()
         return True
 
     def begin_work(self) -> None:
@@ -132,7 +142,8 @@ class Run:
                 write_jsonl(partial / KEPT_ROWS_FILE, [row.raw for row in self.kept_rows])
             if write_more is not None:
                 write_more(partial)
-            pool.write(partial / SLOTS_FILE)
+            if self.has_slots:
+                pool.write(partial / SLOTS_FILE)
 
     def _refuse_another(self, path: Path, folder: Path) -> None:
         if not path.is_file():

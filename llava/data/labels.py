@@ -25,7 +25,7 @@ from llava.constants import (
     IGNORE_INDEX,
     IMAGE_TOKEN_INDEX,
 )
-from llava.conversation import Conversation, Segment, SeparatorStyle, get_conversation
+from llava.conversation import Conversation, Segment, get_conversation
 from llava.mm_utils import bos_ids, parse_grid_pinpoints
 from llava.utils import UserError
 
@@ -255,8 +255,3 @@ def _cut(
 def has_labels(labels: Sequence[int]) -> bool:
     """True when at least one position carries loss."""
     return any(label != IGNORE_INDEX for label in labels)
-
-
-def is_caption_mode(conv_mode: str) -> bool:
-    """True for the templates of projector pre-training, which drop the question."""
-    return get_conversation(conv_mode).sep_style is SeparatorStyle.PLAIN

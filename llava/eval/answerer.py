@@ -77,6 +77,7 @@ class Answerer:
         self.base, self.loading = base, loading or Loading()
         self.cache = cache or QuestionCache()
         self._prompt: Prompt | None = None
+        self._choices = 0
         self._loaded: _Loaded | None = None
         self._route: str | None = None
         self._task: str | None = None
@@ -121,6 +122,8 @@ class Answerer:
     ) -> Answerer:
         """Let a stage answer from now on, or with ``None`` the base; returns the answerer.
 
+        Where this fails, nothing is chosen any more and nothing is left on the base.
+
         Args:
             stage: folder or hub name of any checkpoint.
             route: a router's name, ``oracle`` (each row's own domain, where it is learned), ``none`` (the base
@@ -132,6 +135,22 @@ class Answerer:
             UserError: not a checkpoint, or one that does not fit its base; a text-only model; an unknown router, task,
                 template or picture mode.
         """
+        self._prompt = None
+        self._choices += 1
+        try:
+            self._prompt = self._put_on(stage, route, task, defaults or {}, asked)
+        except BaseException:
+            if self._loaded is not None:
+                _clear(self._loaded)
+            raise
+        template = get_conversation(self._prompt.conv_mode)
+        self._stop = (template.sep2 if template.sep_style.name in ("TWO", "LLAMA_2") else template.sep) or None
+        return self
+
+    def _put_on(
+        self, stage: str | None, route: str | None, task: str | None, defaults: dict[str, Any], asked: dict[str, Any]
+    ) -> Prompt:
+        """Make the model in memory the one that ``use`` is asked for; how it is asked."""
         place = stage or self.base
         if place is None:
             raise UserError("there is no base model; give one, or a stage")
@@ -151,11 +170,9 @@ class Answerer:
             if loaded.adapter is not None:
                 loaded.model.attach_adapter(loaded.adapter)
         self._choose(route, task)
-        self._prompt = Prompt.of(loaded.model.config, get_model_name_from_path(place), defaults, **asked)
-        self._prompt.tell(loaded.model.config)
-        template = get_conversation(self._prompt.conv_mode)
-        self._stop = (template.sep2 if template.sep_style.name in ("TWO", "LLAMA_2") else template.sep) or None
-        return self
+        prompt = Prompt.of(loaded.model.config, get_model_name_from_path(place), defaults, **asked)
+        prompt.tell(loaded.model.config)
+        return prompt
 
     def _ready(self, place: str, base: str | None) -> _Loaded:
         """The model of ``place``, loaded or in memory already, with nothing on it."""
@@ -164,13 +181,8 @@ class Answerer:
             self._loaded = None  # two models may not fit into the memory
             gc.collect()
             self._loaded = self._load(place, base)
-        loaded = self._loaded
-        loaded.model.detach_adapter()
-        values = vars(loaded.model.config)
-        for name in _PROMPT_ENTRIES:
-            values.pop(name, None)
-        values.update(loaded.entries)
-        return loaded
+        _clear(self._loaded)
+        return self._loaded
 
     def _load(self, place: str, base: str | None) -> _Loaded:
         loading = self.loading
@@ -206,7 +218,7 @@ class Answerer:
     def known_tasks(self) -> list[str]:
         """Tasks that the model has trained slots for, in slot order; none for a base model."""
         adapter = self.model.retriever
-        return [] if adapter is None else [task.name for task in adapter.pool.selectable]
+        return [] if adapter is None else adapter.known_tasks
 
     # -- answers -----------------------------------------------------------------------------------------------------
 
@@ -226,9 +238,16 @@ class Answerer:
 
         Raises:
             UserError: a picture cannot be read, or a row has none of the tasks that ``use`` was told to go by.
+            RuntimeError: ``use`` has chosen another model before the last reply came.
         """
-        generation = generation or Generation()
+        return self._answers(rows, generation or Generation(), image_folder, done, self._choices)
+
+    def _answers(
+        self, rows: Sequence[Row], generation: Generation, image_folder: str, done: int, choice: int
+    ) -> Iterator[Reply]:
+        self._still(choice)
         encoder = self.encoder(image_folder)
+        self.cache.look_with(self.model)
         tasks = given_tasks(rows, self._route, self._task)
         with ThreadPoolExecutor(max(generation.workers, 1)) as readers:
             for window in batches(len(rows), generation.batch_size * WINDOW):
@@ -239,6 +258,7 @@ class Answerer:
                 following = max(window.start, done)
                 waiting: dict[int, Reply] = {}
                 for place, batch in enumerate(plan):
+                    self._still(choice)
                     if generation.workers:
                         for later in plan[place : place + 2]:
                             self.cache.read_ahead([rows[number] for number in later], encoder, readers)
@@ -251,6 +271,10 @@ class Answerer:
                     while following in waiting:
                         yield waiting[following]
                         following += 1
+
+    def _still(self, choice: int) -> None:
+        if choice != self._choices:
+            raise RuntimeError("another model was chosen while answers were still to come; take them all first")
 
     def ask(
         self, turns: Sequence[tuple[str, str]], pictures: Sequence[Any], generation: Generation, **options: Any
@@ -336,6 +360,15 @@ class Answerer:
     def _clean(self, text: str) -> str:
         """The answer without the template's end mark and what a model says after it."""
         return (text.split(self._stop)[0] if self._stop and self._stop.strip() else text).strip()
+
+
+def _clear(loaded: _Loaded) -> None:
+    """Take off what was put on the model since it was loaded."""
+    loaded.model.detach_adapter()
+    values = vars(loaded.model.config)
+    for name in _PROMPT_ENTRIES:
+        values.pop(name, None)
+    values.update(loaded.entries)
 
 
 def is_light(checkpoint: Checkpoint) -> bool:

@@ -7,8 +7,9 @@ tower once, by itself, so that nothing depends on which questions are answered t
 from __future__ import annotations
 
 import json
+import weakref
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -60,6 +61,14 @@ class QuestionCache:
         self.recent: OrderedDict[tuple, Sight] = OrderedDict()
         self.coming: dict[tuple, Future[Picture]] = {}
         self.encoders: dict[str, TextEncoder] = {}
+        self.model: Callable[[], Any] = lambda: None
+
+    def look_with(self, model: Any) -> None:
+        """Look with this model's tower from now on; what another one saw is forgotten."""
+        if self.model() is not model:
+            for kept in (self.sights, self.recent, self.coming):
+                kept.clear()
+            self.used, self.model = 0, weakref.ref(model)
 
     def encoder(self, identity: dict[str, Any], base: Any) -> TextEncoder:
         """The text encoder of this identity; it remembers the questions it has encoded."""

@@ -15,6 +15,8 @@ _PLACES = {
     "LlavaMistralForCausalLM": "llava_mistral",
 }
 
+__all__ = list(_PLACES)
+
 
 def __getattr__(name: str) -> Any:
     if name not in _PLACES:

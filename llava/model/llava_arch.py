@@ -78,7 +78,7 @@ class LlavaMetaForCausalLM:
         """Called by the back-end's ``__init__``: no adapter yet."""
         self.retriever: Adapter | None = None
         self.last_route: Route | None = None
-        self._action_cache: tuple[Tensor, Action] | None = None
+        self._action_cache: tuple[()] | tuple[Tensor, Action] | None = None  # None but in generate()
         self._offset_hooks: list = []
 
     # -- parts ---------------------------------------------------------------------------------------------------
@@ -217,6 +217,7 @@ class LlavaMetaForCausalLM:
             row_labels.append(spliced)
         limit = getattr(self.config, "tokenizer_model_max_length", None)
         if limit is not None:
+            limit += 0 if prefix is None else prefix.shape[1]
             rows, row_labels = [row[:limit] for row in rows], [row[:limit] for row in row_labels]
         side = padding_side or getattr(self.config, "tokenizer_padding_side", None) or "right"
         embeds, mask = pad(rows, side)
@@ -259,14 +260,15 @@ class LlavaMetaForCausalLM:
         return self.retriever.decide(Query(text_query, image_query), tasks)
 
     def _action(self, route: Route | None, dtype: torch.dtype) -> Action:
-        """What the route does; later decoding steps of the same questions find it ready."""
+        """What the route does; in ``generate`` later steps of the same questions find it ready."""
         if route is None:
             return Action()
         cached = self._action_cache
-        if cached is not None and cached[0] is route.slot_indices:
+        if cached and cached[0] is route.slot_indices:
             return cached[1]
         action = self.retriever.act(route, dtype)
-        self._action_cache = None if torch.is_grad_enabled() else (route.slot_indices, action)
+        if cached is not None:
+            self._action_cache = (route.slot_indices, action)
         return action
 
     # -- forward and generate --------------------------------------------------------------------------------------
@@ -360,16 +362,16 @@ class LlavaMetaForCausalLM:
         input_ids = kwargs.pop("input_ids", None) if inputs is None else inputs
         attention_mask = kwargs.pop("attention_mask", None)
         kwargs.pop("position_ids", None)
-        self._action_cache = None
         features: list[list[Tensor]] = [[] for _ in input_ids] if image_features is None else image_features
         if image_features is None and images is not None and self.get_vision_tower() is not None:
             features = self.vision_features(images)
         self.last_route = self._question_route(features, images, questions, text_query, image_query, tasks)
         slot_indices, slot_weights = _as_pair(self.last_route)
-        action = self._action(self.last_route, self.get_model().embed_tokens.weight.dtype)
         projected = self.project_features(features, image_sizes)
-        embeds, mask, _, _ = self._splice(input_ids, attention_mask, None, projected, "left", action.prefix)
+        self._action_cache = ()
         try:
+            action = self._action(self.last_route, self.get_model().embed_tokens.weight.dtype)
+            embeds, mask, _, _ = self._splice(input_ids, attention_mask, None, projected, "left", action.prefix)
             return super().generate(
                 inputs_embeds=embeds,
                 attention_mask=mask.long(),

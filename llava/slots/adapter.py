@@ -43,6 +43,9 @@ class Adapter(Protocol):
     encode_text: Callable[[Sequence[str]], Tensor] | None
     """Questions to text queries ``[batch, text_dim]``; set by whoever loads the model."""
 
+    router_name: str
+    """The router that decides, where the adapter has one; set by whoever asks."""
+
     @property
     def settings(self) -> RetrieverSettings:
         """The query space, and the projections that offsets act on (``targets``)."""
@@ -50,6 +53,13 @@ class Adapter(Protocol):
     @property
     def active(self) -> bool:
         """Whether it would act on any question."""
+
+    @property
+    def known_tasks(self) -> list[str]:
+        """Tasks that a question can be given to, in slot order."""
+
+    def encode_questions(self, questions: Sequence[str]) -> Tensor:
+        """Text queries of plain questions, by ``encode_text``; ``ValueError`` without one."""
 
     def decide(self, query: Query, tasks: Sequence[str | None] | None = None) -> Route | None:
         """The route of each question. ``tasks``: the true task of each where it is given, ``None`` where not."""

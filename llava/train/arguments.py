@@ -113,11 +113,12 @@ def early_arguments(argv: Sequence[str]) -> EarlyArguments:
     return EarlyArguments(**vars(parser.parse_known_args(list(argv))[0]))
 
 
-def parse_arguments(argv: Sequence[str], options: type | None = None) -> tuple:
+def parse_arguments(argv: Sequence[str], options: type | None = None, of_sequence: bool = True) -> tuple:
     """Parse a command line.
 
     Args:
         options: a method's dataclass of options; its fields become flags, and it is returned as a fourth.
+        of_sequence: a task of the sequence trains, with its settings; else the rows are ``--data_path``'s.
 
     Returns:
         ``(ModelArguments, DataArguments, TrainingArguments)``, and the options where their class is given.
@@ -132,14 +133,17 @@ def parse_arguments(argv: Sequence[str], options: type | None = None) -> tuple:
     taken = {entry.name for kind in kinds for entry in dataclasses.fields(kind)}
     parser = Parser([*kinds, ignored_beside(taken)], prog="train_mem", allow_abbrev=False)
     parser.set_defaults(retriever_state_dict=str(places.merged_keys), query_cache=str(places.query_cache))
-    parser.set_defaults(**sequence.train.flags(sequence.stated))
-    if early.output_dir is None and early.task in sequence.task_names:
+    if of_sequence:
+        parser.set_defaults(**sequence.train.flags(sequence.stated))
+    if of_sequence and early.output_dir is None and early.task in sequence.task_names:
         before = places.stage_before(early.task)
         parser.set_defaults(output_dir=str(places.stage(early.task)), previous_stage=before and str(before))
     namespace, unknown = parser.parse_known_args(list(argv))
     if unknown:
         raise UserError(f"unknown argument {unknown[0]}; {_nearest(unknown[0], parser)}")
-    if not namespace.task:
+    if not of_sequence and not namespace.data_path:
+        raise UserError(f"method {early.method!r} has no rows of a task; add --data_path")
+    if of_sequence and not namespace.task:
         raise UserError("no task given; add --task <name>, as the task sequence names it")
     if namespace.output_dir is None:
         raise UserError("no --output_dir given, e.g. output/llava-vqa-rad_abd")

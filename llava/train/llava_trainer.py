@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +32,15 @@ class LLaVATrainer(Trainer):
 
     Args:
         recipe, context: the continual method, and the stage as it sees it.
+
+    Attributes:
+        groups: parameters with optimizer settings of their own (``ParamGroup``); the others have the command's.
     """
 
     def __init__(self, *args, recipe: Recipe, context: Context, **kwargs):
         super().__init__(*args, **kwargs)
         self.recipe, self.context = recipe, context
+        self.groups: list[Mapping[str, Any]] = []
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The recipe's loss in training, the answers' cross-entropy in evaluation."""
@@ -44,6 +48,14 @@ class LLaVATrainer(Trainer):
         if model.training:
             loss = self.recipe.loss(self.context, inputs, outputs, loss)
         return (loss, outputs) if return_outputs else loss
+
+    def create_optimizer(self, model=None):
+        """The optimizer, with the groups that have settings of their own behind the others."""
+        made = self.optimizer is not None
+        optimizer = super().create_optimizer(model)
+        if not made and self.groups:
+            split_groups(optimizer, self.groups)
+        return optimizer
 
     def single_rows(self) -> Iterator[dict[str, Any]]:
         """The training rows one by one, as batches on the model's device."""
@@ -80,6 +92,24 @@ class LLaVATrainer(Trainer):
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             (folder / COMPLETE).touch()
+
+
+def split_groups(optimizer, groups: list[Mapping[str, Any]]) -> None:
+    """Take each of ``groups`` out of the optimizer's own groups, whose other settings it keeps.
+
+    Raises:
+        UserError: DeepSpeed's file names the optimizer, which knows nothing of groups here.
+    """
+    if not hasattr(optimizer, "add_param_group"):
+        raise UserError("this method trains with several learning rates; leave the optimizer out of DeepSpeed's json")
+    for group in groups:
+        wanted = {id(parameter) for parameter in group["params"]}
+        for own in list(optimizer.param_groups):
+            mine = [parameter for parameter in own["params"] if id(parameter) in wanted]
+            if mine:
+                own["params"] = [parameter for parameter in own["params"] if id(parameter) not in wanted]
+                optimizer.param_groups.append({**own, **group, "params": mine})
+    optimizer.param_groups = [own for own in optimizer.param_groups if own["params"]]
 
 
 def _leave_frozen_out(engine) -> None:

@@ -133,10 +133,3 @@ def slots_count_as_adapters(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         model._hf_peft_config_loaded = before
-
-
-def lora_settings(args: TrainingArguments) -> dict:
-    """What tells a run with LoRA or a quantised base from one without, for the stage's record."""
-    names = ["bits", "double_quant", "quant_type"] if args.bits != 16 else []
-    names += ["lora_enable", "lora_r", "lora_alpha", "lora_dropout", "lora_bias"] if args.lora_enable else []
-    return {name: getattr(args, name) for name in names}

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import shutil
 import sys
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,14 +24,16 @@ from llava.checkpoints.checkpoint import Checkpoint
 from llava.continual.methods import METHODS, Context, Recipe
 from llava.continual.record import VERSION, checksums, deepspeed_record, defaults, settings_record
 from llava.continual.run import Run
-from llava.continual.sequence import load_sequence
+from llava.continual.sequence import TaskSequence, load_sequence
 from llava.data.prompt import Prompt, PromptEncoder
 from llava.data.rows import Row
 from llava.data.samples import DataCollatorForSupervisedDataset, LazySupervisedDataset, pictures_checksum
 from llava.devices import has_accelerator
 from llava.model.builder import attention, check_slots_fit, load_base
+from llava.model.configs import llava_config
 from llava.slots.fit import seed_of
 from llava.slots.pool import Pool
+from llava.slots.settings import RetrieverSettings
 from llava.train.arguments import (
     DataArguments,
     ModelArguments,
@@ -60,7 +63,7 @@ def train(attn_implementation: str | None = None) -> None:
     if early.deepspeed:
         look_at_deepspeed(early.deepspeed)
     recipe = METHODS.get(early.method)()
-    model_args, data_args, args, options = parse_arguments(argv, recipe.Options)
+    model_args, data_args, args, options = parse_arguments(argv, recipe.Options, recipe.needs_keys)
     check_agreement(args)
     model_args.attn_implementation = model_args.attn_implementation or attn_implementation
     transformers.logging.set_verbosity_error()
@@ -82,7 +85,12 @@ def train(attn_implementation: str | None = None) -> None:
         rank0_print(f"going on from {checkpoint}")
     result = trainer.train(resume_from_checkpoint=checkpoint)
     finish(recipe, context, trainer, result.training_loss, args)
-    rank0_print(f"task {context.task}: training loss {result.training_loss:.4f}; written to {run.folder}")
+    rank0_print(f"{title(context)}: training loss {result.training_loss:.4f}; written to {run.folder}")
+
+
+def title(context: Context) -> str:
+    """What the stage is called in messages."""
+    return f"task {context.task}" if context.task else context.run.folder.name
 
 
 def look_at_deepspeed(path: str) -> None:
@@ -96,13 +104,13 @@ def plan(
     recipe: Recipe, model_args: ModelArguments, data_args: DataArguments, args: TrainingArguments, options: Any
 ) -> tuple[Context, Prompt, list[Row]]:
     """Read and check everything but the base's weights: the stage, how its questions are asked, its rows."""
-    sequence = load_sequence(data_args.sequence)
+    sequence = load_sequence(data_args.sequence) if recipe.needs_keys else no_sequence(recipe.name)
     base = Checkpoint.open(model_args.model_name_or_path)
     folder = Path(args.output_dir)
     if "llava" not in folder.name.lower():
         raise UserError(f"--output_dir {folder}: the folder's name must contain 'llava'")
     previous = Run.open(args.previous_stage) if args.previous_stage else None
-    keys = Pool.read(args.retriever_state_dict)
+    keys = Pool.read(args.retriever_state_dict) if recipe.needs_keys else no_slots(base)
     data_args.image_folder = data_args.image_folder or sequence.image_folder
     files = [data_args.data_path] if data_args.data_path else recipe.files(sequence, data_args.task)
     rows = read_training_rows(files)
@@ -110,18 +118,18 @@ def plan(
     if previous is not None and (changed := prompt.difference(previous.pool.prompt)):
         rank0_print(f"note: earlier tasks were trained with another prompt and will be asked with this one: {changed}")
     # A task's run does not depend on its place in the sequence, nor do its random numbers.
-    seed = seed_of(data_args.task, args.seed, "training") % 2**31
+    seed = seed_of(data_args.task or "", args.seed, "training") % 2**31
     groups = (model_args, data_args, args, options)
-    run = Run(folder, {}, defaults(*groups))
+    run = Run(folder, {}, defaults(*groups), has_slots=recipe.needs_keys)
     name = str(model_args.model_name_or_path)
-    context = Context(sequence, data_args.task, options, seed, run, previous, keys, base, name)
+    context = Context(sequence, data_args.task or "", options, seed, run, previous, keys, base, name)
     rows = recipe.rows(context, rows)
     run.record = {
         "record": VERSION,
         **settings_record(*groups),
         "prompt": prompt.to_dict(),
         "base": keys.base.get("fingerprint"),
-        "keys": checksums([args.retriever_state_dict])[0],
+        **({"keys": checksums([args.retriever_state_dict])[0]} if recipe.needs_keys else {}),
         "training_files": checksums(files),
         "pictures": pictures_checksum(rows, data_args.image_folder),
         "world_size": args.world_size,
@@ -129,6 +137,17 @@ def plan(
         **({} if previous is None else previous.contents()),
     }
     return context, prompt, rows
+
+
+def no_sequence(name: str) -> TaskSequence:
+    """For a recipe without tasks: its rows, pictures and settings are those of the command line."""
+    return TaskSequence(name, name, (), "", "")
+
+
+def no_slots(base: Checkpoint) -> Pool:
+    """For a recipe without keys: a pool that holds nothing, over this base."""
+    settings = RetrieverSettings(num_layers=llava_config(base).num_hidden_layers, features={})
+    return Pool(settings, (), {"path": str(base), "fingerprint": base.fingerprint})
 
 
 def prepare(
@@ -148,7 +167,8 @@ def prepare(
     model.requires_grad_(False)
     check_slots_fit(model.config, context.pool, context.base)
     context.model, context.tokenizer = model, tokenizer
-    parameters = list(recipe.begin(context))
+    groups = list(recipe.begin(context))
+    parameters = [one for group in groups for one in (group["params"] if isinstance(group, Mapping) else [group])]
     prompt.tell(model.config)
     context.pool.prompt = prompt.to_dict()
     before = None if context.previous is None else context.previous.folder
@@ -158,8 +178,8 @@ def prepare(
     if lora is not None:
         context.more_files.append(lambda folder: save_lora(folder, lora, context.state))
     rank0_print(
-        f"task {context.task}: {len(rows)} rows; {sum(p.numel() for p in parameters):,} weights in "
-        f"{context.pool.size} slots train, the base is frozen"
+        f"{title(context)}: {len(rows)} rows; {sum(p.numel() for p in parameters):,} weights"
+        f"{f' in {context.pool.size} slots' if recipe.needs_keys else ''} train, the base is frozen"
     )
     encoder = PromptEncoder(prompt, tokenizer, image_processor, model.config, data_args.image_folder)
     source = picture_source(model, context.base.folder, prompt, data_args.image_folder, args)
@@ -167,7 +187,9 @@ def prepare(
     dataset, held_out = build_dataset(rows, encoder, settings, source, args), None
     if data_args.eval_data_path:
         held_out = build_dataset(read_training_rows([data_args.eval_data_path]), encoder, settings, source, args)
-    return build_trainer(recipe, context, dataset, args, held_out)
+    trainer = build_trainer(recipe, context, dataset, args, held_out)
+    trainer.groups = [group for group in groups if isinstance(group, Mapping)]
+    return trainer
 
 
 def build_trainer(

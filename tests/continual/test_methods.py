@@ -193,6 +193,8 @@ def test_l2p_puts_the_selected_prompts_in_front(world, runs):
     image = torch.randn(2, model.retriever.settings.image_dim)
     with torch.no_grad():
         out = model(ids, text_query=query, image_query=image)
+        model.config.tokenizer_model_max_length = 4  # of the text: the prompts take no room from it
+        assert torch.equal(model(ids, text_query=query, image_query=image).logits, out.logits)
     assert out.logits.shape[1] == 4 + TOP_K * 5
     alone = model(ids[:1], text_query=query[:1], image_query=image[:1])
     torch.testing.assert_close(out.logits[:1], alone.logits, rtol=1e-4, atol=1e-4)
@@ -210,6 +212,20 @@ def test_moelora_trains_its_gate_and_weighs_every_expert(world, runs):
     assert route.slot_indices.tolist() == [[0, 1, 2, 3]]
     assert math.isclose(float(route.slot_weights.sum()), 1.0, rel_tol=1e-5)
     assert "weights" in route.describe(0)
+
+
+@pytest.mark.parametrize("method, kept", [("ewc", "fisher.A.o_proj"), ("l2p", "prefix.table"), ("moelora", "gate.")])
+def test_a_stage_before_of_another_method_is_one_line(world, tmp_path, capsys, method, kept):
+    before = tmp_path / "llava-before"
+    world.train("abd", before, None, "--method", "sequential")
+    line = refusal(world, capsys, world.train_arguments("chest", tmp_path / "llava-x", before, "--method", method))
+    assert kept in line and str(before) in line and "--method sequential" in line
+
+
+def test_a_stage_before_with_another_adapter_is_one_line(world, runs, tmp_path, capsys):
+    before = runs["moelora"][0].folder
+    words = world.train_arguments("chest", tmp_path / "llava-x", before, "--method", "sequential")
+    assert f"{before} was trained with --method moelora, whose adapter is another" in refusal(world, capsys, words)
 
 
 @pytest.mark.parametrize(

@@ -216,6 +216,45 @@ def test_a_task_is_given_where_it_is_learned(place, rows):
         answerer.use(str(place / "llava-tiny_abd"), route="compass")
 
 
+def test_another_model_looks_at_the_pictures_itself(place, rows, tmp_path):
+    other = str(write_base(tmp_path / "tiny-other", seed=5))
+    alone = told(Answerer.load(other, CPU), place, rows)
+    answerer = Answerer(None, CPU).use(str(place / "tiny-base"))
+    first = told(answerer, place, rows)
+    assert told(answerer.use(other), place, rows) == alone != first
+    assert told(answerer.use(str(place / "tiny-base")), place, rows) == first
+
+
+@pytest.mark.parametrize("wrong", [{"task": "head"}, {"answer_style": "loud"}, {"stage": "llava-of-another-base"}])
+def test_a_choice_that_fails_leaves_the_base_clean_and_nothing_chosen(place, rows, tmp_path, wrong):
+    write_stage(tmp_path / "llava-of-another-base", write_base(tmp_path / "tiny-other", seed=5))
+    wrong = {"stage": str(place / "llava-tiny_abd"), **wrong}
+    wrong["stage"] = str(tmp_path / wrong["stage"])  # an absolute path stays
+    answerer = Answerer.load(str(place / "tiny-base"), CPU)
+    before = {name: value for name, value in vars(answerer.model.config).items() if name != "prompt"}
+    answerer.use(str(place / "llava-tiny_abd_chest"), conv_mode="v0")
+    with pytest.raises(UserError):
+        answerer.use(**wrong)
+    assert vars(answerer.model.config) == before
+    assert hooks(answerer.model) == 0 and answerer.model.retriever is None
+    with pytest.raises(UserError, match="no model is chosen"):
+        next(answerer.answer(rows, SHORT, str(place / "images")))
+    assert told(answerer.use(None), place, rows) == fresh(place, None, rows)
+
+
+def test_answers_do_not_come_from_a_model_that_was_chosen_meanwhile(place, rows):
+    answerer = Answerer(str(place / "tiny-base"), CPU).use(str(place / "llava-tiny_abd"))
+    replies = answerer.answer(rows, Generation(max_new_tokens=5, batch_size=1), str(place / "images"))
+    next(replies)
+    answerer.use(None)
+    with pytest.raises(RuntimeError, match="another model was chosen"):
+        list(replies)
+    late = answerer.answer(rows, SHORT, str(place / "images"))
+    answerer.use(str(place / "llava-tiny_abd"))
+    with pytest.raises(RuntimeError, match="another model was chosen"):
+        next(late)
+
+
 # -- with a stub in the model's place ----------------------------------------------------------------------------------
 
 

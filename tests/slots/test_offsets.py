@@ -224,7 +224,6 @@ def test_bfloat16_stays_near_float32(form):
     full = model(ids, slot_indices=slots, slot_weights=weights).logits
     half = copy.deepcopy(model)
     half.model.to(torch.bfloat16), half.lm_head.to(torch.bfloat16)
-    half._action_cache = None
     half.attach_adapter(half.retriever)  # a deep copy's hooks belong to the original
     assert half.retriever.pool.task("abd").A["o_proj"].dtype == torch.float32  # the slots stay exact
     logits = half(ids, slot_indices=slots, slot_weights=weights).logits
@@ -325,6 +324,23 @@ def test_the_offsets_are_gathered_once_an_answer(monkeypatch):
     model.generate(torch.randint(3, VOCABULARY, (2, 5)), text_query=torch.randn(2, 8), max_new_tokens=7, pad_token_id=0)
     assert len(calls) == 1
     assert model._action_cache is None  # nothing is kept for the next questions
+
+
+def test_a_route_given_to_forward_acts_as_it_is_now():
+    """The same slots with other weights, after a step, and with gradients: nothing of the pass before is used."""
+    model = make_model()
+    ids = torch.randint(3, VOCABULARY, (2, 5))
+    slots, weights = a_route(2)
+    with torch.no_grad():
+        before = model(ids, slot_indices=slots, slot_weights=weights).logits
+        none = model(ids, slot_indices=slots, slot_weights=torch.zeros_like(weights)).logits
+    torch.testing.assert_close(none, model(ids).logits)
+    offsets = model.retriever.pool.task("abd").A["o_proj"].requires_grad_(True)
+    model(ids, slot_indices=slots, slot_weights=weights).logits.sum().backward()
+    assert offsets.grad.abs().max() > 0
+    with torch.no_grad():
+        offsets.mul_(2)
+        assert not torch.allclose(model(ids, slot_indices=slots, slot_weights=weights).logits, before)
 
 
 def test_rows_without_a_picture_route_alone_as_beside_others():

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from llava.continual.methods.base import Context, NoOptions, Recipe
+from llava.continual.methods.base import Context, NoOptions, ParamGroup, Recipe
 from llava.registry import Registry
 
 METHODS: Registry[type[Recipe]] = Registry("method", __name__)
 
-__all__ = ["METHODS", "Context", "NoOptions", "Recipe"]
+__all__ = ["METHODS", "Context", "NoOptions", "ParamGroup", "Recipe"]

@@ -10,11 +10,14 @@ The trainer's loop is the same for all (``llava.train.train``)::
     recipe.write                  the stage's folder
 
 ``Options`` is a dataclass: its fields are the recipe's flags and its part of the run's record.
+
+A recipe with ``needs_keys = False`` is no continual method: it trains weights of the model itself on the rows of
+``--data_path``, without a task, keys or slots, and puts files of its own into the stage's folder (``more_files``).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -27,6 +30,9 @@ from llava.continual.sequence import TaskSequence
 from llava.data.rows import Row
 from llava.model.language_model.retriever import Retriever
 from llava.slots.pool import Pool
+
+ParamGroup = Mapping[str, Any]
+"""``params``, and settings of the optimizer for them alone, such as ``lr`` and ``weight_decay``."""
 
 
 @dataclass
@@ -43,7 +49,7 @@ class Context:
         seed: of this task's run; it depends on the task's name, not on its place in the sequence.
         run: the stage that comes out of it; what the recipe keeps goes into ``run.memory`` and ``run.kept_rows``.
         previous: the stage before, ``None`` at the first task.
-        keys: merged keys and initial offsets of all tasks.
+        keys: merged keys and initial offsets of all tasks; without slots for a recipe that needs no keys.
         base: folder of the frozen base; ``base_name`` is what the command calls it.
         pool: the slots in memory, once ``recipe.pool`` has given them; ``trained`` names the task whose slots train.
         model: the frozen base, once it is loaded.
@@ -90,6 +96,7 @@ class Recipe:
 
     name: ClassVar[str] = ""
     Options: ClassVar[type] = NoOptions
+    needs_keys: ClassVar[bool] = True
 
     def files(self, sequence: TaskSequence, task: str) -> list[str]:
         """Training files of the stage that ends with ``task``."""
@@ -105,10 +112,15 @@ class Recipe:
         Raises:
             UserError: the stage before and the keys do not go together.
         """
+        if not self.needs_keys:
+            return context.keys, ""
         raise NotImplementedError(f"recipe {self.name!r} must say which slots train")
 
-    def begin(self, context: Context) -> Sequence[nn.Parameter]:
-        """Attach an adapter to ``context.model``, whose every weight is frozen, and return what trains."""
+    def begin(self, context: Context) -> Sequence[nn.Parameter | ParamGroup]:
+        """Attach an adapter to ``context.model``, whose every weight is frozen, and return what trains.
+
+        Parameters train with the command's settings; a group of them may have its own.
+        """
         adapter = Retriever(context.pool)
         context.model.attach_adapter(adapter)
         return adapter.train_only(context.trained)
@@ -122,7 +134,7 @@ class Recipe:
 
     def slots(self, context: Context) -> Pool:
         """The slots of the stage checkpoint."""
-        return context.trained_pool()
+        return context.trained_pool() if self.needs_keys else context.pool
 
     def write(self, context: Context) -> None:
         """Write the stage's folder."""

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llava.continual.methods import METHODS, Context
+from llava.continual.methods import METHODS, Context, ParamGroup
 from llava.continual.methods.sequential import SHARED, Sequential
 from llava.slots.pool import Pool
 from llava.slots.task_slots import TaskSlots
@@ -37,14 +37,14 @@ class EWC(Sequential):
     name = "ewc"
     Options = EWCOptions
 
-    def begin(self, context: Context) -> Sequence[nn.Parameter]:
+    def begin(self, context: Context) -> Sequence[nn.Parameter | ParamGroup]:
         parameters = super().begin(context)
         self.fisher: list[Tensor] = []
         self.anchor: list[Tensor] = []
         if context.previous is not None:
             before = context.previous.pool.task(SHARED)
             self.anchor = [tensor.detach() for tensor in before(context.pool.settings.targets)]
-            self.fisher = [context.previous.memory[name] for name in _names(context)]
+            self.fisher = [context.previous.remembered(name) for name in _names(context)]
         return parameters
 
     def loss(self, context: Context, batch: dict[str, Any], outputs: Any, loss: Tensor) -> Tensor:
@@ -78,7 +78,7 @@ class EWC(Sequential):
             watch.remove()
         for number, name in enumerate(_names(context)):
             here = total[number].cpu() / max(count, 1)
-            before = context.previous.memory[name] * context.options.ewc_gamma if context.previous else 0
+            before = context.previous.remembered(name) * context.options.ewc_gamma if context.previous else 0
             context.run.memory[name] = here + before
 
 

@@ -82,7 +82,7 @@ class L2P(Recipe):
         count = context.pool.task(context.task).count
         table = torch.randn(count, context.options.prompt_length, hidden, generator=generator) * 0.02
         if context.previous is not None:
-            before = context.previous.memory[PREFIX]
+            before = context.previous.remembered(PREFIX)
             if before.shape[1] != table.shape[1]:
                 raise UserError(f"--prompt_length is {table.shape[1]}, but the stage before has {before.shape[1]}")
             table = torch.cat([before, table])

@@ -76,8 +76,9 @@ class MoELoRA(Recipe):
 
     def begin(self, context: Context) -> Sequence[nn.Parameter]:
         width = query_width(context.pool.settings)
-        memory = {GATE: torch.zeros(context.pool.size, width)} if context.previous is None else context.previous.memory
-        adapter = GatedAdapter(context.pool, memory)
+        before = context.previous
+        gate = torch.zeros(context.pool.size, width) if before is None else before.remembered(GATE)
+        adapter = GatedAdapter(context.pool, {GATE: gate})
         context.model.attach_adapter(adapter)
         adapter.gate.requires_grad_(True)
         return [*adapter.train_only(SHARED), *adapter.gate.parameters()]

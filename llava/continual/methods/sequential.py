@@ -15,6 +15,7 @@ from llava.continual.methods import METHODS, Context, Recipe
 from llava.slots.fit import seed_of
 from llava.slots.pool import Pool
 from llava.slots.task_slots import TaskSlots
+from llava.utils import UserError
 
 SHARED = "shared"
 
@@ -26,6 +27,11 @@ class Sequential(Recipe):
     def pool(self, context: Context) -> tuple[Pool, str]:
         if context.previous is not None:
             before = context.previous.pool
+            if before.adapter:
+                raise UserError(
+                    f"{context.previous.folder} was trained with --method {before.adapter}, whose adapter is another; "
+                    "train it with this method"
+                )
             return before.with_tasks([copy.deepcopy(before.task(SHARED))]), SHARED  # the stage before stays as it was
         return single_adapter(context.keys), SHARED
 

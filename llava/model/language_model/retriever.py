@@ -56,6 +56,11 @@ class Retriever(nn.Module):
         return self.pool.active
 
     @property
+    def known_tasks(self) -> list[str]:
+        """Tasks whose slots may be selected."""
+        return [task.name for task in self.pool.selectable]
+
+    @property
     def pool_size(self) -> int:
         """How many slots there are."""
         return self.pool.size
