@@ -21,7 +21,7 @@ from accelerate.utils import set_seed
 
 from llava.checkpoints.checkpoint import Checkpoint
 from llava.continual.methods import METHODS, Context, Recipe
-from llava.continual.record import VERSION, checksums, deepspeed_record, defaults, settings_record
+from llava.continual.record import VERSION, checksums, deepspeed_record, defaults, first_version, settings_record
 from llava.continual.run import Run
 from llava.continual.tasks import load_sequence
 from llava.data.prompt import Prompt, PromptEncoder
@@ -112,7 +112,8 @@ def plan(
     # A task's run does not depend on its place in the sequence, nor do its random numbers.
     seed = seed_of(data_args.task, args.seed, "training") % 2**31
     groups = (model_args, data_args, args, options)
-    run = Run(folder, {}, defaults(*groups))
+    first = first_version(model_args, data_args, args, sequence.answer_style, files)
+    run = Run(folder, {}, defaults(*groups), first)
     name = str(model_args.model_name_or_path)
     context = Context(sequence, data_args.task, options, seed, run, previous, keys, base, name)
     rows = recipe.rows(context, rows)
