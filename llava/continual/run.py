@@ -104,8 +104,12 @@ class Run:
             json.dump(self.record, stream, indent=1)
 
     def check_work(self) -> None:
-        """``UserError`` where an interrupted run of other settings left its checkpoints."""
-        self._refuse_another(self.work / WORK_FILE, self.work)
+        """``UserError`` where an interrupted run of other settings left its checkpoints.
+
+        One that ended before its first checkpoint left nothing to go on from, and is no obstacle.
+        """
+        if any(self.work.glob("checkpoint-*")):
+            self._refuse_another(self.work / WORK_FILE, self.work)
 
     def write(
         self,
