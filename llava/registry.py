@@ -110,7 +110,7 @@ def _import_file(file: Path) -> None:
     sys.modules[name], _plugin_files[name] = module, file
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         del sys.modules[name]
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise UserError(f"{file}: the plugin cannot be imported ({reason}); mend it") from error

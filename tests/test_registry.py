@@ -116,6 +116,7 @@ def test_a_missing_folder_is_named(tmp_path, monkeypatch, shapes):
         ("1 / 0", "ZeroDivisionError: division by zero"),
         ("import no_such_module_here", "ModuleNotFoundError: No module named 'no_such_module_here'"),
         ("def broken(:", "SyntaxError: "),
+        ("raise SystemExit(3)", "SystemExit: 3"),
     ],
 )
 def test_a_broken_file_is_one_line_each_time(tmp_path, monkeypatch, shapes, body, reason):

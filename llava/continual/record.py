@@ -20,6 +20,9 @@ from llava.utils import UserError
 VERSION = 2
 """Of the record. Records without a version were written by hand-picked names; they are compared as far as they go."""
 
+FIRST_VERSION = {"lora_enable": False}
+"""What records of the first version left out where it was not asked for."""
+
 SHORT = 16  # hex digits of a checksum
 
 _PLACE = "names a place; what lies there is recorded by its checksum"
@@ -122,6 +125,19 @@ def checksums(files: Iterable[str | Path]) -> list[str]:
     return [file_sha256(file)[:SHORT] for file in files]
 
 
+def first_version(
+    model_args: Any, data_args: Any, args: Any, answer_style: str, files: Iterable[str | Path]
+) -> dict[str, Any]:
+    """What records of the first version kept under other names than today's."""
+    return {
+        "version": model_args.version,
+        "image_aspect_ratio": data_args.image_aspect_ratio,
+        "model_max_length": args.model_max_length,
+        "answer_style": answer_style,
+        "data": {Path(file).name: file_sha256(file)[:SHORT] for file in files},
+    }
+
+
 def deepspeed_record(path: str | Path | None) -> dict[str, Any]:
     """What a DeepSpeed file says about the steps themselves; ``"auto"`` takes the command's own settings."""
     if not path:
@@ -138,8 +154,8 @@ def difference(kept: Mapping[str, Any], now: Mapping[str, Any], unset: Mapping[s
         unset: value of each setting that nobody has set. A name that one record lacks, because another version of a
             library wrote it, agrees with this value.
     """
-    kept, now = _flat(kept), _flat(now)
     old = "record" not in kept
+    kept, now = _flat({**FIRST_VERSION, **kept} if old else kept), _flat(now)
     for name in sorted({*kept, *now} - {"record"}):
         if name not in kept and (old or (name in unset and unset[name] == now[name])):
             continue

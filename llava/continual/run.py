@@ -40,6 +40,7 @@ class Run:
         folder: of the stage checkpoint.
         record: everything that decides what is learned (see ``llava.continual.record``).
         unset: value of each recorded setting that nobody has set.
+        first: what records of the first version kept under other names (see ``record.first_version``).
         pool: slots of the finished stage; there are none before.
         memory: tensors that the method keeps (Fisher information, a gate, prefixes).
         kept_rows: rows of past tasks that the method keeps.
@@ -49,6 +50,7 @@ class Run:
     folder: Path
     record: dict[str, Any]
     unset: dict[str, Any] = field(default_factory=dict)
+    first: dict[str, Any] = field(default_factory=dict)
     pool: Pool = field(init=False)
     memory: dict[str, Tensor] = field(default_factory=dict)
     kept_rows: list[Row] = field(default_factory=list)
@@ -66,7 +68,7 @@ class Run:
             raise UserError(f"stage checkpoint not found: {place} (train the stage before this one first)")
         record = read_record(place / TRAINING_FILE) if (place / TRAINING_FILE).is_file() else {}
         rows = read_rows(place / KEPT_ROWS_FILE) if (place / KEPT_ROWS_FILE).is_file() else []
-        run = cls(place, record, {}, read_memory(place), rows)
+        run = cls(place, record, memory=read_memory(place), kept_rows=rows)
         run.pool = Pool.read(place / SLOTS_FILE)
         return run
 
@@ -112,7 +114,12 @@ class Run:
             json.dump(self.record, stream, indent=1)
 
     def check_work(self) -> None:
-        """``UserError`` where an interrupted run of other settings, or of an earlier version, left its checkpoints."""
+        """``UserError`` where an interrupted run of other settings, or of an earlier version, left its checkpoints.
+
+        One that ended before its first checkpoint left nothing to go on from, and is no obstacle.
+        """
+        if not any(self.work.glob("checkpoint-*")):
+            return
         path = self.work / WORK_FILE
         if path.is_file() and "record" not in read_record(path):  # the weights have other names in its checkpoints
             raise UserError(f"{path}: was begun by an earlier version; remove {self.work} to start the task anew")
@@ -150,7 +157,7 @@ class Run:
             return
         kept = read_record(path)
         kept.pop(SLOTS, None)
-        now = json.loads(json.dumps(self.record))
+        now = json.loads(json.dumps(self.record if "record" in kept else {**self.record, **self.first}))
         if found := difference(kept, now, self.unset):
             aim = "train again" if folder == self.folder else "start the task anew"
             raise UserError(f"{path}: was trained with {found}; remove {folder} to {aim}, or restore the setting")
@@ -158,20 +165,24 @@ class Run:
     def _refuse_edited(self) -> None:
         """The slots must be the ones that the record names: a task may have been removed in place since."""
         path = self.folder / TRAINING_FILE
-        written = read_record(path).get(SLOTS) if path.is_file() else None
+        written = _written_slots(read_record(path)) if path.is_file() else None
         if written is None:
             return
         here = {task.name: task.checksum() for task in Pool.read(self.folder / SLOTS_FILE).tasks}
         for name in [*written, *here]:
-            if written.get(name) != here.get(name):
-                what = (
-                    "has changed"
-                    if name in here and name in written
-                    else "was removed"
-                    if name in written
-                    else "is new"
-                )
+            what = "was removed" if name not in here else "is new" if name not in written else "has changed"
+            if what != "has changed" or written[name] not in (None, here[name]):
                 raise UserError(
                     f"{self.folder / SLOTS_FILE}: task {name!r} {what} since the stage was trained; remove the "
                     "folder to train it again, or evaluate it as it is"
                 )
+
+
+def _written_slots(record: dict[str, Any]) -> dict[str, str | None] | None:
+    """Checksum of each task that a stage wrote, ``None`` for one that the record does not tell.
+
+    Records of the first version name the tasks before, which ``retrieval`` passes through, and the stage's own.
+    """
+    if "record" not in record and record.get("method") == "retrieval":
+        return {**record.get("earlier_tasks", {}), record.get("task"): None}
+    return record.get(SLOTS)

@@ -21,6 +21,16 @@ from llava.continual.sequence import load_sequence, sequence_flag
 from llava.train.ignored_flags import ignored_beside, say_ignored
 from llava.utils import UserError, rank0_print
 
+_LEAST = {
+    "learning_rate": 0,
+    "weight_decay": 0,
+    "per_device_train_batch_size": 1,
+    "per_device_eval_batch_size": 1,
+    "gradient_accumulation_steps": 1,
+    "model_max_length": 1,
+    "lora_r": 1,
+}
+
 
 def spelled(*names: str) -> list[str]:
     """Both spellings of further names of a flag."""
@@ -129,7 +139,14 @@ def parse_arguments(argv: Sequence[str], options: type | None = None, of_sequenc
     early = early_arguments(argv)
     sequence = load_sequence(early.sequence)
     places = Places.of(sequence, early.method)
-    kinds = [ModelArguments, DataArguments, TrainingArguments, *([options] if options else [])]
+    own = [ModelArguments, DataArguments, TrainingArguments]
+    names = {entry.name for kind in own for entry in dataclasses.fields(kind)}
+    for entry in dataclasses.fields(options) if options else ():
+        if entry.name in names:
+            raise UserError(
+                f"method {early.method!r}: its option {entry.name!r} is a flag of every training run; rename it"
+            )
+    kinds = [*own, *([options] if options else [])]
     taken = {entry.name for kind in kinds for entry in dataclasses.fields(kind)}
     parser = Parser([*kinds, ignored_beside(taken)], prog="train_mem", allow_abbrev=False)
     parser.set_defaults(retriever_state_dict=str(places.merged_keys), query_cache=str(places.query_cache))
@@ -152,12 +169,25 @@ def parse_arguments(argv: Sequence[str], options: type | None = None, of_sequenc
     if not namespace.model_name_or_path:
         namespace.model_name_or_path = places.base_model()
         rank0_print(f"no base model given; using {namespace.model_name_or_path}")
-    *parsed, without_effect = (
-        kind(**{entry.name: getattr(namespace, entry.name) for entry in dataclasses.fields(kind) if entry.init})
-        for kind in parser.dataclass_types
-    )
+    _check_numbers(namespace)
+    try:
+        *parsed, without_effect = (
+            kind(**{entry.name: getattr(namespace, entry.name) for entry in dataclasses.fields(kind) if entry.init})
+            for kind in parser.dataclass_types
+        )
+    except ValueError as error:  # transformers' own checks
+        raise UserError(f"{' '.join(str(error).split())}; see python -m llava.train.train_mem --help") from error
     say_ignored(without_effect)
     return tuple(parsed)
+
+
+def _check_numbers(namespace: Any) -> None:
+    """Refuse numbers that would fail, or train nothing, once the base is loaded."""
+    for name, least in _LEAST.items():
+        if (value := getattr(namespace, name)) < least:
+            raise UserError(f"--{name} is {value}; give {least} or more")
+    if namespace.max_steps <= 0 and not namespace.num_train_epochs > 0:
+        raise UserError(f"--num_train_epochs is {namespace.num_train_epochs}; give more than 0")
 
 
 def _nearest(flag: str, parser: Parser) -> str:

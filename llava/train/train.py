@@ -22,7 +22,7 @@ from accelerate.utils import set_seed
 
 from llava.checkpoints.checkpoint import Checkpoint
 from llava.continual.methods import METHODS, Context, Recipe
-from llava.continual.record import VERSION, checksums, deepspeed_record, defaults, settings_record
+from llava.continual.record import VERSION, checksums, deepspeed_record, defaults, first_version, settings_record
 from llava.continual.run import Run
 from llava.continual.sequence import TaskSequence, load_sequence
 from llava.data.prompt import Prompt, PromptEncoder
@@ -120,7 +120,8 @@ def plan(
     # A task's run does not depend on its place in the sequence, nor do its random numbers.
     seed = seed_of(data_args.task or "", args.seed, "training") % 2**31
     groups = (model_args, data_args, args, options)
-    run = Run(folder, {}, defaults(*groups), has_slots=recipe.needs_keys)
+    first = first_version(model_args, data_args, args, sequence.answer_style, files)
+    run = Run(folder, {}, defaults(*groups), first, has_slots=recipe.needs_keys)
     name = str(model_args.model_name_or_path)
     context = Context(sequence, data_args.task or "", options, seed, run, previous, keys, base, name)
     rows = recipe.rows(context, rows)

@@ -103,20 +103,61 @@ def test_slots_that_changed_in_place_are_not_finished(world, stage, capsys):
     assert "task 'abd' has changed since the stage was trained" in refused(world, capsys, stage)
 
 
-def test_a_stage_of_the_first_version_is_still_finished(world, stage, capsys):
-    """Its record held some settings by hand-picked names, and no checksums of its slots."""
+@pytest.fixture
+def old(stage, world):
+    """A stage whose record is of the first version: settings by hand-picked names, no checksums of its slots."""
     kept = json.loads((stage / "training.json").read_text())
     names = ("task", "method", "seed", "base", "learning_rate", "weight_decay", "max_steps")
-    old = {name: kept[name] for name in names} | {"data": {"train_abd.jsonl": "0" * 16}, "version": None}
-    (stage / "training.json").write_text(json.dumps(old))
-    world.train("abd", stage)
+    own = {"version": None, "image_aspect_ratio": None, "model_max_length": 2048, "answer_style": "as_is"}
+    data = {"train_abd.jsonl": kept["training_files"][0]}
+    record = {name: kept[name] for name in names} | own | {"data": data, "earlier_tasks": {}}
+    (stage / "training.json").write_text(json.dumps(record))
+    return stage
+
+
+def test_a_stage_of_the_first_version_is_still_finished(world, old, capsys):
+    world.train("abd", old)
     assert "is finished already" in capsys.readouterr().out
-    assert "learning_rate = 0.02, now it is 0.1" in refused(world, capsys, stage, "--learning_rate", "0.1")
+
+
+@pytest.mark.parametrize(
+    "more, message",
+    [
+        (("--learning_rate", "0.1"), "learning_rate = 0.02, now it is 0.1"),
+        (("--version", "llava_v0"), "version = None, now it is llava_v0"),
+        (("--image_aspect_ratio", "square"), "image_aspect_ratio = None, now it is square"),
+        (("--model_max_length", "200"), "model_max_length = 2048, now it is 200"),
+        (("--lora_enable", "True"), "lora_enable = False, now it is True"),
+    ],
+)
+def test_a_stage_of_the_first_version_with_other_settings_is_refused(world, old, capsys, more, message):
+    assert message in refused(world, capsys, old, *more)
+
+
+def test_a_stage_of_the_first_version_on_other_data_is_refused(world, old, capsys, tmp_path):
+    lines = (world.folder / "train_abd.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "train_abd.jsonl").write_text("".join(lines[:6]))
+    assert "was trained with data = " in refused(world, capsys, old, "--data_path", tmp_path / "train_abd.jsonl")
+
+
+def test_a_task_removed_in_place_from_a_stage_of_the_first_version_is_not_finished(world, old, capsys):
+    second = old.with_name("llava-tiny_abd_chest")
+    world.train("chest", second, old)
+    record = json.loads((second / "training.json").read_text())
+    names = ("task", "method", "seed", "earlier_tasks")
+    (second / "training.json").write_text(json.dumps({name: record[name] for name in names}))
+    world.train("chest", second, old)
+    assert "is finished already" in capsys.readouterr().out
+    whole = Pool.read(second / "slots.pth")
+    for task in ("chest", "abd"):
+        remove(whole, [task]).write(second / "slots.pth")
+        line = refusal(world, capsys, world.train_arguments("chest", second, old))
+        assert f"task '{task}' was removed since the stage was trained" in line
 
 
 def test_work_that_the_first_version_began_is_refused_before_it_is_touched(tmp_path):
     run = Run(tmp_path / "llava-tiny_abd", {"record": 2, "task": "abd"})
-    run.work.mkdir(parents=True)
+    (run.work / "checkpoint-1").mkdir(parents=True)
     (run.work / "run.json").write_text('{"task": "abd"}')
     with pytest.raises(UserError, match=r"begun by an earlier version.*remove .*checkpoints/llava-tiny_abd to start"):
         run.check_work()

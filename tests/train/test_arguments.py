@@ -255,3 +255,12 @@ def test_it_is_looked_at_before_anything_is_loaded(world, capsys, tmp_path):
     path.write_text('{"zero_optimization": {"stage": 3, "stage3_prefetch_bucket_size": 14745.6}}')
     words = ["--deepspeed", path, "--model_name_or_path", "./absent", "--task", "abd", "--output_dir", "llava-x"]
     assert "stage3_prefetch_bucket_size is 14745.6" in refusal(world, capsys, words)
+
+
+def test_an_option_of_a_method_that_is_a_flag_already_is_named():
+    @dataclass
+    class Clash:
+        learning_rate: float = 1.0
+
+    with pytest.raises(UserError, match="'retrieval': its option 'learning_rate' is a flag of every training run"):
+        parse_arguments(ENOUGH.split(), Clash)

@@ -240,6 +240,15 @@ def test_an_interrupted_run_is_not_continued_with_other_settings(world, tmp_path
     assert "learning_rate = 0.02, now it is 0.001" in line and "checkpoints/llava-x to start the task anew" in line
 
 
+def test_a_run_that_ended_before_its_first_checkpoint_is_no_obstacle(world, tmp_path, monkeypatch):
+    target = tmp_path / "llava-x"
+    monkeypatch.setattr(LLaVATrainer, "train", lambda *_, **__: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        world.train("abd", target, None, "--learning_rate", "1e-3")
+    monkeypatch.undo()
+    assert list(world.train("abd", target).names) == ["abd"]
+
+
 def test_a_checkpoint_of_two_processes_is_not_resumed_with_one(tmp_path):
     checkpoint = tmp_path / "checkpoint-7"
     (checkpoint / "global_step7").mkdir(parents=True)
@@ -271,6 +280,12 @@ def test_a_checkpoint_of_two_processes_is_not_resumed_with_one(tmp_path):
         (("--data_path", "absent.jsonl"), "absent.jsonl"),
         (("--image_folder", "absent"), "image folder not found: absent"),
         (("--output_dir", "somewhere"), "must contain 'llava'"),
+        (("--learning_rate", "-1"), "--learning_rate is -1.0; give 0 or more"),
+        (("--per_device_train_batch_size", "0"), "--per_device_train_batch_size is 0; give 1 or more"),
+        (("--gradient_accumulation_steps", "0"), "--gradient_accumulation_steps is 0; give 1 or more"),
+        (("--max_steps", "0", "--num_train_epochs", "0"), "--num_train_epochs is 0.0; give more than 0"),
+        (("--optim", "nope"), "nope is not a valid OptimizerNames"),
+        (("--warmup_steps", "-1"), "warmup_steps"),
     ],
 )
 def test_bad_input_is_one_line_and_leaves_no_stage(world, tmp_path, capsys, more, message):
