@@ -7,7 +7,6 @@ Flags that LLaVA's and the prototype's scripts pass under another name are alias
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import difflib
 from collections.abc import Sequence
@@ -178,7 +177,7 @@ def parse_arguments(argv: Sequence[str], options: type | None = None) -> tuple:
     return tuple(parsed)
 
 
-def _check_numbers(namespace: argparse.Namespace) -> None:
+def _check_numbers(namespace: Any) -> None:
     """Refuse numbers that would fail, or train nothing, once the base is loaded."""
     for name, least in _LEAST.items():
         if (value := getattr(namespace, name)) < least:
