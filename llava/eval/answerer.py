@@ -47,6 +47,7 @@ from llava.model.builder import attach_slots, load_pretrained_model, tell_prompt
 from llava.model.configs import llava_config
 from llava.padding import pad
 from llava.slots.adapter import read_memory
+from llava.slots.names import ROUTERS
 from llava.slots.pool import Pool
 from llava.utils import UserError, rank0_print
 
@@ -250,7 +251,7 @@ class Answerer:
         self.cache.look_with(self.model)
         tasks = given_tasks(rows, self._route, self._task)
         with ThreadPoolExecutor(max(generation.workers, 1)) as readers:
-            for window in batches(len(rows), generation.batch_size * WINDOW):
+            for window in batches(len(rows), generation.batch_size * self._window):
                 if window.stop <= done:
                     continue
                 ids = {number: encoder.tokens(rows[number], answer=False)[0] for number in window}
@@ -275,6 +276,15 @@ class Answerer:
     def _still(self, choice: int) -> None:
         if choice != self._choices:
             raise RuntimeError("another model was chosen while answers were still to come; take them all first")
+
+    @property
+    def _window(self) -> int:
+        """Batches among which questions are put in order; one where the batch decides, which must stay as it came."""
+        adapter = self.model.retriever
+        router = (
+            None if adapter is None else ROUTERS.get(adapter.router_name) if adapter.router_name != ORACLE else None
+        )
+        return 1 if router is not None and router.depends_on_batch else WINDOW
 
     def ask(
         self, turns: Sequence[tuple[str, str]], pictures: Sequence[Any], generation: Generation, **options: Any

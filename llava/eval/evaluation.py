@@ -12,6 +12,7 @@ from typing import ClassVar
 from llava.checkpoints.checkpoint import Checkpoint
 from llava.checkpoints.kinds import SLOTS_FILE
 from llava.cli import flag
+from llava.continual.methods import METHODS
 from llava.continual.places import Places
 from llava.continual.sequence import TaskSequence, load_sequence, sequence_flag
 from llava.conversation import get_conversation
@@ -135,6 +136,7 @@ class Evaluation:
         for name in ("batch_size", "max_new_tokens"):
             if getattr(settings, name) < 1:
                 raise UserError(f"--{name} is {getattr(settings, name)}; give 1 or more")
+        METHODS.get(settings.method)  # refuses a name that is no method
         check_route(settings.route or None)
         if settings.conv_mode:
             get_conversation(settings.conv_mode)

@@ -64,6 +64,8 @@ class Router:
     name = ""
     judges_tasks = False
     """Whether its task posterior says something about the question."""
+    depends_on_batch = False
+    """Whether a question's scores depend on the ones beside it."""
 
     def __init__(self, settings: RetrieverSettings, slots: Sequence[TaskSlots], seed: int = 0):
         self.settings, self.slots, self.seed = settings, list(slots), seed

@@ -33,6 +33,7 @@ class BatchVoteRouter(Router):
     """
 
     name = "batch_vote"
+    depends_on_batch = True
     of: type[Router] = KeysRouter
 
     def prepare(self) -> None:
