@@ -281,10 +281,9 @@ class Answerer:
     def _window(self) -> int:
         """Batches among which questions are put in order; one where the batch decides, which must stay as it came."""
         adapter = self.model.retriever
-        router = (
-            None if adapter is None else ROUTERS.get(adapter.router_name) if adapter.router_name != ORACLE else None
-        )
-        return 1 if router is not None and router.depends_on_batch else WINDOW
+        if adapter is None or adapter.router_name == ORACLE:
+            return WINDOW
+        return 1 if ROUTERS.get(adapter.router_name).depends_on_batch else WINDOW
 
     def ask(
         self, turns: Sequence[tuple[str, str]], pictures: Sequence[Any], generation: Generation, **options: Any

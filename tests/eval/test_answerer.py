@@ -104,6 +104,25 @@ def test_a_router_of_one_stage_is_not_the_next_ones(place, rows):
     assert uniform == fresh(place, "llava-tiny_abd", rows, "uniform")
 
 
+@pytest.mark.filterwarnings("ignore:router 'batch_vote'")
+def test_a_router_that_looks_at_the_batch_gets_the_questions_as_they_came(place, rows, monkeypatch):
+    """Whichever questions are beside one another decides its vote, so they may not be put in order of length."""
+    answerer, batches = Answerer(str(place / "tiny-base"), CPU), []
+    generate = Answerer._generate
+
+    def note(self, inputs, *args, **options):
+        batches.append([row.id for row in inputs["rows"]])
+        return generate(self, inputs, *args, **options)
+
+    monkeypatch.setattr(Answerer, "_generate", note)
+    as_they_came = [[row.id for row in rows[start : start + 4]] for start in range(0, 24, 4)]
+    told(answerer.use(str(place / "llava-tiny_abd_chest"), "batch_vote"), place, rows)
+    assert batches == as_they_came
+    batches.clear()
+    told(answerer.use(str(place / "llava-tiny_abd_chest"), "keys"), place, rows)
+    assert batches != as_they_came
+
+
 def test_order_and_batch_size_change_no_answer(place, rows):
     answerer = Answerer(str(place / "tiny-base"), CPU).use(str(place / "llava-tiny_abd_chest"))
 
