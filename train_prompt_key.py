@@ -57,7 +57,7 @@ def main() -> None:
     )
     base = places.base_model(args.model_base)
     if not args.model_base:
-        print(f"no base model given; using {base}")
+        print(f"base model: {base}")
     save_path = Path(args.save_path or places.key_file(args.task))
     slots, fitted = fit_task(
         args.task,

@@ -168,7 +168,7 @@ def parse_arguments(argv: Sequence[str], options: type | None = None, of_sequenc
         raise UserError(f"--eval_strategy {namespace.eval_strategy} needs rows; add --eval_data_path")
     if not namespace.model_name_or_path:
         namespace.model_name_or_path = places.base_model()
-        rank0_print(f"no base model given; using {namespace.model_name_or_path}")
+        rank0_print(f"base model: {namespace.model_name_or_path}")
     _check_numbers(namespace)
     try:
         *parsed, without_effect = (
