@@ -58,10 +58,11 @@ class LLaVATrainer(Trainer):
         return optimizer
 
     def single_rows(self) -> Iterator[dict[str, Any]]:
-        """The training rows one by one, as batches on the model's device."""
+        """The training rows one by one, as batches on the model's device; nothing is done or shown before the first."""
         loader = DataLoader(self.train_dataset, batch_size=1, collate_fn=self.data_collator)
         shown = tqdm(loader, desc=f"end of {self.context.task}", unit="row", disable=not is_main_process(), leave=False)
-        return (self._prepare_inputs(batch) for batch in shown)
+        for batch in shown:
+            yield self._prepare_inputs(batch)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write the trainable tensors only (gathered from all processes under ZeRO-3)."""
