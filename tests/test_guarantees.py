@@ -252,7 +252,7 @@ def _answers_alone(trained, rows):
 def test_without_a_trained_slot_the_base_answers(world, rows):
     plain, empty = Model(world, world.base), Model(world, world.base)
     attach_slots(empty.model, Pool.read(world.keys), world.base)
-    assert empty.model.retriever.pool_size > 0 and not empty.model.retriever.active
+    assert empty.model.retriever.pool.size > 0 and not empty.model.retriever.active
     assert same(empty.answer(rows), plain.answer(rows))
     assert empty.model.last_route is None
 

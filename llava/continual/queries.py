@@ -33,8 +33,6 @@ from llava.slots.picture_query import image_queries, image_query_dim
 from llava.slots.queries import Queries
 from llava.utils import is_main_process
 
-DEFAULT_CACHE = "output/cache/queries"
-
 FEATURES_ON_DISK = 2**30
 """Bytes of picture features that one entry of the cache may hold; more are computed where they are needed."""
 
@@ -50,7 +48,7 @@ def compute_queries(
     text_encoder: str,
     batch_size: int = 16,
     device: str = "cpu",
-    cache_dir: str | os.PathLike[str] | None = DEFAULT_CACHE,
+    cache_dir: str | os.PathLike[str] | None = None,
     image_query: str = "tower",
     aspect_ratio: str | None = None,
 ) -> Queries:

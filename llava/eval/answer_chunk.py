@@ -15,7 +15,6 @@ from llava.eval.answer_file import answer_row, append, appending, chunk_range, m
 from llava.eval.generation import Generation, Loading
 from llava.files import file_sha256
 from llava.mm_utils import get_model_name_from_path
-from llava.utils import UserError
 
 if TYPE_CHECKING:
     from llava.eval.answerer import Answerer
@@ -68,7 +67,6 @@ class Chunk:
         """
         from llava.data.samples import pictures_checksum
 
-        check_images(self.rows, self.image_folder)
         generated = {entry.name: getattr(self.generation, entry.name) for entry in fields(self.generation)}
         del generated["workers"]
         loading = self.loading
@@ -119,18 +117,3 @@ class Chunk:
                 metadata = {"run": self.run, **({"route": reply.route} if reply.route else {})}
                 append(stream, [answer_row(reply.row, reply.text, self.model_id, metadata)])
         print(f"{self.answers_file}: {len(rows)} answers by {self.model_id}", flush=True)
-
-
-def check_images(rows: Sequence[Row], image_folder: str) -> None:
-    """Find a missing picture before the model is loaded.
-
-    Raises:
-        UserError: with the first missing file and how many there are.
-    """
-    names = dict.fromkeys(row.image for row in rows if row.image is not None)
-    missing = [name for name in names if not (Path(image_folder) / name).is_file()]
-    if missing:
-        raise UserError(
-            f"image file not found: {Path(image_folder) / missing[0]} ({len(missing)} of {len(names)} are missing; "
-            f"check --image-folder)"
-        )

@@ -18,7 +18,8 @@ from llava.continual.sequence import TaskSequence, load_sequence, sequence_flag
 from llava.conversation import get_conversation
 from llava.data.prompt import check_aspect_ratio
 from llava.data.rows import Row, read_rows
-from llava.eval.answer_chunk import Chunk, check_images
+from llava.data.samples import check_image_files
+from llava.eval.answer_chunk import Chunk
 from llava.eval.generation import Generation, Loading, check_route
 from llava.eval.loading_flags import asked_prompt
 from llava.model.builder import check_slots_fit
@@ -147,7 +148,7 @@ class Evaluation:
             for file in task.files:
                 require_file(file, "training file", "the majority baselines need it; make it with: python fusion.py")
         self._check_stages()
-        check_images(self.rows, self.sequence.image_folder)
+        check_image_files(self.rows, self.sequence.image_folder)
         for name, _ in self.models:
             for number in range(self.chunks):
                 self.chunk(name, number).finished()  # refuses another run's answers, if it should

@@ -61,11 +61,6 @@ class Retriever(nn.Module):
         return [task.name for task in self.pool.selectable]
 
     @property
-    def pool_size(self) -> int:
-        """How many slots there are."""
-        return self.pool.size
-
-    @property
     def pool_mask(self) -> Tensor:
         """Boolean ``[pool]``: which slots may be selected."""
         return self.pool.pool_mask
