@@ -81,6 +81,7 @@ def test_the_whole_sequence_is_evaluated_and_repeating_changes_nothing(place):
     assert {path: path.read_bytes() for path in folder.rglob("*.json*")} == before
 
 
+@pytest.mark.slow
 def test_what_is_missing_is_named(place):
     done = run(place, METHOD="joint")
     assert done.returncode == 2
@@ -107,6 +108,7 @@ def test_settings_reach_the_command_and_empty_ones_are_left_to_it(place, tmp_pat
     assert "<--zero_shot><0>" in told and "<--max_new_tokens><4>" in told
 
 
+@pytest.mark.slow
 def test_relative_paths_are_the_callers(place):
     settings = {"SEQUENCE": "tiny.json", "BASE_MODEL": "tiny-base", "OUTPUT_DIR": "nowhere"}
     done = run(place, cwd=place, **settings)
