@@ -20,13 +20,12 @@ from llava.constants import (
     DEFAULT_IM_END_TOKEN,
     DEFAULT_IM_START_TOKEN,
     DEFAULT_IMAGE_PATCH_TOKEN,
-    IGNORE_INDEX,
-    IMAGE_TOKEN_INDEX,
 )
 from llava.model.multimodal_encoder.builder import build_vision_tower
 from llava.model.multimodal_projector.builder import build_vision_projector, load_projector
+from llava.model.splice import splice
+from llava.model.vision.hand_out import Images, hand_out, sizes_per_picture
 from llava.model.vision.tiles import merge_tiles, unpad_image
-from llava.padding import pad
 from llava.slots.adapter import Action, Adapter
 from llava.slots.offsets import install_offset_hooks
 from llava.slots.picture_query import image_queries
@@ -34,8 +33,6 @@ from llava.slots.queries import Query
 from llava.slots.route import Route
 
 __all__ = ["LlavaMetaForCausalLM", "LlavaMetaModel", "unpad_image"]
-
-Images = Tensor | Sequence[Tensor | None]
 
 
 class LlavaMetaModel:
@@ -122,11 +119,9 @@ class LlavaMetaForCausalLM:
     def vision_features(self, images: Images) -> list[list[Tensor]]:
         """Tower features per sample and image: ``[[ [tiles, patches, mm_hidden_size], ...], ...]``.
 
-        ``images`` is a batch ``[batch, 3, h, w]`` or one entry per sample: ``None`` (no image), ``[3, h, w]``,
-        ``[tiles, 3, h, w]`` (tiles of one picture with ``image_aspect_ratio: anyres``, else several pictures), or a
-        list of those.
+        ``images``: see ``hand_out``; with ``image_aspect_ratio: anyres`` a picture is ``[tiles, 3, h, w]``.
         """
-        pictures = [self._pictures(entry) for entry in images]  # per sample: list of [tiles, 3, h, w]
+        pictures = self._pictures(images)
         flat = [picture for sample in pictures for picture in sample]
         if not flat:
             return [[] for _ in pictures]
@@ -137,20 +132,12 @@ class LlavaMetaForCausalLM:
             pieces = iter([tower(picture.to(dtype)) for picture in flat])
         return [[next(pieces) for _ in sample] for sample in pictures]
 
-    def _pictures(self, entry) -> list[Tensor]:
-        if entry is None:
-            return []
-        if isinstance(entry, (list, tuple)):
-            return [picture for part in entry for picture in self._pictures(part)]
-        if entry.dim() == 3:
-            return [entry.unsqueeze(0)]
-        if getattr(self.config, "image_aspect_ratio", None) == "anyres":
-            return [entry]
-        return [picture.unsqueeze(0) for picture in entry]
+    def _pictures(self, images: Images) -> list[list[Tensor]]:
+        return hand_out(images, getattr(self.config, "image_aspect_ratio", None) == "anyres")
 
     def project_features(self, features: list[list[Tensor]], image_sizes=None) -> list[list[Tensor]]:
         """Projected features per sample and image: ``[tokens, hidden]``, tiles merged as the config says."""
-        model, sizes = self.get_model(), _per_picture_sizes(features, image_sizes)
+        model, sizes = self.get_model(), sizes_per_picture(features, image_sizes)
         newline = getattr(model, "image_newline", None)
         flat = [picture for sample in features for picture in sample]
         if not flat:
@@ -190,56 +177,12 @@ class LlavaMetaForCausalLM:
             new_labels if labels is not None else None,
         )
 
-    def _splice(
-        self,
-        input_ids,
-        attention_mask,
-        labels,
-        features: list[list[Tensor]],
-        padding_side: str | None = None,
-        prefix: Tensor | None = None,
-    ):
-        """Embeddings ``[batch, length, hidden]``, mask, positions and labels with the pictures in their places.
-
-        Each sample uses its own pictures only; a count that does not match its placeholders is a ``ValueError``. A
-        ``prefix`` ``[batch, prefix length, hidden]`` goes in front of each sample, behind its padding.
-        """
-        keep = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
-        rows, row_labels = [], []
-        for index, pictures in enumerate(features):
-            ids = input_ids[index][keep[index]]
-            row_label = torch.full_like(ids, IGNORE_INDEX) if labels is None else labels[index][keep[index]]
-            embeds, spliced = self._splice_row(index, ids, row_label, pictures)
-            if prefix is not None:
-                embeds = torch.cat([prefix[index].to(embeds.dtype), embeds])
-                spliced = torch.cat([spliced.new_full((prefix.shape[1],), IGNORE_INDEX), spliced])
-            rows.append(embeds)
-            row_labels.append(spliced)
-        limit = getattr(self.config, "tokenizer_model_max_length", None)
-        if limit is not None:
-            limit += 0 if prefix is None else prefix.shape[1]
-            rows, row_labels = [row[:limit] for row in rows], [row[:limit] for row in row_labels]
+    def _splice(self, input_ids, attention_mask, labels, features, padding_side=None, prefix=None):
+        """``splice`` with this model's embeddings, length limit and padding side."""
         side = padding_side or getattr(self.config, "tokenizer_padding_side", None) or "right"
-        embeds, mask = pad(rows, side)
-        positions = (mask.cumsum(1) - 1) * mask  # counted from each row's own start; 0 on padding
-        return embeds, mask, positions, pad(row_labels, side, IGNORE_INDEX)[0]
-
-    def _splice_row(self, index: int, ids: Tensor, labels: Tensor, pictures: list[Tensor]) -> tuple[Tensor, Tensor]:
-        places = (ids == IMAGE_TOKEN_INDEX).nonzero().flatten().tolist()
-        if len(places) != len(pictures):
-            raise ValueError(
-                f"sample {index} of the batch has {len(places)} <image> placeholder(s) but {len(pictures)} picture(s)"
-            )
+        limit = getattr(self.config, "tokenizer_model_max_length", None)
         embed = self.get_model().embed_tokens
-        pieces, piece_labels, start = [], [], 0
-        for place, picture in zip([*places, len(ids)], [*pictures, None], strict=True):
-            pieces.append(embed(ids[start:place]))
-            piece_labels.append(labels[start:place])
-            if picture is not None:
-                pieces.append(picture.to(pieces[0].dtype))
-                piece_labels.append(labels.new_full((len(picture),), IGNORE_INDEX))
-            start = place + 1
-        return torch.cat(pieces), torch.cat(piece_labels)
+        return splice(embed, input_ids, attention_mask, labels, features, side, limit, prefix)
 
     # -- route ---------------------------------------------------------------------------------------------------
 
@@ -248,7 +191,7 @@ class LlavaMetaForCausalLM:
         if self.retriever is None or not self.retriever.active or not self.retriever.settings.uses_images:
             return None
         settings = self.retriever.settings
-        pixels = [[] for _ in features] if images is None else [self._pictures(entry) for entry in images]
+        pixels = [[] for _ in features] if images is None else self._pictures(images)
         return image_queries(settings.image_query, features, pixels, settings.image_dim)
 
     def route(self, text_query: Tensor | None, image_query: Tensor | None, tasks=None) -> Route | None:
@@ -399,13 +342,3 @@ def _first_given(*values: Tensor | None) -> Tensor:
 
 def _as_pair(route: Route | None) -> tuple[Tensor | None, Tensor | None]:
     return (None, None) if route is None else (route.slot_indices, route.slot_weights)
-
-
-def _per_picture_sizes(features: list[list[Tensor]], image_sizes) -> list[tuple[int, int] | None]:
-    """One original size per picture; ``image_sizes`` has an entry per sample (a size, or a list of them)."""
-    sizes: list[tuple[int, int] | None] = []
-    for index, sample in enumerate(features):
-        entry = None if image_sizes is None else image_sizes[index]
-        many = isinstance(entry, (list, tuple)) and len(entry) > 0 and isinstance(entry[0], (list, tuple))
-        sizes += list(entry) if many else [entry] * len(sample)
-    return sizes
