@@ -3,15 +3,16 @@
 Two mix-ins, shared by every language model back-end:
 
 - ``LlavaMetaModel`` adds the vision tower and the projector to a decoder (``LlamaModel``, ``MistralModel``).
-- ``LlavaMetaForCausalLM`` adds ``forward`` and ``generate`` that take images and questions. The route (which slots,
-  with which weights, for each question) is decided once, before the first token, and is reused by every decoding step.
-  An adapter (``llava.slots.adapter``) decides it and acts on it: its offsets reach the projections as a keyword
-  argument (``llava.slots.offsets``), its prefix embeddings stand in front of the prompt.
+- ``LlavaMetaForCausalLM`` adds ``forward`` and ``generate`` that take images (``PicturedText``) and questions. The
+  route (which slots, with which weights, for each question) is decided once, before the first token, and is reused by
+  every decoding step. An adapter (``llava.slots.adapter``) decides it and acts on it: its offsets reach the projections
+  as a keyword argument (``llava.slots.offsets``), its prefix embeddings stand in front of the prompt.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,9 +24,9 @@ from llava.constants import (
 )
 from llava.model.multimodal_encoder.builder import build_vision_tower
 from llava.model.multimodal_projector.builder import build_vision_projector, load_projector
-from llava.model.splice import splice
-from llava.model.vision.hand_out import Images, hand_out, sizes_per_picture
-from llava.model.vision.tiles import merge_tiles, unpad_image
+from llava.model.pictured_text import PicturedText
+from llava.model.vision.hand_out import Images
+from llava.model.vision.tiles import unpad_image
 from llava.slots.adapter import Action, Adapter
 from llava.slots.offsets import install_offset_hooks
 from llava.slots.picture_query import image_queries
@@ -68,7 +69,7 @@ class LlavaMetaModel:
             load_projector(self.mm_projector, model_args.pretrain_mm_mlp_adapter)
 
 
-class LlavaMetaForCausalLM:
+class LlavaMetaForCausalLM(PicturedText):
     """``forward`` and ``generate`` with images and per-question routes, for any decoder with LLaVA's mix-in."""
 
     def init_routing(self) -> None:
@@ -82,9 +83,6 @@ class LlavaMetaForCausalLM:
 
     def get_model(self) -> LlavaMetaModel:
         return self.model
-
-    def get_vision_tower(self):
-        return self.get_model().get_vision_tower()
 
     def attach_adapter(self, adapter: Adapter) -> None:
         """Let ``adapter`` act from the next forward pass on, instead of the one before."""
@@ -114,76 +112,6 @@ class LlavaMetaForCausalLM:
             for table in (self.get_input_embeddings().weight, self.get_output_embeddings().weight):
                 table[-added:] = table[:-added].mean(0)
 
-    # -- images --------------------------------------------------------------------------------------------------
-
-    def vision_features(self, images: Images) -> list[list[Tensor]]:
-        """Tower features per sample and image: ``[[ [tiles, patches, mm_hidden_size], ...], ...]``.
-
-        ``images``: see ``hand_out``; with ``image_aspect_ratio: anyres`` a picture is ``[tiles, 3, h, w]``.
-        """
-        pictures = self._pictures(images)
-        flat = [picture for sample in pictures for picture in sample]
-        if not flat:
-            return [[] for _ in pictures]
-        tower, dtype = self.get_vision_tower(), self.get_model().embed_tokens.weight.dtype
-        if self.training:
-            pieces = iter(tower(torch.cat(flat).to(dtype)).split([len(picture) for picture in flat]))
-        else:  # each picture by itself: kernels are picked by batch size, and a route must not depend on its batch
-            pieces = iter([tower(picture.to(dtype)) for picture in flat])
-        return [[next(pieces) for _ in sample] for sample in pictures]
-
-    def _pictures(self, images: Images) -> list[list[Tensor]]:
-        return hand_out(images, getattr(self.config, "image_aspect_ratio", None) == "anyres")
-
-    def project_features(self, features: list[list[Tensor]], image_sizes=None) -> list[list[Tensor]]:
-        """Projected features per sample and image: ``[tokens, hidden]``, tiles merged as the config says."""
-        model, sizes = self.get_model(), sizes_per_picture(features, image_sizes)
-        newline = getattr(model, "image_newline", None)
-        flat = [picture for sample in features for picture in sample]
-        if not flat:
-            return features
-        projected = model.mm_projector(torch.cat(flat)).split([len(picture) for picture in flat])
-        tower = self.get_vision_tower()
-        merged = iter(
-            merge_tiles(tiles, size, self.config, tower.num_patches_per_side, tower.config.image_size, newline)
-            for tiles, size in zip(projected, sizes, strict=True)
-        )
-        return [[next(merged) for _ in sample] for sample in features]
-
-    def encode_images(self, images: Tensor) -> Tensor:
-        """LLaVA's helper: ``[images, 3, h, w] -> [images, patches, hidden]``."""
-        return self.get_model().mm_projector(self.get_vision_tower()(images))
-
-    # -- text and images together ----------------------------------------------------------------------------------
-
-    def prepare_inputs_labels_for_multimodal(
-        self, input_ids, position_ids, attention_mask, past_key_values, labels, images, image_sizes=None
-    ):
-        """LLaVA's entry point: replace ``<image>`` placeholders by features.
-
-        Returns ``(None, position_ids, attention_mask, past_key_values, inputs_embeds, labels)``, or the arguments
-        unchanged (with ``inputs_embeds`` None) when there is nothing to splice.
-        """
-        if self.get_vision_tower() is None or images is None or input_ids.shape[1] == 1:
-            return input_ids, position_ids, attention_mask, past_key_values, None, labels
-        features = self.project_features(self.vision_features(images), image_sizes)
-        embeds, mask, positions, new_labels = self._splice(input_ids, attention_mask, labels, features)
-        return (
-            None,
-            positions if position_ids is not None else None,
-            mask.to(attention_mask.dtype) if attention_mask is not None else None,
-            past_key_values,
-            embeds,
-            new_labels if labels is not None else None,
-        )
-
-    def _splice(self, input_ids, attention_mask, labels, features, padding_side=None, prefix=None):
-        """``splice`` with this model's embeddings, length limit and padding side."""
-        side = padding_side or getattr(self.config, "tokenizer_padding_side", None) or "right"
-        limit = getattr(self.config, "tokenizer_model_max_length", None)
-        embed = self.get_model().embed_tokens
-        return splice(embed, input_ids, attention_mask, labels, features, side, limit, prefix)
-
     # -- route ---------------------------------------------------------------------------------------------------
 
     def image_query(self, features: list[list[Tensor]], images: Images | None) -> Tensor | None:
@@ -191,7 +119,7 @@ class LlavaMetaForCausalLM:
         if self.retriever is None or not self.retriever.active or not self.retriever.settings.uses_images:
             return None
         settings = self.retriever.settings
-        pixels = [[] for _ in features] if images is None else self._pictures(images)
+        pixels = [[] for _ in features] if images is None else self.read_images(images)
         return image_queries(settings.image_query, features, pixels, settings.image_dim)
 
     def route(self, text_query: Tensor | None, image_query: Tensor | None, tasks=None) -> Route | None:
@@ -226,7 +154,8 @@ class LlavaMetaForCausalLM:
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         images: Images | None = None,
-        image_sizes: list[tuple[int, int]] | None = None,
+        image_sizes: Any = None,
+        modalities: Sequence[str] | None = None,
         image_features: list[list[Tensor]] | None = None,
         text_query: Tensor | None = None,
         image_query: Tensor | None = None,
@@ -237,12 +166,15 @@ class LlavaMetaForCausalLM:
         """Next-token logits, and the cross-entropy on ``labels`` where given.
 
         Args:
-            images, image_sizes: pictures per sample (see ``vision_features``) and their original ``(width, height)``.
+            images, image_sizes: the batch's pictures (see ``vision.hand_out``) and their original ``(width, height)``.
+            modalities: LLaVA-NeXT's; pictures are known, videos are not.
             image_features: what ``vision_features(images)`` gives, computed before; then ``images`` is not needed.
             text_query: ``[batch, text_dim]`` encoded questions; with the pictures they decide the route.
             image_query: ``[batch, image_dim]`` computed before; by default it comes from the pictures.
             slot_indices, slot_weights: ``[batch, k]`` a route already decided (decoding steps pass it along).
         """
+        if image_features is None or images is not None:
+            images, image_sizes = self.hand_out(input_ids, attention_mask, images, image_sizes, modalities)
         if image_features is None and images is not None and self.get_vision_tower() is not None:
             image_features = self.vision_features(images)
         pictured = inputs_embeds is None and image_features is not None
@@ -278,7 +210,8 @@ class LlavaMetaForCausalLM:
         self,
         inputs: Tensor | None = None,
         images: Images | None = None,
-        image_sizes: list[tuple[int, int]] | None = None,
+        image_sizes: Any = None,
+        modalities: Sequence[str] | None = None,
         image_features: list[list[Tensor]] | None = None,
         questions: Sequence[str] | None = None,
         text_query: Tensor | None = None,
@@ -291,7 +224,7 @@ class LlavaMetaForCausalLM:
         Args:
             inputs: ``[batch, length]`` prompt ids with ``IMAGE_TOKEN_INDEX`` where the picture goes (also accepted as
                 ``input_ids``), padded on either side and described by ``attention_mask``.
-            image_features: what ``vision_features(images)`` gives, computed before; then ``images`` is not needed.
+            images, image_sizes, modalities, image_features: as in ``forward``.
             questions: the plain questions; encoded into the text query when the model has slots that route on text.
             text_query: ``[batch, text_dim]`` the same, already encoded.
             image_query: ``[batch, image_dim]`` computed before; by default it comes from the pictures.
@@ -305,6 +238,8 @@ class LlavaMetaForCausalLM:
         input_ids = kwargs.pop("input_ids", None) if inputs is None else inputs
         attention_mask = kwargs.pop("attention_mask", None)
         kwargs.pop("position_ids", None)
+        if image_features is None or images is not None:
+            images, image_sizes = self.hand_out(input_ids, attention_mask, images, image_sizes, modalities)
         features: list[list[Tensor]] = [[] for _ in input_ids] if image_features is None else image_features
         if image_features is None and images is not None and self.get_vision_tower() is not None:
             features = self.vision_features(images)

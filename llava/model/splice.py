@@ -13,6 +13,14 @@ from llava.padding import Side, pad
 Embed = Callable[[Tensor], Tensor]
 
 
+def count_placeholders(input_ids: Tensor, attention_mask: Tensor | None) -> list[int]:
+    """How many ``<image>`` each row of ``[batch, tokens]`` has, outside of its padding."""
+    marks = input_ids == IMAGE_TOKEN_INDEX
+    if attention_mask is not None and attention_mask.shape == input_ids.shape:
+        marks = marks & attention_mask.bool()
+    return marks.sum(dim=1).tolist()
+
+
 def splice(
     embed: Embed,
     input_ids: Tensor,
@@ -33,7 +41,7 @@ def splice(
         prefix: ``[batch, prefix length, hidden]``, in front of each sample, behind its padding.
 
     Raises:
-        ValueError: a sample's pictures are not as many as its placeholders.
+        ValueError: a row's pictures are not as many as its placeholders.
     """
     keep = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
     rows, row_labels = [], []
@@ -59,7 +67,7 @@ def splice_row(embed: Embed, index: int, ids: Tensor, labels: Tensor, pictures: 
     places = (ids == IMAGE_TOKEN_INDEX).nonzero().flatten().tolist()
     if len(places) != len(pictures):
         raise ValueError(
-            f"sample {index} of the batch has {len(places)} <image> placeholder(s) but {len(pictures)} picture(s)"
+            f"row {index} of the batch has {len(places)} <image> placeholder(s) but {len(pictures)} picture(s)"
         )
     pieces, piece_labels, start = [], [], 0
     for place, picture in zip([*places, len(ids)], [*pictures, None], strict=True):
