@@ -15,7 +15,7 @@ from typing import Any
 
 import transformers
 
-from llava.cli import Parser
+from llava.cli import Parser, spelled
 from llava.continual.chain import base_under, stage_given_as_base
 from llava.continual.places import Places
 from llava.continual.sequence import load_sequence, sequence_flag
@@ -31,11 +31,6 @@ _LEAST = {
     "model_max_length": 1,
     "lora_r": 1,
 }
-
-
-def spelled(*names: str) -> list[str]:
-    """Both spellings of further names of a flag."""
-    return [f"--{name}" for name in names] + [f"--{name.replace('_', '-')}" for name in names]
 
 
 def renamed(name: str, old: str) -> Any:
