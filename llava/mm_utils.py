@@ -19,7 +19,7 @@ from PIL import Image, UnidentifiedImageError
 from transformers import StoppingCriteria
 
 from llava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX
-from llava.image_io import load_image, to_rgb
+from llava.image_io import expand2square, load_image, to_rgb
 from llava.utils import UserError
 
 __all__ = [
@@ -114,17 +114,6 @@ def load_image_from_base64(image: str | bytes) -> Image.Image:
         return Image.open(BytesIO(base64.b64decode(image)))
     except (binascii.Error, UnidentifiedImageError) as error:
         raise UserError("the base64 text holds no readable picture (send the bytes of an image file)") from error
-
-
-def expand2square(pil_img: Image.Image, background_color: tuple[int, ...]) -> Image.Image:
-    """Letter-box to a square, the picture in the middle of ``background_color``; a square one is returned as it is."""
-    width, height = pil_img.size
-    if width == height:
-        return pil_img
-    side = max(width, height)
-    canvas = Image.new(pil_img.mode, (side, side), background_color)
-    canvas.paste(pil_img, ((side - width) // 2, (side - height) // 2))
-    return canvas
 
 
 def process_images(
