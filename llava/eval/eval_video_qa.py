@@ -25,8 +25,9 @@ from typing import Any
 
 import llava
 from llava.cli import fail, flag, parse, spelled
+from llava.data.answers import read_answers
 from llava.data.metric_names import METRICS, metric_names
-from llava.data.rows import Row, read_answers, read_rows, write_jsonl
+from llava.data.rows import Row, read_rows, write_jsonl
 from llava.eval.metrics import OVERALL, normalise, score
 from llava.eval.statistics import DRAWS, SEED
 from llava.eval.text_metrics import TextScorer
