@@ -27,7 +27,7 @@ MAY_IMPORT = {
     "folds": set(),
     "padding": set(),
     "devices": set(),
-    "conversation": BELOW_ALL,
+    "conversation": BELOW_ALL | {"image_io"},
     "image_io": BELOW_ALL,
     "mm_utils": BELOW_ALL | {"image_io"},
     "checkpoints": BELOW_ALL,

@@ -75,7 +75,7 @@ class PicturedText:
         projected = model.mm_projector(torch.cat(flat)).split([len(picture) for picture in flat])
         tower = self.get_vision_tower()
         merged = iter(
-            merge_tiles(tiles, size, self.config, tower.num_patches_per_side, tower.config.image_size, newline)
+            merge_tiles(tiles, size, self.config, tower.num_patches_per_side, tower.image_size, newline)
             for tiles, size in zip(projected, sizes, strict=True)
         )
         return [[next(merged) for _ in sample] for sample in features]
