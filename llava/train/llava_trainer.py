@@ -150,7 +150,7 @@ def whole_state(model) -> dict[str, torch.Tensor]:
 
 def save_whole_state(folder: Path, model, state: dict[str, torch.Tensor]) -> None:
     """Write the weights that ``whole_state`` gathered, so that the folder needs no base."""
-    model.save_pretrained(folder, state_dict=state)
+    model.save_pretrained(folder, state_dict=state, with_slots=False)
 
 
 @contextlib.contextmanager
