@@ -37,6 +37,11 @@ def word(help: str = "", default: Any = dataclasses.MISSING) -> Any:
     return flag(default, help, positional=True)
 
 
+def spelled(*names: str) -> list[str]:
+    """Both spellings of further names of a flag."""
+    return [f"--{name}" for name in names] + [f"--{name.replace('_', '-')}" for name in names]
+
+
 class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     """The module's text as it stands; defaults where they say something."""
 

@@ -95,9 +95,15 @@ def get_anyres_image_grid_shape(image_size: Size, grid_pinpoints: str | list[Siz
 def process_anyres_image(image: Image.Image, processor: Any, grid_pinpoints: str | list[Size]) -> torch.Tensor:
     """The whole picture squashed to one tile, then the tiles of its best resolution: ``[tiles, 3, H, W]``."""
     best = select_best_resolution(image.size, parse_grid_pinpoints(grid_pinpoints))
-    tiles = divide_to_patches(resize_and_pad_image(image, best), processor.crop_size["height"])
-    edge = processor.size["shortest_edge"]
+    tiles = divide_to_patches(resize_and_pad_image(image, best), picture_side(processor))
+    edge = processor.size.get("shortest_edge") or processor.size["height"]
     return torch.stack([_pixels(tile, processor) for tile in [image.resize((edge, edge)), *tiles]])
+
+
+def picture_side(processor: Any) -> int | None:
+    """Side in pixels of the square pictures that an image processor gives; ``None`` without a processor."""
+    sizes = [getattr(processor, name, None) for name in ("crop_size", "size")]
+    return next((int(size["height"]) for size in sizes if size and size.get("height")), None)
 
 
 def _pixels(image: Image.Image, processor: Any) -> torch.Tensor:

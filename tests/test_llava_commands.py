@@ -14,7 +14,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from tiny_llava import write_base, write_images, write_stage
 
-from llava.data.rows import read_answers
+from llava.data.answers import read_answers
 from llava.eval import model_vqa, run_llava
 from llava.model.builder import load_pretrained_model
 from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM

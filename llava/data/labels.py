@@ -26,7 +26,7 @@ from llava.constants import (
     IMAGE_TOKEN_INDEX,
 )
 from llava.conversation import Conversation, Segment, get_conversation
-from llava.mm_utils import bos_ids, parse_grid_pinpoints
+from llava.mm_utils import bos_ids, parse_grid_pinpoints, picture_side
 from llava.utils import UserError
 
 Turn = tuple[str, str]
@@ -184,17 +184,17 @@ def expanded_length(ids: Sequence[int], image_tokens: int) -> int:
 def image_token_count(model_cfg: Any, image_processor: Any, aspect_ratio: str) -> int:
     """The most features one picture becomes, as far as the config tells; 1 where it tells nothing.
 
-    The patch size comes from ``vision_config``, or from the tower's name (``…-patch14-336``).
+    A loaded tower has told its patches (``mm_patches_per_side``); else their size comes from ``vision_config``, or
+    from the tower's name (``…-patch14-336``).
     """
     vision = getattr(model_cfg, "vision_config", None) or {}
     read = vision.get if isinstance(vision, dict) else lambda name: getattr(vision, name, None)
     named = re.search(r"patch-?(\d+)", str(getattr(model_cfg, "mm_vision_tower", None) or ""))
     patch = read("patch_size") or (int(named.group(1)) if named else None)
-    crop = getattr(image_processor, "crop_size", None)
-    size = read("image_size") or (crop["height"] if crop else None)
-    if not patch or not size:
+    size, told = read("image_size") or picture_side(image_processor), getattr(model_cfg, "mm_patches_per_side", None)
+    if not size or not (patch or told):
         return 1
-    side = int(size) // int(patch)
+    side = told or int(size) // int(patch)
     base = side * side + (getattr(model_cfg, "mm_vision_select_feature", "patch") == "cls_patch")
     if aspect_ratio != "anyres":
         return base

@@ -15,7 +15,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from llava.data.rows import Row, read_answers
+from llava.data.answers import read_answers
+from llava.data.rows import Row
 from llava.files import file_sha256, only_writer
 from llava.utils import UserError
 

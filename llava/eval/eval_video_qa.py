@@ -8,7 +8,8 @@ or under ``--output-dir/<model_id>/``. All files are scored in one process, so J
 are already there, from the same inputs and versions, is not scored again. Ids must match: a missing, surplus or double
 answer is an error that names it.
 
-The answer rows of the public prototype (``pred_response``, ``gt_response``) are read too.
+The answer rows of the public prototype (``pred_response``, ``gt_response``) are read too, and its flags are known:
+``--pred-path``, ``--gt-file``, and ``--output-json`` for a further file of the caption metrics in its form.
 """
 
 from __future__ import annotations
@@ -23,9 +24,10 @@ from pathlib import Path
 from typing import Any
 
 import llava
-from llava.cli import fail, flag, parse
+from llava.cli import fail, flag, parse, spelled
+from llava.data.answers import read_answers
 from llava.data.metric_names import METRICS, metric_names
-from llava.data.rows import Row, read_answers, read_rows, write_jsonl
+from llava.data.rows import Row, read_rows, write_jsonl
 from llava.eval.metrics import OVERALL, normalise, score
 from llava.eval.statistics import DRAWS, SEED
 from llava.eval.text_metrics import TextScorer
@@ -36,16 +38,19 @@ FORMAT_VERSION = 1
 SCORES_NAME = "scores.json"
 ROWS_NAME = "rows.jsonl"
 NAMED_IDS = 5
+PROTOTYPE_NAMES = {**{f"bleu_{n}": f"Bleu_{n}" for n in range(1, 5)}, "meteor": "METEOR", "rouge_l": "ROUGE_L"}
+PROTOTYPE_NAMES["cider"] = "CIDEr"
 
 
 @dataclass(kw_only=True)
 class Arguments:
     """Flags."""
 
-    question_file: str = flag(help="question rows with reference answers and domains")
-    answers_file: list[str] = flag(help="one answers file per model or stage")
+    question_file: str = flag(help="question rows with reference answers and domains", aliases=spelled("gt_file"))
+    answers_file: list[str] = flag(help="one answers file per model or stage", aliases=spelled("pred_path"))
     train_file: list[str] = flag([], "training rows, for the majority baselines", empty=True)
     output_dir: str | None = flag(None, "write <output-dir>/<model_id>/scores.json (default: beside the answers)")
+    output_json: str | None = flag(None, "write the caption metrics there too, as the prototype did (one answers file)")
     allow_partial: bool = flag(False, "score the answered questions only")
     no_java: bool = flag(False, "plain tokenizer, no METEOR")
     draws: int = flag(DRAWS, "bootstrap draws")
@@ -58,6 +63,8 @@ def parse_arguments(argv: Sequence[str] | None = None) -> Arguments:
     arguments = parse(Arguments, argv, __doc__)
     if arguments.draws < 2:
         fail("--draws must be at least 2")
+    if arguments.output_json and len(arguments.answers_file) > 1:
+        fail("--output-json is one file; give one answers file with it")
     return arguments
 
 
@@ -83,6 +90,8 @@ def score_files(arguments: Arguments) -> None:
                 scores = job.score(train_rows, scorer)
             else:
                 print(f"{job.target} is up to date")
+            if arguments.output_json:
+                write_caption_scores(Path(arguments.output_json), scores)
             print(score_table(scores), flush=True)
 
 
@@ -98,6 +107,8 @@ class _Job:
         self.model_id = model_id_of(answers, self.path)
         folder = Path(arguments.output_dir) / self.model_id if arguments.output_dir else self.path.parent
         self.target = folder / SCORES_NAME
+        if arguments.output_json and Path(arguments.output_json).resolve() == self.target.resolve():
+            raise UserError(f"--output-json {self.target} is where all scores go; give the file another name")
 
     def provenance(self, tokenizer: str) -> dict[str, Any]:
         """What the scores follow from: equal provenance means equal scores."""
@@ -268,6 +279,23 @@ def _checksums(provenance: Any) -> Any:
     if isinstance(provenance, dict):
         return {key: _checksums(value) for key, value in provenance.items() if key != "path"}
     return [_checksums(value) for value in provenance] if isinstance(provenance, list) else provenance
+
+
+def write_caption_scores(path: Path, scores: Mapping[str, Any]) -> None:
+    """The caption metrics alone, as the prototype wrote them: ``{group: {"Bleu_1": value, ...}}``, ``overall`` first.
+
+    A metric that is missing (METEOR without Java) is left out.
+    """
+    groups = scores["groups"]
+    found = {}
+    for name in [OVERALL, *sorted(groups.keys() - {OVERALL})]:
+        figures = groups[name]["figures"]
+        values = {theirs: figures[ours]["value"] for ours, theirs in PROTOTYPE_NAMES.items()}
+        found[name] = {theirs: value for theirs, value in values.items() if value is not None}
+    with atomic_write(path) as stream:
+        json.dump(found, stream, indent=4, ensure_ascii=False, allow_nan=False)
+        stream.write("\n")
+    print(f"wrote {path}")
 
 
 def _row_values(rows: Sequence[Row], answers: Sequence[Mapping[str, Any]], per_row: Mapping[str, list]):

@@ -25,7 +25,6 @@ from llava.conversation import conv_mode_for
 from llava.mm_utils import get_model_name_from_path
 from llava.model.adapters import adapter_base, apply_adapter, load_extra_tensors
 from llava.model.configs import FAMILIES, Config, Model, llava_config
-from llava.model.multimodal_encoder.clip_encoder import shipped_image_processor
 from llava.model.vision.features import load_vision_tower
 from llava.slots.adapter import ADAPTERS, RETRIEVER, read_memory
 from llava.slots.encoders import TextEncoder, encoder_from_identity
@@ -245,10 +244,11 @@ def _ready_tower(model: Model, checkpoint: Checkpoint) -> BaseImageProcessor | N
         rank0_print(f"{checkpoint}: the config names no vision tower; pictures are ignored")
         return None
     if tower.is_loaded:
-        tower.image_processor = shipped_image_processor(checkpoint.folder, tower.config)
+        tower.image_processor = tower.shipped_processor(checkpoint.folder, tower.config)
     else:
         tower.load_model()
         tower.to(device=model.device, dtype=model.get_input_embeddings().weight.dtype)
+    model.config.mm_patches_per_side = tower.num_patches_per_side
     return tower.image_processor
 
 

@@ -16,9 +16,10 @@ IN_THE_BASE = "the base checkpoint's config decides"
 NO_EFFECT = "it has no effect here"
 
 
-def ignored(why: str = NO_EFFECT) -> Any:
+def ignored(why: str = NO_EFFECT, **more: Any) -> Any:
     """A flag with any number of values; ``why`` is said where it is given."""
-    return dataclasses.field(default=None, metadata={"help": f"ignored: {why}", "nargs": "*", "metavar": "ANY"})
+    about = {"help": f"ignored: {why}", "nargs": "*", "metavar": "ANY", **more}
+    return dataclasses.field(default=None, metadata=about)
 
 
 @dataclass

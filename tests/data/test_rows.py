@@ -9,7 +9,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from llava.data.rows import parse_row, question_row, read_answers, read_rows, write_jsonl
+from llava.data.answers import read_answers
+from llava.data.rows import parse_row, question_row, read_rows, write_jsonl
 from llava.utils import UserError
 
 DEMO = {
