@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from llava.cli import flag
+from llava.cli import flag, spelled
 from llava.eval import model_vqa_loader
 from llava.utils import run_cli
 
@@ -22,7 +22,7 @@ DEFAULTS = {"temperature": 0.7, "max_new_tokens": 1024, "batch_size": 1}
 class Arguments(model_vqa_loader.Arguments):
     """The loader's flags; the model is called ``--model-name`` too."""
 
-    model_path: str = flag(help="checkpoint folder or hub id", aliases=("--model-name", "--model_name"))
+    model_path: str = flag(help="checkpoint folder or hub id", aliases=spelled("model_name"))
 
 
 def main(argv: Sequence[str] | None = None) -> None:

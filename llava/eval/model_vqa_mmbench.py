@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from llava.cli import flag
-from llava.data.rows import write_jsonl
+from llava.data.jsonl import write_jsonl
 from llava.eval import model_vqa_loader
 from llava.eval.model_vqa import DEFAULTS
 from llava.eval.model_vqa_science import LETTER_ONLY

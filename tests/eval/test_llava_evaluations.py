@@ -9,7 +9,7 @@ import json
 import pytest
 from tiny_llava import write_base, write_images, write_stage
 
-from llava.data.rows import write_jsonl
+from llava.data.jsonl import write_jsonl
 from llava.eval import model_qa, model_vqa_loader, model_vqa_mmbench, model_vqa_science
 from llava.utils import UserError
 
