@@ -5,11 +5,12 @@ from __future__ import annotations
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, LlamaModel
 
+from llava.model.language_model.fields import LlavaFields
 from llava.model.llava_arch import LlavaMetaForCausalLM, LlavaMetaModel
 
 
-class LlavaConfig(LlamaConfig):
-    """A ``LlamaConfig`` with LLaVA's ``mm_*`` fields; unknown fields are kept, and nothing is read from disk.
+class LlavaConfig(LlavaFields, LlamaConfig):
+    """A ``LlamaConfig`` with LLaVA's fields (``LlavaFields``); unknown ones are kept, and nothing is read from disk.
 
     Of this project: ``vision_config`` (the checkpoint ships its vision tower) and ``conversation_version`` (the
     conversation template the checkpoint was trained with).

@@ -5,11 +5,12 @@ from __future__ import annotations
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, MistralConfig, MistralForCausalLM, MistralModel
 
+from llava.model.language_model.fields import LlavaFields
 from llava.model.llava_arch import LlavaMetaForCausalLM, LlavaMetaModel
 
 
-class LlavaMistralConfig(MistralConfig):
-    """A ``MistralConfig`` with LLaVA's ``mm_*`` fields and this project's own (see ``LlavaConfig``)."""
+class LlavaMistralConfig(LlavaFields, MistralConfig):
+    """A ``MistralConfig`` with LLaVA's fields and this project's own (see ``LlavaConfig``)."""
 
     model_type = "llava_mistral"
 
