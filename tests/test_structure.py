@@ -33,7 +33,7 @@ MAY_IMPORT = {
     "checkpoints": BELOW_ALL,
     "slots": BELOW_ALL | {"checkpoints"},
     "data": HELPERS,
-    "model": HELPERS | {"checkpoints", "slots"},
+    "model": HELPERS | {"checkpoints", "slots", "cli"},
     "continual": MODEL | {"model", "cli"},
     "train": MODEL | {"model", "cli", "continual"},
     "eval": MODEL | {"model", "cli", "continual"},
