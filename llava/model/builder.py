@@ -194,12 +194,13 @@ def attention(wanted: str | None, use_flash_attn: bool = False) -> str:
 
 
 def load_base(
-    place: Place, config_from: Checkpoint | None = None, **options: Any
+    place: Place, config_from: Checkpoint | None = None, as_llava: bool = False, **options: Any
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, BaseImageProcessor | None]:
     """A checkpoint with full weights: ``(model, tokenizer, image_processor)``.
 
     Args:
         config_from: a projector's or LoRA's folder: its config and its tensors go over the base's.
+        as_llava: a plain language model becomes LLaVA's class too, to which a tower and a projector can be given.
         options: for ``from_pretrained``.
 
     Raises:
@@ -210,7 +211,7 @@ def load_base(
         described = _DESCRIPTION[checkpoint.kind]
         raise UserError(f"{checkpoint} is itself no full model ({described}); give the base it was trained on")
     tokenizer = load_tokenizer(checkpoint.folder)
-    if checkpoint.kind == "plain" and config_from is None:
+    if checkpoint.kind == "plain" and config_from is None and not as_llava:
         return AutoModelForCausalLM.from_pretrained(checkpoint.folder, **options), tokenizer, None
     configured = _configured(checkpoint, config_from)
     config = llava_config(configured, weights=checkpoint)
@@ -219,7 +220,7 @@ def load_base(
     model, report = _from_pretrained(FAMILIES[configured.family], checkpoint, config, options)
     lacking = _check_loading(checkpoint, report, config_from is not None)
     model.tokenizer = tokenizer
-    image_processor = _ready_tower(model, checkpoint)
+    image_processor = None if as_llava and checkpoint.kind == "plain" else _ready_tower(model, checkpoint)
     if config_from is not None:
         load_extra_tensors(model, config_from.folder, lacking)
     _sanitise_generation(model)

@@ -17,15 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llava.constants import (
-    DEFAULT_IM_END_TOKEN,
-    DEFAULT_IM_START_TOKEN,
-    DEFAULT_IMAGE_PATCH_TOKEN,
-)
 from llava.model.multimodal_encoder.builder import build_vision_tower
-from llava.model.multimodal_projector.builder import build_vision_projector, load_projector
+from llava.model.multimodal_projector.builder import build_vision_projector
 from llava.model.pictured_text import PicturedText
+from llava.model.vision.blank import blank_feature, blank_needed
 from llava.model.vision.hand_out import Images
+from llava.model.vision.setup import initialize_vision_modules, initialize_vision_tokenizer
 from llava.model.vision.tiles import unpad_image
 from llava.slots.adapter import Action, Adapter
 from llava.slots.offsets import install_offset_hooks
@@ -52,21 +49,8 @@ class LlavaMetaModel:
         return getattr(self, "vision_tower", None)
 
     def initialize_vision_modules(self, model_args, fsdp=None) -> None:
-        """Give a text-only decoder the tower and projector that ``model_args`` names (LLaVA's first training stage)."""
-        config = self.config
-        config.mm_vision_tower = model_args.vision_tower
-        config.mm_vision_select_layer = model_args.mm_vision_select_layer
-        config.mm_vision_select_feature = model_args.mm_vision_select_feature
-        config.mm_projector_type = getattr(model_args, "mm_projector_type", "linear")
-        config.mm_patch_merge_type = getattr(model_args, "mm_patch_merge_type", "flat")
-        if self.get_vision_tower() is None:
-            self.vision_tower = build_vision_tower(config, delay_load=True)
-        self.vision_tower.load_model()
-        config.mm_hidden_size = self.vision_tower.hidden_size
-        if getattr(self, "mm_projector", None) is None:
-            self.mm_projector = build_vision_projector(config)
-        if getattr(model_args, "pretrain_mm_mlp_adapter", None):
-            load_projector(self.mm_projector, model_args.pretrain_mm_mlp_adapter)
+        """Give a decoder the tower and projector that ``model_args`` names; see ``vision.setup``."""
+        initialize_vision_modules(self, model_args)
 
 
 class LlavaMetaForCausalLM(PicturedText):
@@ -101,16 +85,8 @@ class LlavaMetaForCausalLM(PicturedText):
         vars(self.config).pop("retriever", None)
 
     def initialize_vision_tokenizer(self, model_args, tokenizer) -> None:
-        """Add the picture tokens that early LLaVA prompts hold; their embeddings start as the mean of the others."""
-        tokens = [DEFAULT_IMAGE_PATCH_TOKEN] if model_args.mm_use_im_patch_token else []
-        tokens += [DEFAULT_IM_START_TOKEN, DEFAULT_IM_END_TOKEN] if model_args.mm_use_im_start_end else []
-        added = tokenizer.add_tokens(tokens, special_tokens=True)
-        if not added:
-            return
-        self.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-        with torch.no_grad():
-            for table in (self.get_input_embeddings().weight, self.get_output_embeddings().weight):
-                table[-added:] = table[:-added].mean(0)
+        """Add the picture tokens that a LLaVA's prompts hold; see ``vision.setup``."""
+        initialize_vision_tokenizer(self, model_args, tokenizer)
 
     # -- route ---------------------------------------------------------------------------------------------------
 
@@ -173,6 +149,7 @@ class LlavaMetaForCausalLM(PicturedText):
             image_query: ``[batch, image_dim]`` computed before; by default it comes from the pictures.
             slot_indices, slot_weights: ``[batch, k]`` a route already decided (decoding steps pass it along).
         """
+        cached, embedded = image_features is not None, inputs_embeds is not None
         if image_features is None or images is not None:
             images, image_sizes = self.hand_out(input_ids, attention_mask, images, image_sizes, modalities)
         if image_features is None and images is not None and self.get_vision_tower() is not None:
@@ -193,6 +170,9 @@ class LlavaMetaForCausalLM(PicturedText):
             )
             labels = None if labels is None else spliced
             input_ids = None
+        if labels is not None and not embedded and not any(features) and blank_needed(self):
+            embeds = self.get_model().embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+            input_ids, inputs_embeds = None, embeds + blank_feature(self, not cached).to(embeds.dtype)
         return super().forward(
             input_ids=input_ids,
             attention_mask=attention_mask,

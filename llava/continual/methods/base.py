@@ -55,6 +55,8 @@ class Context:
         model: the frozen base, once it is loaded.
         state: trained tensors on the CPU by parameter name, after the last step (whole, also under ZeRO-3).
         more_files: what else puts files into the stage's folder (a LoRA, the base's weights).
+        model_args, args: the command's own groups, for recipes of LLaVA's stages.
+        new_tokens: how many picture tokens the tokenizer has got.
     """
 
     sequence: TaskSequence
@@ -73,6 +75,9 @@ class Context:
     state: dict[str, Tensor] = field(default_factory=dict)
     log_history: list[dict[str, Any]] = field(default_factory=list)
     more_files: list[Callable[[Path], None]] = field(default_factory=list)
+    model_args: Any = None
+    args: Any = None
+    new_tokens: int = 0
 
     def adapter_state(self) -> dict[str, Tensor]:
         """The trained tensors of the adapter, without the model's prefix."""
@@ -124,6 +129,10 @@ class Recipe:
         adapter = Retriever(context.pool)
         context.model.attach_adapter(adapter)
         return adapter.train_only(context.trained)
+
+    def writes_whole(self, context: Context) -> bool:
+        """Whether the stage's folder holds every weight of the model: then they are not kept in ``context.state``."""
+        return False
 
     def loss(self, context: Context, batch: dict[str, Any], outputs: Any, loss: Tensor) -> Tensor:
         """The loss of a batch, given the answers' cross-entropy ``loss`` and the model's ``outputs``."""
