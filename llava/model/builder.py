@@ -28,6 +28,7 @@ from llava.model.adapters import adapter_base, apply_adapter, load_extra_tensors
 from llava.model.configs import FAMILIES, Config, Model, llava_config
 from llava.model.saving import refuse_lost_slots
 from llava.model.vision.features import load_vision_tower
+from llava.model.vision.setup import add_picture_tokens
 from llava.slots.adapter import ADAPTERS, RETRIEVER, read_memory
 from llava.slots.encoders import TextEncoder, encoder_from_identity
 from llava.slots.offsets import target_features
@@ -217,6 +218,7 @@ def load_base(
     config = llava_config(configured, weights=checkpoint)
     if config_from is not None:
         config.vocab_size = checkpoint.vocab_size  # a longer one is in the tensors beside the adapter
+        add_picture_tokens(config, tokenizer)  # the base's own has none
     model, report = _from_pretrained(FAMILIES[configured.family], checkpoint, config, options)
     lacking = _check_loading(checkpoint, report, config_from is not None)
     model.tokenizer = tokenizer

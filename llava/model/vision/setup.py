@@ -31,6 +31,7 @@ DEFAULTS: dict[str, Any] = {
 }
 """LLaVA's, for what a command leaves open about a decoder that has no pictures yet."""
 
+MARKS = [DEFAULT_IM_START_TOKEN, DEFAULT_IM_END_TOKEN]
 MERGES = ("flat", "spatial", "spatial_unpad")
 
 
@@ -132,18 +133,22 @@ def initialize_vision_tokenizer(model: Any, model_args: Any, tokenizer: PreTrain
     for name in ("mm_use_im_start_end", "mm_use_im_patch_token"):
         asked = getattr(model_args, name, None)
         setattr(config, name, getattr(config, name) if asked is None else asked)
-    tokens = [DEFAULT_IMAGE_PATCH_TOKEN] if config.mm_use_im_patch_token else []
-    marks = [DEFAULT_IM_START_TOKEN, DEFAULT_IM_END_TOKEN] if config.mm_use_im_start_end else []
-    added = tokenizer.add_tokens([*tokens, *marks], special_tokens=True)
+    added = add_picture_tokens(config, tokenizer)
     grow_embeddings(model, tokenizer, added)
-    path = getattr(model_args, "pretrain_mm_mlp_adapter", None)
+    path, marks = getattr(model_args, "pretrain_mm_mlp_adapter", None), bool(config.mm_use_im_start_end)
     if marks and path:
-        _read_embeddings(model, path, tokenizer.convert_tokens_to_ids(marks))
-    if getattr(model_args, "tune_mm_mlp_adapter", False) and (tokens or marks):
-        model.get_input_embeddings().requires_grad_(bool(marks))
+        _read_embeddings(model, path, tokenizer.convert_tokens_to_ids(MARKS))
+    if getattr(model_args, "tune_mm_mlp_adapter", False) and (marks or config.mm_use_im_patch_token):
+        model.get_input_embeddings().requires_grad_(marks)
         if model.get_output_embeddings().weight is not model.get_input_embeddings().weight:
             model.get_output_embeddings().requires_grad_(False)
     return added
+
+
+def add_picture_tokens(config: Any, tokenizer: PreTrainedTokenizerBase) -> int:
+    """Give a tokenizer the picture tokens that a config asks for, in LLaVA's order; returns how many are new."""
+    tokens = [DEFAULT_IMAGE_PATCH_TOKEN] if config.mm_use_im_patch_token else []
+    return tokenizer.add_tokens([*tokens, *(MARKS if config.mm_use_im_start_end else [])], special_tokens=True)
 
 
 def _read_embeddings(model: Any, path: str, ids: list[int]) -> None:
