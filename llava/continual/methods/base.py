@@ -55,8 +55,7 @@ class Context:
         model: the frozen base, once it is loaded.
         state: trained tensors on the CPU by parameter name, after the last step (whole, also under ZeRO-3).
         more_files: what else puts files into the stage's folder (a LoRA, the base's weights).
-        model_args, args: the command's own groups, for recipes of LLaVA's stages.
-        new_tokens: how many picture tokens the tokenizer has got.
+        model_args, args, new_tokens: for LLaVA's stages the command's groups, and how many tokens are new.
     """
 
     sequence: TaskSequence
@@ -78,6 +77,10 @@ class Context:
     model_args: Any = None
     args: Any = None
     new_tokens: int = 0
+
+    def write_more(self, folder: Path) -> None:
+        for write in self.more_files:
+            write(folder)
 
     def adapter_state(self) -> dict[str, Tensor]:
         """The trained tensors of the adapter, without the model's prefix."""
@@ -147,9 +150,6 @@ class Recipe:
 
     def write(self, context: Context) -> None:
         """Write the stage's folder."""
-
-        def more(folder: Path) -> None:
-            for write in context.more_files:
-                write(folder)
-
-        context.run.write(self.slots(context), context.model.config, context.tokenizer, context.log_history, more)
+        context.run.write(
+            self.slots(context), context.model.config, context.tokenizer, context.log_history, context.write_more
+        )
