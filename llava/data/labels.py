@@ -27,14 +27,13 @@ from llava.constants import (
 )
 from llava.conversation import Conversation, Segment, get_conversation
 from llava.mm_utils import bos_ids, parse_grid_pinpoints, picture_side
+from llava.truncation import kept_tokens
 from llava.utils import UserError
 
 Turn = tuple[str, str]
 HUMAN_NAMES = ("human", "user")
 # Texts whose tokens don't merge with what follows; the first one that fits stands in for the prompt.
 _ANCHORS = ("\n", ":", "]", "x")
-# Prompt tokens right before an answer that truncation keeps: they hold the assistant's name.
-_KEPT_BEFORE_ANSWER = 8
 
 
 def prompt_ids(
@@ -206,50 +205,20 @@ def image_token_count(model_cfg: Any, image_processor: Any, aspect_ratio: str) -
 def truncate(ids: list[int], labels: list[int], max_length: int, image_tokens: int = 1) -> tuple[list[int], list[int]]:
     """Shorten a sample to ``max_length`` positions, features included, so that an answer stays.
 
-    Later turns go first, whole. When the first turn alone is too long, its question loses tokens from the end, and
-    only then the answer.
+    Later turns go first, then the end of the first question (see ``truncation``).
 
     Raises:
         UserError: the picture alone leaves no room for an answer.
     """
-    if expanded_length(ids, image_tokens) <= max_length:
-        return ids, labels
-    runs = _reply_runs(labels)
-    if not runs:
-        return _cut(ids, labels, max_length, image_tokens, keep_from=len(ids))
-    fitting = [end for _, end in runs if expanded_length(ids[:end], image_tokens) <= max_length]
-    end = fitting[-1] if fitting else runs[0][1]
-    return _cut(ids[:end], labels[:end], max_length, image_tokens, keep_from=runs[0][0])
-
-
-def _reply_runs(labels: Sequence[int]) -> list[tuple[int, int]]:
-    """``[start, end)`` of each stretch of labelled positions."""
-    edges = [index for index in range(len(labels) + 1) if _labelled(labels, index) != _labelled(labels, index - 1)]
-    return list(zip(edges[::2], edges[1::2]))
-
-
-def _labelled(labels: Sequence[int], index: int) -> bool:
-    return 0 <= index < len(labels) and labels[index] != IGNORE_INDEX
-
-
-def _cut(
-    ids: list[int], labels: list[int], max_length: int, image_tokens: int, keep_from: int
-) -> tuple[list[int], list[int]]:
-    """Drop prompt tokens from the end of the prompt backwards, then reply tokens from the end."""
-    excess = expanded_length(ids, image_tokens) - max_length
-    if excess <= 0:
-        return ids, labels
-    last = max(keep_from - _KEPT_BEFORE_ANSWER, 1)
-    droppable = [index for index in range(1, last) if ids[index] != IMAGE_TOKEN_INDEX]
-    dropped = set(droppable[max(len(droppable) - excess, 0) :])
-    kept = [index for index in range(len(ids)) if index not in dropped]
-    kept = kept[: len(kept) - (excess - len(dropped))]
-    if not kept or kept[-1] < min(keep_from, len(ids) - 1):
+    pictures = {place for place, token in enumerate(ids) if token == IMAGE_TOKEN_INDEX}
+    lengths = [image_tokens if place in pictures else 1 for place in range(len(ids))]
+    kept = kept_tokens(lengths, [label != IGNORE_INDEX for label in labels], pictures, max_length)
+    if ids and not kept:
         raise UserError(
             f"model_max_length {max_length} leaves no room for an answer beside {image_tokens} image tokens "
             "(raise --model_max_length)"
         )
-    return [ids[index] for index in kept], [labels[index] for index in kept]
+    return [ids[place] for place in kept], [labels[place] for place in kept]
 
 
 def has_labels(labels: Sequence[int]) -> bool:

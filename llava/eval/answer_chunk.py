@@ -113,10 +113,13 @@ class Chunk:
                 print(f"{self.answers_file}: all {done} answers are there")
                 return
             asked = answerer().use(self.model, self.route, self.task, self.defaults, **self.asked)
+            cut_before = asked.model.prompts_cut
             replies = asked.answer(rows, self.generation, self.image_folder, done)
             hidden = quiet or not sys.stderr.isatty()
             for reply in tqdm(replies, total=len(rows), initial=done, unit="question", disable=hidden):
                 metadata = {"run": self.run, **({"route": reply.route} if reply.route else {})}
                 carried = {name: reply.row.raw[name] for name in self.carried if name in reply.row.raw}
                 append(stream, [{**answer_row(reply.row, reply.text, self.model_id, metadata), **carried}])
-        print(f"{self.answers_file}: {len(rows)} answers by {self.model_id}", flush=True)
+            cut = asked.model.prompts_cut - cut_before
+        note = f"; {cut} prompts were cut to the model's window" if cut else ""
+        print(f"{self.answers_file}: {len(rows)} answers by {self.model_id}{note}", flush=True)

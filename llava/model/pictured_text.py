@@ -8,14 +8,19 @@ from torch import Tensor
 from llava.model.splice import count_placeholders, splice
 from llava.model.vision.hand_out import Images, are_modalities, check_modalities, hand_out, read_entries, sizes_of
 from llava.model.vision.tiles import merge_tiles
-from llava.utils import UserError
+from llava.utils import UserError, rank0_print
 
 
 class PicturedText:
     """Hands pictures out to rows, encodes them, and splices them into the text.
 
     Mixed into a causal language model with ``get_model()`` (tower, projector, embeddings) and ``config``.
+
+    Attributes:
+        prompts_cut: how many rows were longer than the model's window, ``config.tokenizer_model_max_length``.
     """
+
+    prompts_cut = 0
 
     def get_vision_tower(self):
         return self.get_model().get_vision_tower()
@@ -123,8 +128,16 @@ class PicturedText:
         )
 
     def _splice(self, input_ids, attention_mask, labels, features, padding_side=None, prefix=None):
-        """``splice.splice`` with this model's embeddings, length limit and padding side."""
+        """``splice.splice`` with this model's embeddings, window and padding side: the first four of its results."""
         side = padding_side or getattr(self.config, "tokenizer_padding_side", None) or "right"
-        limit = getattr(self.config, "tokenizer_model_max_length", None)
+        window = getattr(self.config, "tokenizer_model_max_length", None)
         embed = self.get_model().embed_tokens
-        return splice(embed, input_ids, attention_mask, labels, features, side, limit, prefix)
+        spliced = splice(embed, input_ids, attention_mask, labels, features, side, window, prefix)
+        cut = [lost for lost in spliced.cut if lost]
+        if cut and not self.prompts_cut:
+            rank0_print(
+                f"note: a prompt is longer than the model's window of {window} positions; {max(cut)} tokens are cut "
+                "from the end of its question (said once)"
+            )
+        self.prompts_cut += len(cut)
+        return spliced[:4]
