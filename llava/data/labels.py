@@ -25,7 +25,7 @@ from llava.constants import (
     IGNORE_INDEX,
     IMAGE_TOKEN_INDEX,
 )
-from llava.conversation import Conversation, Segment, get_conversation
+from llava.conversation import Conversation, Segment, get_conversation, plain_question
 from llava.mm_utils import bos_ids, parse_grid_pinpoints
 from llava.utils import UserError
 
@@ -111,8 +111,7 @@ def _placed(conversations: Sequence[Turn], has_image: bool) -> list[Turn]:
 
 def place_image(text: str, count: int = 1) -> str:
     """``<image>`` and a newline, ``count`` times, in front of the stripped text, wherever the marks stood before."""
-    stripped = text.replace(DEFAULT_IMAGE_TOKEN, "").strip()
-    return (f"{DEFAULT_IMAGE_TOKEN}\n" * count + stripped).strip()
+    return (f"{DEFAULT_IMAGE_TOKEN}\n" * count + plain_question(text)).strip()
 
 
 def _mark_image(text: str, version: str, use_im_start_end: bool) -> str:

@@ -17,6 +17,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from llava.constants import DEFAULT_IMAGE_TOKEN
+from llava.conversation import plain_question
 from llava.files import atomic_write
 from llava.utils import UserError, require_file
 
@@ -51,7 +52,7 @@ class Row:
     @property
     def question(self) -> str:
         """The first human turn without ``<image>`` and surrounding white space."""
-        return self.conversations[0][1].replace(DEFAULT_IMAGE_TOKEN, "").strip()
+        return plain_question(self.conversations[0][1])
 
     @property
     def answer(self) -> str | None:

@@ -24,6 +24,7 @@ from llava.checkpoints.weights import HARMLESS, first_line, lacking_tensors
 from llava.conversation import conv_mode_for
 from llava.mm_utils import get_model_name_from_path
 from llava.model.adapters import adapter_base, apply_adapter, load_extra_tensors
+from llava.model.asked import QuestionReader
 from llava.model.configs import FAMILIES, Config, Model, llava_config
 from llava.model.multimodal_encoder.clip_encoder import shipped_image_processor
 from llava.model.vision.features import load_vision_tower
@@ -189,6 +190,7 @@ def load_base(
         config.vocab_size = checkpoint.vocab_size  # a longer one is in the tensors beside the adapter
     model, report = _from_pretrained(FAMILIES[configured.family], checkpoint, config, options)
     lacking = _check_loading(checkpoint, report, config_from is not None)
+    model.question_reader = QuestionReader(tokenizer)
     image_processor = _ready_tower(model, checkpoint)
     if config_from is not None:
         load_extra_tensors(model, config_from.folder, lacking)
@@ -283,7 +285,7 @@ def attach_slots(
     memory: dict[str, torch.Tensor] | None = None,
     find_encoder: Callable[[dict[str, Any], Checkpoint], TextEncoder] = encoder_from_identity,
 ) -> None:
-    """Give ``model`` the adapter that the slots of a file ask for, with its text encoder.
+    """Give ``model`` the adapter that the slots of a file ask for, with its text encoder and the tokenizer's reader.
 
     Args:
         memory: tensors that the slots' stage keeps beside them.
@@ -297,6 +299,8 @@ def attach_slots(
     adapter = ADAPTERS.get(slots.adapter or RETRIEVER)(slots, memory or {})
     if slots.settings.uses_text and slots.settings.encoder:
         adapter.encode_text = find_encoder(slots.settings.encoder, checkpoint)
+    if model.question_reader is None:  # the model was not loaded here
+        model.question_reader = QuestionReader(load_tokenizer(checkpoint.folder))
     model.attach_adapter(adapter)
 
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,9 @@ REFERENCE_ENCODER = "sentence-transformers/nli-roberta-base-v2"
 UNUSED_PART = re.compile(r"(^|\.)pooler\.")
 """Tensors that many published encoders leave out: the pooler stands behind the last hidden layer, which is used."""
 EMBEDDING_KEYS = ("model.embed_tokens.weight", "language_model.model.embed_tokens.weight", "embed_tokens.weight")
+
+_ENCODING = threading.Lock()
+"""A fast tokenizer may not be used by two threads at once."""
 
 
 class TextEncoder:
@@ -50,7 +54,8 @@ class TextEncoder:
     def __call__(self, questions: Sequence[str]) -> Tensor:
         for question in questions:
             if question not in self._cache:
-                self._cache[question] = self.encode_one(question)
+                with _ENCODING:
+                    self._cache[question] = self.encode_one(question)
         return torch.stack([self._cache[question] for question in questions])
 
     def encode_one(self, question: str) -> Tensor:

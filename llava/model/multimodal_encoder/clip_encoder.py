@@ -70,6 +70,8 @@ class CLIPVisionTower(nn.Module):
     def feature_select(self, outputs: BaseModelOutputWithPooling) -> Tensor:
         """The chosen hidden layer of a CLIP output, with or without its class token."""
         layers: Any = outputs.hidden_states  # asked for in ``forward``
+        # A language model that was once asked for its own layers has made transformers note each of these again.
+        layers = [layers[0], *layers[1 :: max((len(layers) - 1) // self.config.num_hidden_layers, 1)]]
         features: Tensor = layers[self.select_layer]  # [images, 1 + patches, mm_hidden_size]
         return features[:, 1:] if self.select_feature == "patch" else features
 
