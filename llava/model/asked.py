@@ -30,7 +30,7 @@ from llava.conversation import Conversation, conv_templates, plain_question
 from llava.utils import rank0_print
 
 _PICTURE = re.compile(
-    f"(?:<Image>)?(?:{DEFAULT_IM_START_TOKEN})?{DEFAULT_IMAGE_TOKEN}(?:{DEFAULT_IM_END_TOKEN})?(?:</Image>)?"
+    f"(?:<Image>)?(?:{DEFAULT_IM_START_TOKEN})?{DEFAULT_IMAGE_TOKEN}(?: ?{DEFAULT_IM_END_TOKEN})?(?: ?</Image>)?"
 )
 _SYSTEM_INSIDE = re.compile(r"\A\s*<<SYS>>.*?<</SYS>>", re.DOTALL)
 _TOKENIZING = threading.Lock()
@@ -126,7 +126,9 @@ def prompt_text(ids: Sequence[int], tokenizer: Any) -> str:
         elif token >= 0:
             stretches[-1].append(token)
     with _TOKENIZING:
-        return DEFAULT_IMAGE_TOKEN.join(_text(stretch, tokenizer) for stretch in stretches)
+        texts = [_text(stretch, tokenizer) for stretch in stretches]
+        behind = [_spaced(text, stretch, tokenizer) for text, stretch in zip(texts[1:], stretches[1:], strict=True)]
+    return DEFAULT_IMAGE_TOKEN.join([texts[0], *behind])
 
 
 def _text(ids: list[int], tokenizer: Any) -> str:
@@ -136,6 +138,12 @@ def _text(ids: list[int], tokenizer: Any) -> str:
         return whole
     parts = "".join(_decoded(part, tokenizer) for part in _split(ids, set(tokenizer.all_special_ids)))
     return parts if _ids(parts, tokenizer) == ids else whole
+
+
+def _spaced(text: str, ids: list[int], tokenizer: Any) -> str:
+    """The text behind a picture, with the space that it most likely began with where the ids can't tell."""
+    spaced = f" {text}"
+    return spaced if text and not text[0].isspace() and _ids(spaced, tokenizer) == ids else text
 
 
 def _decoded(ids: list[int], tokenizer: Any) -> str:

@@ -88,7 +88,7 @@ class Prefill:
 
 def cached_length(cache: Any) -> int:
     """Positions in a cache; 0 for none and for an empty one, which is what a prefill is given."""
-    return 0 if cache is None else int(cache.get_seq_length())
+    return int(cache.get_seq_length()) if hasattr(cache, "get_seq_length") else 0
 
 
 def carry(cache: Any, prefill: Prefill) -> None:

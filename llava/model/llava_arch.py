@@ -3,15 +3,16 @@
 Two mix-ins, shared by every language model back-end:
 
 - ``LlavaMetaModel`` adds the vision tower and the projector to a decoder (``LlamaModel``, ``MistralModel``).
-- ``LlavaMetaForCausalLM`` adds ``forward`` and ``generate`` that take images and questions. The route (which slots,
-  with which weights, for each question) is decided once, before the first token, and is reused by every decoding step.
-  An adapter (``llava.slots.adapter``) decides it and acts on it: its offsets reach the projections as a keyword
-  argument (``llava.slots.offsets``), its prefix embeddings stand in front of the prompt.
+- ``LlavaMetaForCausalLM`` adds ``forward`` and ``generate`` that take images (``PicturedText``) and questions. The
+  route (which slots, with which weights, for each question) is decided once, before the first token, and is reused by
+  every decoding step. An adapter (``llava.slots.adapter``) decides it and acts on it: its offsets reach the projections
+  as a keyword argument (``llava.slots.offsets``), its prefix embeddings stand in front of the prompt.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,21 +21,19 @@ from llava.constants import (
     DEFAULT_IM_END_TOKEN,
     DEFAULT_IM_START_TOKEN,
     DEFAULT_IMAGE_PATCH_TOKEN,
-    IGNORE_INDEX,
     IMAGE_TOKEN_INDEX,
 )
 from llava.model.decision import Prefill, cache_of, cached_length, carried, carry, continue_mask
 from llava.model.multimodal_encoder.builder import build_vision_tower
 from llava.model.multimodal_projector.builder import build_vision_projector, load_projector
+from llava.model.pictured_text import PicturedText
 from llava.model.routed import Asked, Routed
-from llava.model.vision.tiles import merge_tiles, unpad_image
-from llava.padding import pad
+from llava.model.vision.hand_out import Images, are_modalities
+from llava.model.vision.tiles import unpad_image
 from llava.slots.picture_query import image_queries
 from llava.slots.route import Route
 
 __all__ = ["LlavaMetaForCausalLM", "LlavaMetaModel", "unpad_image"]
-
-Images = Tensor | Sequence[Tensor | None]
 
 
 class LlavaMetaModel:
@@ -70,16 +69,13 @@ class LlavaMetaModel:
             load_projector(self.mm_projector, model_args.pretrain_mm_mlp_adapter)
 
 
-class LlavaMetaForCausalLM(Routed):
+class LlavaMetaForCausalLM(Routed, PicturedText):
     """``forward`` and ``generate`` with images and per-question routes, for any decoder with LLaVA's mix-in."""
 
     # -- parts ---------------------------------------------------------------------------------------------------
 
     def get_model(self) -> LlavaMetaModel:
         return self.model
-
-    def get_vision_tower(self):
-        return self.get_model().get_vision_tower()
 
     def initialize_vision_tokenizer(self, model_args, tokenizer) -> None:
         """Add the picture tokens that early LLaVA prompts hold; their embeddings start as the mean of the others."""
@@ -93,57 +89,15 @@ class LlavaMetaForCausalLM(Routed):
             for table in (self.get_input_embeddings().weight, self.get_output_embeddings().weight):
                 table[-added:] = table[:-added].mean(0)
 
-    # -- images --------------------------------------------------------------------------------------------------
+    def image_query(self, features: list[list[Tensor]], images: Images | None) -> Tensor | None:
+        """Image queries ``[batch, image_dim]`` from tower features and pixels; ``None`` where no slot asks for them."""
+        if self.retriever is None or not self.retriever.active or not self.retriever.settings.uses_images:
+            return None
+        settings = self.retriever.settings
+        pixels = [[] for _ in features] if images is None else self.read_images(images)
+        return image_queries(settings.image_query, features, pixels, settings.image_dim)
 
-    def vision_features(self, images: Images) -> list[list[Tensor]]:
-        """Tower features per sample and image: ``[[ [tiles, patches, mm_hidden_size], ...], ...]``.
-
-        ``images`` is a batch ``[batch, 3, h, w]`` or one entry per sample: ``None`` (no image), ``[3, h, w]``,
-        ``[tiles, 3, h, w]`` (tiles of one picture with ``image_aspect_ratio: anyres``, else several pictures), or a
-        list of those.
-        """
-        pictures = [self._pictures(entry) for entry in images]  # per sample: list of [tiles, 3, h, w]
-        flat = [picture for sample in pictures for picture in sample]
-        if not flat:
-            return [[] for _ in pictures]
-        tower, dtype = self.get_vision_tower(), self.get_model().embed_tokens.weight.dtype
-        if self.training:
-            pieces = iter(tower(torch.cat(flat).to(dtype)).split([len(picture) for picture in flat]))
-        else:  # each picture by itself: kernels are picked by batch size, and a route must not depend on its batch
-            pieces = iter([tower(picture.to(dtype)) for picture in flat])
-        return [[next(pieces) for _ in sample] for sample in pictures]
-
-    def _pictures(self, entry) -> list[Tensor]:
-        if entry is None:
-            return []
-        if isinstance(entry, (list, tuple)):
-            return [picture for part in entry for picture in self._pictures(part)]
-        if entry.dim() == 3:
-            return [entry.unsqueeze(0)]
-        if getattr(self.config, "image_aspect_ratio", None) == "anyres":
-            return [entry]
-        return [picture.unsqueeze(0) for picture in entry]
-
-    def project_features(self, features: list[list[Tensor]], image_sizes=None) -> list[list[Tensor]]:
-        """Projected features per sample and image: ``[tokens, hidden]``, tiles merged as the config says."""
-        model, sizes = self.get_model(), _per_picture_sizes(features, image_sizes)
-        newline = getattr(model, "image_newline", None)
-        flat = [picture for sample in features for picture in sample]
-        if not flat:
-            return features
-        projected = model.mm_projector(torch.cat(flat)).split([len(picture) for picture in flat])
-        tower = self.get_vision_tower()
-        merged = iter(
-            merge_tiles(tiles, size, self.config, tower.num_patches_per_side, tower.config.image_size, newline)
-            for tiles, size in zip(projected, sizes, strict=True)
-        )
-        return [[next(merged) for _ in sample] for sample in features]
-
-    def encode_images(self, images: Tensor) -> Tensor:
-        """LLaVA's helper: ``[images, 3, h, w] -> [images, patches, hidden]``."""
-        return self.get_model().mm_projector(self.get_vision_tower()(images))
-
-    # -- text and images together ----------------------------------------------------------------------------------
+    # -- text and pictures together --------------------------------------------------------------------------------
 
     def prepare_inputs_labels_for_multimodal(
         self,
@@ -154,6 +108,7 @@ class LlavaMetaForCausalLM(Routed):
         labels,
         images,
         image_sizes=None,
+        modalities=None,
         questions: Sequence[str] | None = None,
         text_query: Tensor | None = None,
         image_query: Tensor | None = None,
@@ -162,20 +117,24 @@ class LlavaMetaForCausalLM(Routed):
     ):
         """LLaVA's entry point: replace ``<image>`` placeholders by features.
 
-        The route is decided here, and ``forward`` and ``generate`` know it by the embeddings; the arguments after
-        ``image_sizes`` are those of ``forward``.
+        LLaVA-NeXT's order, ``modalities`` before ``image_sizes``, is known by its names. The arguments behind them are
+        those of ``forward``: the route is decided here, and ``forward`` and ``generate`` know it by the embeddings.
 
         Returns ``(None, position_ids, attention_mask, past_key_values, inputs_embeds, labels)``, or the arguments
         unchanged (with ``inputs_embeds`` None) when there is nothing to splice.
         """
+        if are_modalities(image_sizes):
+            image_sizes, modalities = modalities, image_sizes
+        pictures, image_sizes = self.hand_out(input_ids, attention_mask, images, image_sizes, modalities)
         if self.get_vision_tower() is None or images is None or input_ids.shape[1] == 1:
             return input_ids, position_ids, attention_mask, past_key_values, None, labels
-        features = self.vision_features(images)
+        pictures = [[] for _ in input_ids] if pictures is None else pictures
+        features = self.vision_features(pictures)
         asked = Asked(questions, text_query, image_query, tasks, route)
         if cached_length(past_key_values):
             decision = self._continued(asked, carried(past_key_values))
         else:
-            decision = self._begun(asked, input_ids, None, attention_mask, labels, features, images)
+            decision = self._begun(asked, input_ids, None, attention_mask, labels, features, pictures)
         prefix = decision.action(len(input_ids), self.get_model().embed_tokens.weight.dtype).prefix
         projected = self.project_features(features, image_sizes)
         embeds, mask, positions, new_labels = self._splice(
@@ -192,65 +151,6 @@ class LlavaMetaForCausalLM(Routed):
             new_labels if labels is not None else None,
         )
 
-    def _splice(
-        self,
-        input_ids,
-        attention_mask,
-        labels,
-        features: list[list[Tensor]],
-        padding_side: str | None = None,
-        prefix: Tensor | None = None,
-    ):
-        """Embeddings ``[batch, length, hidden]``, mask, positions and labels with the pictures in their places.
-
-        Each sample uses its own pictures only; a count that does not match its placeholders is a ``ValueError``. A
-        ``prefix`` ``[batch, prefix length, hidden]`` goes in front of each sample, behind its padding.
-        """
-        keep = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
-        rows, row_labels = [], []
-        for index, pictures in enumerate(features):
-            ids = input_ids[index][keep[index]]
-            row_label = torch.full_like(ids, IGNORE_INDEX) if labels is None else labels[index][keep[index]]
-            embeds, spliced = self._splice_row(index, ids, row_label, pictures)
-            if prefix is not None:
-                embeds = torch.cat([prefix[index].to(embeds.dtype), embeds])
-                spliced = torch.cat([spliced.new_full((prefix.shape[1],), IGNORE_INDEX), spliced])
-            rows.append(embeds)
-            row_labels.append(spliced)
-        limit = getattr(self.config, "tokenizer_model_max_length", None)
-        if limit is not None:
-            limit += 0 if prefix is None else prefix.shape[1]
-            rows, row_labels = [row[:limit] for row in rows], [row[:limit] for row in row_labels]
-        side = padding_side or getattr(self.config, "tokenizer_padding_side", None) or "right"
-        embeds, mask = pad(rows, side)
-        positions = (mask.cumsum(1) - 1) * mask  # counted from each row's own start; 0 on padding
-        return embeds, mask, positions, pad(row_labels, side, IGNORE_INDEX)[0]
-
-    def _splice_row(self, index: int, ids: Tensor, labels: Tensor, pictures: list[Tensor]) -> tuple[Tensor, Tensor]:
-        places = (ids == IMAGE_TOKEN_INDEX).nonzero().flatten().tolist()
-        if len(places) != len(pictures):
-            raise ValueError(
-                f"sample {index} of the batch has {len(places)} <image> placeholder(s) but {len(pictures)} picture(s)"
-            )
-        embed = self.get_model().embed_tokens
-        pieces, piece_labels, start = [], [], 0
-        for place, picture in zip([*places, len(ids)], [*pictures, None], strict=True):
-            pieces.append(embed(ids[start:place]))
-            piece_labels.append(labels[start:place])
-            if picture is not None:
-                pieces.append(picture.to(pieces[0].dtype))
-                piece_labels.append(labels.new_full((len(picture),), IGNORE_INDEX))
-            start = place + 1
-        return torch.cat(pieces), torch.cat(piece_labels)
-
-    def image_query(self, features: list[list[Tensor]], images: Images | None) -> Tensor | None:
-        """Image queries ``[batch, image_dim]`` from tower features and pixels; ``None`` where no slot asks for them."""
-        if self.retriever is None or not self.retriever.active or not self.retriever.settings.uses_images:
-            return None
-        settings = self.retriever.settings
-        pixels = [[] for _ in features] if images is None else [self._pictures(entry) for entry in images]
-        return image_queries(settings.image_query, features, pixels, settings.image_dim)
-
     # -- forward and generate --------------------------------------------------------------------------------------
 
     def forward(
@@ -263,7 +163,8 @@ class LlavaMetaForCausalLM(Routed):
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         images: Images | None = None,
-        image_sizes: list[tuple[int, int]] | None = None,
+        image_sizes: Any = None,
+        modalities: Sequence[str] | None = None,
         image_features: list[list[Tensor]] | None = None,
         questions: Sequence[str] | None = None,
         text_query: Tensor | None = None,
@@ -277,7 +178,8 @@ class LlavaMetaForCausalLM(Routed):
         """Next-token logits, and the cross-entropy on ``labels`` where given.
 
         Args:
-            images, image_sizes: pictures per sample (see ``vision_features``) and their original ``(width, height)``.
+            images, image_sizes: the batch's pictures (see ``vision.hand_out``) and their original ``(width, height)``.
+            modalities: LLaVA-NeXT's; pictures are known, videos are not.
             image_features: what ``vision_features(images)`` gives, computed before; then ``images`` is not needed.
             questions, text_query, image_query, tasks: as in ``generate``; with a filled cache they count for nothing.
             route: a route decided before, or ``"none"``: the base model answers.
@@ -293,6 +195,8 @@ class LlavaMetaForCausalLM(Routed):
         before = carried(past_key_values) if length else None
         if length and input_ids is not None and not (input_ids == IMAGE_TOKEN_INDEX).any():
             images = image_features = None  # of the prefill; some loops hand them over at every step
+        if image_features is None or images is not None:
+            images, image_sizes = self.hand_out(input_ids, attention_mask, images, image_sizes, modalities)
         if image_features is None and images is not None and self.get_vision_tower() is not None:
             image_features = self.vision_features(images)
         given = route if slot_indices is None else Route(slot_indices, slot_weights)
@@ -337,7 +241,8 @@ class LlavaMetaForCausalLM(Routed):
         self,
         inputs: Tensor | None = None,
         images: Images | None = None,
-        image_sizes: list[tuple[int, int]] | None = None,
+        image_sizes: Any = None,
+        modalities: Sequence[str] | None = None,
         image_features: list[list[Tensor]] | None = None,
         questions: Sequence[str] | None = None,
         text_query: Tensor | None = None,
@@ -352,7 +257,7 @@ class LlavaMetaForCausalLM(Routed):
             inputs: ``[batch, length]`` prompt ids with ``IMAGE_TOKEN_INDEX`` where the picture goes (also accepted as
                 ``input_ids``), padded on either side and described by ``attention_mask``. Instead of them,
                 ``inputs_embeds`` of ``prepare_inputs_labels_for_multimodal``.
-            image_features: what ``vision_features(images)`` gives, computed before; then ``images`` is not needed.
+            images, image_sizes, modalities, image_features: as in ``forward``.
             questions: the plain questions; encoded into the text query when the model has slots that route on text.
                 By default they are read from the prompts.
             text_query: ``[batch, text_dim]`` the same, already encoded.
@@ -371,6 +276,8 @@ class LlavaMetaForCausalLM(Routed):
         kwargs.pop("position_ids", None)
         if (input_ids is None) == (embeds is None):
             raise ValueError("generate() needs the prompts' ids, or inputs_embeds, and not both")
+        if image_features is None or images is not None:
+            images, image_sizes = self.hand_out(input_ids, mask, images, image_sizes, modalities)
         if image_features is None and images is not None and self.get_vision_tower() is not None:
             image_features = self.vision_features(images)
         asked = Asked(questions, text_query, image_query, tasks, route)
@@ -388,13 +295,3 @@ class LlavaMetaForCausalLM(Routed):
 
 def _first_given(*values: Tensor | None) -> Tensor:
     return next(value for value in values if value is not None)
-
-
-def _per_picture_sizes(features: list[list[Tensor]], image_sizes) -> list[tuple[int, int] | None]:
-    """One original size per picture; ``image_sizes`` has an entry per sample (a size, or a list of them)."""
-    sizes: list[tuple[int, int] | None] = []
-    for index, sample in enumerate(features):
-        entry = None if image_sizes is None else image_sizes[index]
-        many = isinstance(entry, (list, tuple)) and len(entry) > 0 and isinstance(entry[0], (list, tuple))
-        sizes += list(entry) if many else [entry] * len(sample)
-    return sizes

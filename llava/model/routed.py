@@ -38,13 +38,14 @@ class Routed:
     """Mix-in of a causal language model: an adapter, and the decisions of its calls."""
 
     retriever: Adapter | None
+    tokenizer: Any
     config: Any
     device: Any
 
     def init_routing(self) -> None:
         """Called by the back-end's ``__init__``: no adapter yet."""
         self.retriever = None
-        self.question_reader: QuestionReader | None = None
+        self._question_reader: QuestionReader | None = None
         self._last, self._latest = LastRoute(), None
         self._embedding_routes = EmbeddingRoutes()
         self._offset_hooks: list = []
@@ -149,12 +150,14 @@ class Routed:
         return Decision(self.route(text_query, image_query, asked.tasks), adapter)
 
     def _read_questions(self, input_ids: Tensor | None, attention_mask: Tensor | None, labels: Tensor | None):
-        if self.question_reader is None or input_ids is None:
+        if self.tokenizer is None or input_ids is None:
             raise ValueError(f"this model routes on the question's text and knows no tokenizer to read it with: {_HOW}")
         prompt = {"conv_mode": getattr(self.config, "conversation_version", None)}
         prompt |= getattr(self.config, "prompt", None) or {}
         pad = getattr(self.config, "pad_token_id", None)
-        return self.question_reader.read(input_ids, attention_mask, labels, prompt, pad)
+        if self._question_reader is None or self._question_reader.tokenizer is not self.tokenizer:
+            self._question_reader = QuestionReader(self.tokenizer)
+        return self._question_reader.read(input_ids, attention_mask, labels, prompt, pad)
 
     def _route_of(self, inputs_embeds: Tensor | None) -> Route | None:
         try:

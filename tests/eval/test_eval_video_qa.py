@@ -210,3 +210,51 @@ def test_the_public_floor_of_vqa_rad(tmp_path):
     assert closed["n"] == 272
     assert groups["overall"]["figures"]["majority_closed_accuracy"]["value"] == closed["value"]
     assert [groups[name]["rows"] for name in ("overall", "abd", "chest", "head")] == [451, 158, 174, 119]
+
+
+# -- the prototype's command line --------------------------------------------------------------------------------------
+
+
+def prototype_answers(path):
+    rows = [{"question_id": n, "pred_response": text, "gt_response": text} for n, text in enumerate(ANSWERS)]
+    write_jsonl(path, rows)
+    return path
+
+
+def test_the_prototypes_flags_score_as_ours_and_write_its_file(tmp_path, questions, capsys):
+    answers = prototype_answers(tmp_path / "merged_predictions.jsonl")
+    scores = tmp_path / "nlp_metrics_scores.json"
+    words = ["--pred-path", answers, "--gt-file", questions, "--output-json", scores, "--no-java", "--draws", 50]
+    eval_video_qa.main([*map(str, words)])
+    own = json.loads((tmp_path / "scores.json").read_text())["groups"]
+    theirs = json.loads(scores.read_text())
+    names = ["Bleu_1", "Bleu_2", "Bleu_3", "Bleu_4", "ROUGE_L", "CIDEr"]  # METEOR needs Java
+    assert list(theirs) == ["overall", "abd", "chest"] and all(list(found) == names for found in theirs.values())
+    for group, found in theirs.items():
+        for name, value in found.items():
+            assert value == own[group]["figures"][name.lower()]["value"]
+    assert theirs["overall"]["ROUGE_L"] == 1.0
+    assert f"wrote {scores}" in capsys.readouterr().out
+    scores.unlink()
+    eval_video_qa.main([*map(str, words)])  # scored already: the file is written all the same
+    assert json.loads(scores.read_text()) == theirs and "is up to date" in capsys.readouterr().out
+
+
+def test_the_prototypes_command_runs_as_a_file(tmp_path, questions):
+    """``python llava/eval/eval_video_qa.py`` puts the package's own folder on the path, where other names lie."""
+    answers = prototype_answers(tmp_path / "merged_predictions.jsonl")
+    words = ["--pred-path", answers, "--gt-file", questions, "--output-json", tmp_path / "s.json", "--no-java"]
+    command = [sys.executable, "llava/eval/eval_video_qa.py", *map(str, words)]
+    done = subprocess.run(
+        command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True
+    )
+    assert done.returncode == 0 and (tmp_path / "s.json").is_file(), done.stderr
+
+
+def test_one_file_for_several_answers_or_over_all_scores_is_refused(tmp_path, questions, capsys):
+    a, b = (prototype_answers(tmp_path / name) for name in ("a.jsonl", "b.jsonl"))
+    with pytest.raises(SystemExit):
+        run(questions, a, b, more=["--output-json", str(tmp_path / "s.json")])
+    assert "--output-json is one file; give one answers file" in capsys.readouterr().err
+    with pytest.raises(UserError, match="is where all scores go"):
+        run(questions, a, more=["--output-json", str(tmp_path / "scores.json")])

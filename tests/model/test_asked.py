@@ -268,7 +268,7 @@ def test_the_stages_suffix_is_no_part_of_the_question(stage):
 
 def test_pictures_alone_need_no_question(stage, monkeypatch):
     tokenizer, model, _ = stage
-    monkeypatch.setattr(model, "question_reader", None)
+    monkeypatch.setattr(model, "tokenizer", None)
     more, ids = prompts(tokenizer)
     with pytest.raises(ValueError, match="knows no tokenizer"):
         model(ids, **more)
