@@ -330,6 +330,8 @@ def attach_slots(
     adapter = ADAPTERS.get(slots.adapter or RETRIEVER)(slots, memory or {})
     if slots.settings.uses_text and slots.settings.encoder:
         adapter.encode_text = find_encoder(slots.settings.encoder, checkpoint)
+    if model.tokenizer is None:  # the model was not loaded here, and reads its questions from prompts
+        model.tokenizer = load_tokenizer(checkpoint.folder)
     model.attach_adapter(adapter)
     model.stage_memory = dict(memory or {})
 

@@ -157,6 +157,8 @@ class VisionTower(nn.Module):
     def hidden_layer(self, images: Tensor) -> Tensor:
         """The chosen layer ``[images, leading + patches, mm_hidden_size]`` of pixels on the tower's device."""
         layers: Any = self.vision_tower(images, output_hidden_states=True).hidden_states
+        # A language model that was once asked for its own layers has made transformers note each of these again.
+        layers = [layers[0], *layers[1 :: max((len(layers) - 1) // self.config.num_hidden_layers, 1)]]
         chosen: Tensor = layers[self.select_layer]
         return chosen
 
