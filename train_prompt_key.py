@@ -24,10 +24,6 @@ ONE_PROCESS = "stage 1 runs in one process, on one device (--device)"
 NO_GRADIENTS = "keys are fitted by clustering, without gradients (--iterations bounds its rounds)"
 
 
-ONE_PROCESS = "stage 1 runs in one process, on one device (--device)"
-NO_GRADIENTS = "keys are fitted by clustering, without gradients (--iterations bounds its rounds)"
-
-
 @dataclass(kw_only=True)
 class WithoutEffect:
     """Flags of the prototype's stage 1 that have nothing to act on."""

@@ -38,7 +38,7 @@ CHECKED_ROWS = 20_000
 """Rows that are tokenised up front; of a larger file as many, evenly spread."""
 
 
-class LazySupervisedDataset(Dataset):
+class TrainingSamples(Dataset):
     """One sample per row.
 
     Args:
@@ -68,7 +68,7 @@ class LazySupervisedDataset(Dataset):
         text_queries: torch.Tensor | None = None,
         image_queries: torch.Tensor | None = None,
         features: Features | None = None,
-    ) -> LazySupervisedDataset:
+    ) -> TrainingSamples:
         """Give samples what was computed ahead of training; returns the dataset.
 
         Args:
@@ -215,13 +215,13 @@ class DataCollatorForSupervisedDataset:
             "input_ids": ids,
             "labels": labels,
             "attention_mask": mask,
-            "image_sizes": [sample["image_size"] for sample in samples],
+            "image_sizes": [sample.get("image_size") for sample in samples],
         }
         if "image_features" in samples[0]:
             features = [sample["image_features"] for sample in samples]
             batch["image_features"] = [[] if feature is None else [feature] for feature in features]
         else:
-            images = [sample["image"] for sample in samples]
+            images = [sample.get("image") for sample in samples]
             batch["images"] = torch.stack(images) if _stackable(images) else images
         for name in ("text_query", "image_query"):
             if name in samples[0]:

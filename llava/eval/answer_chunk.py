@@ -29,6 +29,7 @@ class Chunk:
         rows: of the whole question file.
         number, count: this chunk of so many.
         asked, defaults: fields of the prompt, see ``Prompt.of``.
+        carried: fields of the question rows that their answers repeat.
         replace: start again where the file holds another run's answers, instead of refusing.
     """
 
@@ -46,6 +47,7 @@ class Chunk:
     count: int = 1
     asked: dict[str, Any] = field(default_factory=dict)
     defaults: dict[str, Any] = field(default_factory=dict)
+    carried: Sequence[str] = ()
     replace: bool = False
 
     @cached_property
@@ -116,7 +118,8 @@ class Chunk:
             hidden = quiet or not sys.stderr.isatty()
             for reply in tqdm(replies, total=len(rows), initial=done, unit="question", disable=hidden):
                 metadata = {"run": self.run, **({"route": reply.route} if reply.route else {})}
-                append(stream, [answer_row(reply.row, reply.text, self.model_id, metadata)])
+                carried = {name: reply.row.raw[name] for name in self.carried if name in reply.row.raw}
+                append(stream, [{**answer_row(reply.row, reply.text, self.model_id, metadata), **carried}])
             cut = asked.model.prompts_cut - cut_before
         note = f"; {cut} prompts were cut to the model's window" if cut else ""
         print(f"{self.answers_file}: {len(rows)} answers by {self.model_id}{note}", flush=True)

@@ -7,6 +7,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaFor
 
 from llava.model.language_model.fields import LlavaFields
 from llava.model.llava_arch import LlavaMetaForCausalLM, LlavaMetaModel
+from llava.model.saving import StageFolder
 
 
 class LlavaConfig(LlavaFields, LlamaConfig):
@@ -25,7 +26,7 @@ class LlavaLlamaModel(LlavaMetaModel, LlamaModel):
     config_class = LlavaConfig
 
 
-class LlavaLlamaForCausalLM(LlavaMetaForCausalLM, LlamaForCausalLM):
+class LlavaLlamaForCausalLM(StageFolder, LlavaMetaForCausalLM, LlamaForCausalLM):
     """The causal language model with images, questions and per-question weight offsets.
 
     ``retriever`` is ``None`` until ``attach_adapter``; without a trained slot the logits are the base model's.

@@ -7,6 +7,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, MistralConfig, Mistra
 
 from llava.model.language_model.fields import LlavaFields
 from llava.model.llava_arch import LlavaMetaForCausalLM, LlavaMetaModel
+from llava.model.saving import StageFolder
 
 
 class LlavaMistralConfig(LlavaFields, MistralConfig):
@@ -21,7 +22,7 @@ class LlavaMistralModel(LlavaMetaModel, MistralModel):
     config_class = LlavaMistralConfig
 
 
-class LlavaMistralForCausalLM(LlavaMetaForCausalLM, MistralForCausalLM):
+class LlavaMistralForCausalLM(StageFolder, LlavaMetaForCausalLM, MistralForCausalLM):
     """The causal language model with images, questions and per-question weight offsets."""
 
     config_class = LlavaMistralConfig
