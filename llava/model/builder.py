@@ -181,7 +181,7 @@ def load_base(
         return AutoModelForCausalLM.from_pretrained(checkpoint.folder, **options), tokenizer, None
     configured = _configured(checkpoint, config_from)
     config = llava_config(configured, weights=checkpoint)
-    config.update(overwrite_config or {})
+    config.update(dict(overwrite_config or {}))
     if config_from is not None:
         config.vocab_size = checkpoint.vocab_size  # a longer one is in the tensors beside the adapter
     model, report = _from_pretrained(FAMILIES[configured.family], checkpoint, config, options)
@@ -310,8 +310,9 @@ def tell_prompt(config, slots: Pool, base_name: str, overwrite: Mapping[str, Any
     """
     known = slots.prompt or {"conv_mode": conv_mode_for(config, get_model_name_from_path(base_name))}
     names = {"conv_mode": "conversation_version", "aspect_ratio": "image_aspect_ratio"}
-    known = {**known, **{field: overwrite[name] for field, name in names.items() if name in (overwrite or {})}}
-    config.prompt = dict(known)
+    overwritten = {field: overwrite[name] for field, name in names.items() if overwrite and name in overwrite}
+    known = {**known, **overwritten}
+    config.prompt = known
     for field, name in names.items():
         if field in known:
             setattr(config, name, known[field])
