@@ -22,7 +22,7 @@ from tiny_world import PICTURES, World, fit, merge, refusal, write_sequence
 
 from llava.constants import IGNORE_INDEX
 from llava.data.rows import read_rows, write_jsonl
-from llava.data.samples import LazySupervisedDataset
+from llava.data.samples import TrainingSamples
 from llava.eval import model_vqa_loader, run_llava
 from llava.eval.answerer import Answerer
 from llava.image_io import load_image
@@ -70,7 +70,7 @@ class Seen:
         self.trained: dict = {}
         self.asked: dict = {}
         self.pixels: set[str] = set()
-        get, collate, forward = LazySupervisedDataset.__getitem__, Answerer._inputs, CLIPVisionTower.forward
+        get, collate, forward = TrainingSamples.__getitem__, Answerer._inputs, CLIPVisionTower.forward
 
         def note_sample(dataset, index):
             sample = get(dataset, index)
@@ -85,7 +85,7 @@ class Seen:
             self.pixels |= {checksum(image) for image in images}
             return forward(tower, images)
 
-        monkeypatch.setattr(LazySupervisedDataset, "__getitem__", note_sample)
+        monkeypatch.setattr(TrainingSamples, "__getitem__", note_sample)
         monkeypatch.setattr(Answerer, "_inputs", note_batch)
         monkeypatch.setattr(CLIPVisionTower, "forward", note_pixels)
 

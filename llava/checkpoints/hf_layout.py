@@ -48,7 +48,18 @@ TO_HF = {
 }
 # What a LLaVA config has no word for elsewhere: kept under one key, so that there and back is the same config.
 KEPT_KEY = "llava"
-KEPT = ("image_aspect_ratio", "conversation_version", "mm_vision_tower", "tokenizer_model_max_length", "mm_hidden_size")
+KEPT = (
+    "image_aspect_ratio",
+    "conversation_version",
+    "mm_vision_tower",
+    "tokenizer_model_max_length",
+    "tokenizer_padding_side",
+    "mm_hidden_size",
+    "mm_use_im_start_end",
+    "mm_use_im_patch_token",
+    "mm_patch_merge_type",
+    "use_mm_proj",
+)
 
 
 def is_hf_layout(values: dict[str, Any]) -> bool:
@@ -98,6 +109,11 @@ def config_from_hf(values: dict[str, Any]) -> dict[str, Any]:
         "mm_projector_type": "mlp2x_gelu",
         "mm_vision_select_layer": layer,
         "mm_vision_select_feature": "patch" if select == "default" else "cls_patch",
+        "mm_patch_merge_type": "flat",
+        "mm_use_im_start_end": False,
+        "mm_use_im_patch_token": False,
+        "use_mm_proj": True,
+        "tokenizer_padding_side": "right",
         "image_aspect_ratio": "pad",
         "dtype": values.get("dtype") or values.get("torch_dtype"),
         "tie_word_embeddings": values.get("tie_word_embeddings", text.get("tie_word_embeddings", False)),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -25,7 +26,7 @@ from llava.conversation import conv_mode_for
 from llava.mm_utils import get_model_name_from_path
 from llava.model.adapters import adapter_base, apply_adapter, load_extra_tensors
 from llava.model.configs import FAMILIES, Config, Model, llava_config
-from llava.model.multimodal_encoder.clip_encoder import shipped_image_processor
+from llava.model.saving import refuse_lost_slots
 from llava.model.vision.features import load_vision_tower
 from llava.slots.adapter import ADAPTERS, RETRIEVER, read_memory
 from llava.slots.encoders import TextEncoder, encoder_from_identity
@@ -75,17 +76,45 @@ def load_pretrained_model(
     rank0_print(f"{folder}: {_DESCRIPTION[kind]}{over_base} ({checkpoint.rule})")
     options = loading_options(load_8bit, load_4bit, device_map, device, use_flash_attn, attn_implementation, dtype)
     over = checkpoint if kind in ("lora", "projector") else None
-    model, tokenizer, image_processor = load_base(base, config_from=over, **options, **kwargs)
-    if kind == "lora" or (kind == "stage" and checkpoint.has(ADAPTER_CONFIG)):
-        quantised = load_8bit or load_4bit
-        model = apply_adapter(model, folder, merge=not quantised)
-        if quantised:
-            rank0_print("LoRA kept beside the base, which is quantised")
     if slots is not None:
-        attach_slots(cast(Model, model), slots, base, read_memory(folder))
-        tell_prompt(model.config, slots, model_base or slots.base.get("path") or str(base))
+        model, tokenizer, image_processor = _load_stage(checkpoint, slots, base, model_base, {**options, **kwargs})
+    else:
+        if checkpoint.has_weights:
+            refuse_lost_slots(checkpoint.config, folder)
+        model, tokenizer, image_processor = load_base(base, config_from=over, **options, **kwargs)
+        if kind == "lora":
+            model = _with_lora(model, folder, options)
     context = getattr(model.config, "max_sequence_length", None) or DEFAULT_CONTEXT
     return tokenizer, model.eval(), image_processor, context
+
+
+def load_stage(folder: Path, model_base: str | None = None, **options: Any) -> PreTrainedModel:
+    """The model of a stage's folder with its slots; ``options`` are those of ``from_pretrained``.
+
+    Raises:
+        UserError: as ``load_pretrained_model``.
+    """
+    checkpoint, slots = Checkpoint.open(folder), Pool.read(folder / SLOTS_FILE)
+    base = _base_of(checkpoint, slots, model_base, None)
+    return _load_stage(checkpoint, slots, base, model_base, options)[0].eval()
+
+
+def _load_stage(
+    stage: Checkpoint, slots: Pool, base: Checkpoint, model_base: str | None, options: dict[str, Any]
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, BaseImageProcessor | None]:
+    model, tokenizer, image_processor = load_base(base, **options)
+    if stage.has(ADAPTER_CONFIG):
+        model = _with_lora(model, stage.folder, options)
+    attach_slots(cast(Model, model), slots, base, read_memory(stage.folder))
+    tell_prompt(model.config, slots, model_base or slots.base.get("path") or str(base))
+    return model, tokenizer, image_processor
+
+
+def _with_lora(model: PreTrainedModel, folder: Path, options: Mapping[str, Any]) -> PreTrainedModel:
+    quantised = options.get("quantization_config") is not None
+    if quantised:
+        rank0_print("LoRA kept beside the base, which is quantised")
+    return apply_adapter(model, folder, merge=not quantised)
 
 
 _DESCRIPTION = {
@@ -189,6 +218,7 @@ def load_base(
         config.vocab_size = checkpoint.vocab_size  # a longer one is in the tensors beside the adapter
     model, report = _from_pretrained(FAMILIES[configured.family], checkpoint, config, options)
     lacking = _check_loading(checkpoint, report, config_from is not None)
+    model.tokenizer = tokenizer
     image_processor = _ready_tower(model, checkpoint)
     if config_from is not None:
         load_extra_tensors(model, config_from.folder, lacking)
@@ -217,7 +247,9 @@ def _from_pretrained(
     folder = checkpoint.folder
     mapping: dict[str, Any] = {"key_mapping": HF_TO_LLAVA} if checkpoint.kind == "hf" else {}
     try:
-        loaded: Any = model_class.from_pretrained(folder, config=config, output_loading_info=True, **mapping, **options)
+        loaded: Any = model_class.from_pretrained(
+            folder, config=config, output_loading_info=True, with_slots=False, **mapping, **options
+        )
     except pickle.UnpicklingError as error:
         raise UserError(
             f"{folder}: a pytorch_model*.bin file holds more than plain tensors and is not run; get the checkpoint as "
@@ -245,10 +277,11 @@ def _ready_tower(model: Model, checkpoint: Checkpoint) -> BaseImageProcessor | N
         rank0_print(f"{checkpoint}: the config names no vision tower; pictures are ignored")
         return None
     if tower.is_loaded:
-        tower.image_processor = shipped_image_processor(checkpoint.folder, tower.config)
+        tower.image_processor = tower.shipped_processor(checkpoint.folder, tower.config)
     else:
         tower.load_model()
         tower.to(device=model.device, dtype=model.get_input_embeddings().weight.dtype)
+    model.config.mm_patches_per_side = tower.num_patches_per_side
     return tower.image_processor
 
 
@@ -298,6 +331,7 @@ def attach_slots(
     if slots.settings.uses_text and slots.settings.encoder:
         adapter.encode_text = find_encoder(slots.settings.encoder, checkpoint)
     model.attach_adapter(adapter)
+    model.stage_memory = dict(memory or {})
 
 
 def tell_prompt(config, slots: Pool, base_name: str) -> None:

@@ -3,15 +3,16 @@
 Two mix-ins, shared by every language model back-end:
 
 - ``LlavaMetaModel`` adds the vision tower and the projector to a decoder (``LlamaModel``, ``MistralModel``).
-- ``LlavaMetaForCausalLM`` adds ``forward`` and ``generate`` that take images and questions. The route (which slots,
-  with which weights, for each question) is decided once, before the first token, and is reused by every decoding step.
-  An adapter (``llava.slots.adapter``) decides it and acts on it: its offsets reach the projections as a keyword
-  argument (``llava.slots.offsets``), its prefix embeddings stand in front of the prompt.
+- ``LlavaMetaForCausalLM`` adds ``forward`` and ``generate`` that take images (``PicturedText``) and questions. The
+  route (which slots, with which weights, for each question) is decided once, before the first token, and is reused by
+  every decoding step. An adapter (``llava.slots.adapter``) decides it and acts on it: its offsets reach the projections
+  as a keyword argument (``llava.slots.offsets``), its prefix embeddings stand in front of the prompt.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,13 +21,12 @@ from llava.constants import (
     DEFAULT_IM_END_TOKEN,
     DEFAULT_IM_START_TOKEN,
     DEFAULT_IMAGE_PATCH_TOKEN,
-    IGNORE_INDEX,
-    IMAGE_TOKEN_INDEX,
 )
 from llava.model.multimodal_encoder.builder import build_vision_tower
 from llava.model.multimodal_projector.builder import build_vision_projector, load_projector
-from llava.model.vision.tiles import merge_tiles, unpad_image
-from llava.padding import pad
+from llava.model.pictured_text import PicturedText
+from llava.model.vision.hand_out import Images
+from llava.model.vision.tiles import unpad_image
 from llava.slots.adapter import Action, Adapter
 from llava.slots.offsets import install_offset_hooks
 from llava.slots.picture_query import image_queries
@@ -34,8 +34,6 @@ from llava.slots.queries import Query
 from llava.slots.route import Route
 
 __all__ = ["LlavaMetaForCausalLM", "LlavaMetaModel", "unpad_image"]
-
-Images = Tensor | Sequence[Tensor | None]
 
 
 class LlavaMetaModel:
@@ -71,7 +69,7 @@ class LlavaMetaModel:
             load_projector(self.mm_projector, model_args.pretrain_mm_mlp_adapter)
 
 
-class LlavaMetaForCausalLM:
+class LlavaMetaForCausalLM(PicturedText):
     """``forward`` and ``generate`` with images and per-question routes, for any decoder with LLaVA's mix-in."""
 
     def init_routing(self) -> None:
@@ -85,9 +83,6 @@ class LlavaMetaForCausalLM:
 
     def get_model(self) -> LlavaMetaModel:
         return self.model
-
-    def get_vision_tower(self):
-        return self.get_model().get_vision_tower()
 
     def attach_adapter(self, adapter: Adapter) -> None:
         """Let ``adapter`` act from the next forward pass on, instead of the one before."""
@@ -117,130 +112,6 @@ class LlavaMetaForCausalLM:
             for table in (self.get_input_embeddings().weight, self.get_output_embeddings().weight):
                 table[-added:] = table[:-added].mean(0)
 
-    # -- images --------------------------------------------------------------------------------------------------
-
-    def vision_features(self, images: Images) -> list[list[Tensor]]:
-        """Tower features per sample and image: ``[[ [tiles, patches, mm_hidden_size], ...], ...]``.
-
-        ``images`` is a batch ``[batch, 3, h, w]`` or one entry per sample: ``None`` (no image), ``[3, h, w]``,
-        ``[tiles, 3, h, w]`` (tiles of one picture with ``image_aspect_ratio: anyres``, else several pictures), or a
-        list of those.
-        """
-        pictures = [self._pictures(entry) for entry in images]  # per sample: list of [tiles, 3, h, w]
-        flat = [picture for sample in pictures for picture in sample]
-        if not flat:
-            return [[] for _ in pictures]
-        tower, dtype = self.get_vision_tower(), self.get_model().embed_tokens.weight.dtype
-        if self.training:
-            pieces = iter(tower(torch.cat(flat).to(dtype)).split([len(picture) for picture in flat]))
-        else:  # each picture by itself: kernels are picked by batch size, and a route must not depend on its batch
-            pieces = iter([tower(picture.to(dtype)) for picture in flat])
-        return [[next(pieces) for _ in sample] for sample in pictures]
-
-    def _pictures(self, entry) -> list[Tensor]:
-        if entry is None:
-            return []
-        if isinstance(entry, (list, tuple)):
-            return [picture for part in entry for picture in self._pictures(part)]
-        if entry.dim() == 3:
-            return [entry.unsqueeze(0)]
-        if getattr(self.config, "image_aspect_ratio", None) == "anyres":
-            return [entry]
-        return [picture.unsqueeze(0) for picture in entry]
-
-    def project_features(self, features: list[list[Tensor]], image_sizes=None) -> list[list[Tensor]]:
-        """Projected features per sample and image: ``[tokens, hidden]``, tiles merged as the config says."""
-        model, sizes = self.get_model(), _per_picture_sizes(features, image_sizes)
-        newline = getattr(model, "image_newline", None)
-        flat = [picture for sample in features for picture in sample]
-        if not flat:
-            return features
-        projected = model.mm_projector(torch.cat(flat)).split([len(picture) for picture in flat])
-        tower = self.get_vision_tower()
-        merged = iter(
-            merge_tiles(tiles, size, self.config, tower.num_patches_per_side, tower.config.image_size, newline)
-            for tiles, size in zip(projected, sizes, strict=True)
-        )
-        return [[next(merged) for _ in sample] for sample in features]
-
-    def encode_images(self, images: Tensor) -> Tensor:
-        """LLaVA's helper: ``[images, 3, h, w] -> [images, patches, hidden]``."""
-        return self.get_model().mm_projector(self.get_vision_tower()(images))
-
-    # -- text and images together ----------------------------------------------------------------------------------
-
-    def prepare_inputs_labels_for_multimodal(
-        self, input_ids, position_ids, attention_mask, past_key_values, labels, images, image_sizes=None
-    ):
-        """LLaVA's entry point: replace ``<image>`` placeholders by features.
-
-        Returns ``(None, position_ids, attention_mask, past_key_values, inputs_embeds, labels)``, or the arguments
-        unchanged (with ``inputs_embeds`` None) when there is nothing to splice.
-        """
-        if self.get_vision_tower() is None or images is None or input_ids.shape[1] == 1:
-            return input_ids, position_ids, attention_mask, past_key_values, None, labels
-        features = self.project_features(self.vision_features(images), image_sizes)
-        embeds, mask, positions, new_labels = self._splice(input_ids, attention_mask, labels, features)
-        return (
-            None,
-            positions if position_ids is not None else None,
-            mask.to(attention_mask.dtype) if attention_mask is not None else None,
-            past_key_values,
-            embeds,
-            new_labels if labels is not None else None,
-        )
-
-    def _splice(
-        self,
-        input_ids,
-        attention_mask,
-        labels,
-        features: list[list[Tensor]],
-        padding_side: str | None = None,
-        prefix: Tensor | None = None,
-    ):
-        """Embeddings ``[batch, length, hidden]``, mask, positions and labels with the pictures in their places.
-
-        Each sample uses its own pictures only; a count that does not match its placeholders is a ``ValueError``. A
-        ``prefix`` ``[batch, prefix length, hidden]`` goes in front of each sample, behind its padding.
-        """
-        keep = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
-        rows, row_labels = [], []
-        for index, pictures in enumerate(features):
-            ids = input_ids[index][keep[index]]
-            row_label = torch.full_like(ids, IGNORE_INDEX) if labels is None else labels[index][keep[index]]
-            embeds, spliced = self._splice_row(index, ids, row_label, pictures)
-            if prefix is not None:
-                embeds = torch.cat([prefix[index].to(embeds.dtype), embeds])
-                spliced = torch.cat([spliced.new_full((prefix.shape[1],), IGNORE_INDEX), spliced])
-            rows.append(embeds)
-            row_labels.append(spliced)
-        limit = getattr(self.config, "tokenizer_model_max_length", None)
-        if limit is not None:
-            limit += 0 if prefix is None else prefix.shape[1]
-            rows, row_labels = [row[:limit] for row in rows], [row[:limit] for row in row_labels]
-        side = padding_side or getattr(self.config, "tokenizer_padding_side", None) or "right"
-        embeds, mask = pad(rows, side)
-        positions = (mask.cumsum(1) - 1) * mask  # counted from each row's own start; 0 on padding
-        return embeds, mask, positions, pad(row_labels, side, IGNORE_INDEX)[0]
-
-    def _splice_row(self, index: int, ids: Tensor, labels: Tensor, pictures: list[Tensor]) -> tuple[Tensor, Tensor]:
-        places = (ids == IMAGE_TOKEN_INDEX).nonzero().flatten().tolist()
-        if len(places) != len(pictures):
-            raise ValueError(
-                f"sample {index} of the batch has {len(places)} <image> placeholder(s) but {len(pictures)} picture(s)"
-            )
-        embed = self.get_model().embed_tokens
-        pieces, piece_labels, start = [], [], 0
-        for place, picture in zip([*places, len(ids)], [*pictures, None], strict=True):
-            pieces.append(embed(ids[start:place]))
-            piece_labels.append(labels[start:place])
-            if picture is not None:
-                pieces.append(picture.to(pieces[0].dtype))
-                piece_labels.append(labels.new_full((len(picture),), IGNORE_INDEX))
-            start = place + 1
-        return torch.cat(pieces), torch.cat(piece_labels)
-
     # -- route ---------------------------------------------------------------------------------------------------
 
     def image_query(self, features: list[list[Tensor]], images: Images | None) -> Tensor | None:
@@ -248,7 +119,7 @@ class LlavaMetaForCausalLM:
         if self.retriever is None or not self.retriever.active or not self.retriever.settings.uses_images:
             return None
         settings = self.retriever.settings
-        pixels = [[] for _ in features] if images is None else [self._pictures(entry) for entry in images]
+        pixels = [[] for _ in features] if images is None else self.read_images(images)
         return image_queries(settings.image_query, features, pixels, settings.image_dim)
 
     def route(self, text_query: Tensor | None, image_query: Tensor | None, tasks=None) -> Route | None:
@@ -283,7 +154,8 @@ class LlavaMetaForCausalLM:
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         images: Images | None = None,
-        image_sizes: list[tuple[int, int]] | None = None,
+        image_sizes: Any = None,
+        modalities: Sequence[str] | None = None,
         image_features: list[list[Tensor]] | None = None,
         text_query: Tensor | None = None,
         image_query: Tensor | None = None,
@@ -294,12 +166,15 @@ class LlavaMetaForCausalLM:
         """Next-token logits, and the cross-entropy on ``labels`` where given.
 
         Args:
-            images, image_sizes: pictures per sample (see ``vision_features``) and their original ``(width, height)``.
+            images, image_sizes: the batch's pictures (see ``vision.hand_out``) and their original ``(width, height)``.
+            modalities: LLaVA-NeXT's; pictures are known, videos are not.
             image_features: what ``vision_features(images)`` gives, computed before; then ``images`` is not needed.
             text_query: ``[batch, text_dim]`` encoded questions; with the pictures they decide the route.
             image_query: ``[batch, image_dim]`` computed before; by default it comes from the pictures.
             slot_indices, slot_weights: ``[batch, k]`` a route already decided (decoding steps pass it along).
         """
+        if image_features is None or images is not None:
+            images, image_sizes = self.hand_out(input_ids, attention_mask, images, image_sizes, modalities)
         if image_features is None and images is not None and self.get_vision_tower() is not None:
             image_features = self.vision_features(images)
         pictured = inputs_embeds is None and image_features is not None
@@ -335,7 +210,8 @@ class LlavaMetaForCausalLM:
         self,
         inputs: Tensor | None = None,
         images: Images | None = None,
-        image_sizes: list[tuple[int, int]] | None = None,
+        image_sizes: Any = None,
+        modalities: Sequence[str] | None = None,
         image_features: list[list[Tensor]] | None = None,
         questions: Sequence[str] | None = None,
         text_query: Tensor | None = None,
@@ -348,7 +224,7 @@ class LlavaMetaForCausalLM:
         Args:
             inputs: ``[batch, length]`` prompt ids with ``IMAGE_TOKEN_INDEX`` where the picture goes (also accepted as
                 ``input_ids``), padded on either side and described by ``attention_mask``.
-            image_features: what ``vision_features(images)`` gives, computed before; then ``images`` is not needed.
+            images, image_sizes, modalities, image_features: as in ``forward``.
             questions: the plain questions; encoded into the text query when the model has slots that route on text.
             text_query: ``[batch, text_dim]`` the same, already encoded.
             image_query: ``[batch, image_dim]`` computed before; by default it comes from the pictures.
@@ -362,6 +238,8 @@ class LlavaMetaForCausalLM:
         input_ids = kwargs.pop("input_ids", None) if inputs is None else inputs
         attention_mask = kwargs.pop("attention_mask", None)
         kwargs.pop("position_ids", None)
+        if image_features is None or images is not None:
+            images, image_sizes = self.hand_out(input_ids, attention_mask, images, image_sizes, modalities)
         features: list[list[Tensor]] = [[] for _ in input_ids] if image_features is None else image_features
         if image_features is None and images is not None and self.get_vision_tower() is not None:
             features = self.vision_features(images)
@@ -399,13 +277,3 @@ def _first_given(*values: Tensor | None) -> Tensor:
 
 def _as_pair(route: Route | None) -> tuple[Tensor | None, Tensor | None]:
     return (None, None) if route is None else (route.slot_indices, route.slot_weights)
-
-
-def _per_picture_sizes(features: list[list[Tensor]], image_sizes) -> list[tuple[int, int] | None]:
-    """One original size per picture; ``image_sizes`` has an entry per sample (a size, or a list of them)."""
-    sizes: list[tuple[int, int] | None] = []
-    for index, sample in enumerate(features):
-        entry = None if image_sizes is None else image_sizes[index]
-        many = isinstance(entry, (list, tuple)) and len(entry) > 0 and isinstance(entry[0], (list, tuple))
-        sizes += list(entry) if many else [entry] * len(sample)
-    return sizes

@@ -15,11 +15,12 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
 from llava.checkpoints.checkpoint import Checkpoint, Place
@@ -30,6 +31,8 @@ from llava.utils import UserError
 REFERENCE_ENCODER = "sentence-transformers/nli-roberta-base-v2"
 UNUSED_PART = re.compile(r"(^|\.)pooler\.")
 """Tensors that many published encoders leave out: the pooler stands behind the last hidden layer, which is used."""
+QUERY_TABLE_FILE = "query_table.safetensors"
+"""Beside a stage's own weights: the table of its queries, where the weights don't hold those numbers any more."""
 EMBEDDING_KEYS = ("model.embed_tokens.weight", "language_model.model.embed_tokens.weight", "embed_tokens.weight")
 
 
@@ -59,17 +62,26 @@ class TextEncoder:
 
 
 class BaseEmbeddingEncoder(TextEncoder):
-    """The mean of the base language model's token embeddings, each scaled to unit length."""
+    """The mean of the base language model's token embeddings, each scaled to unit length.
+
+    Args:
+        base_path: the base, or a stage that has its weights with it.
+        known: the fingerprint that keys were fitted with. A table of the same numbers in another floating type goes by
+            it, and so does the table that a stage keeps beside weights of a coarser type.
+    """
 
     kind = "base"
 
-    def __init__(self, base_path: Place) -> None:
+    def __init__(self, base_path: Place, known: str = "") -> None:
         checkpoint = Checkpoint.open(base_path)
-        table = read_embedding_table(checkpoint)
-        self.table = torch.nn.functional.normalize(table.float(), dim=-1)
         self.tokenizer = load_tokenizer(checkpoint.folder)
-        digest = hashlib.sha256(table.contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()[:16]
-        super().__init__("base", digest, table.shape[1])
+        table = read_embedding_table(checkpoint)
+        found = known if known in table_fingerprints(table) else next(table_fingerprints(table))
+        self.table = torch.nn.functional.normalize(table.float(), dim=-1)
+        if found != known and checkpoint.has(QUERY_TABLE_FILE):
+            with safe_open(checkpoint.folder / QUERY_TABLE_FILE, framework="pt") as kept:
+                found, self.table = kept.metadata()["fingerprint"], kept.get_tensor("table")
+        super().__init__("base", found, self.table.shape[1])
 
     def encode_one(self, question: str) -> Tensor:
         ids = self.tokenizer(question.lower().strip(), add_special_tokens=False).input_ids
@@ -128,7 +140,10 @@ def load_text_encoder(choice: str, base_path: Place | None) -> TextEncoder:
 
 def encoder_from_identity(identity: dict[str, Any], base_path: Place | None) -> TextEncoder:
     """The encoder a key file was made with; ``UserError`` if what is found here is a different one."""
-    encoder = load_text_encoder(identity["name"], base_path)
+    if identity["name"] == BaseEmbeddingEncoder.kind and base_path is not None:
+        encoder: TextEncoder = BaseEmbeddingEncoder(base_path, identity["fingerprint"])
+    else:
+        encoder = load_text_encoder(identity["name"], base_path)
     if encoder.identity != identity:
         raise UserError(
             f"the slots were fitted with text encoder {identity['name']!r} ({identity['fingerprint']}, "
@@ -145,6 +160,14 @@ def read_embedding_table(base_path: Place) -> Tensor:
         if key in checkpoint.tensor_files:
             return checkpoint.read_tensors([key])[key]
     raise UserError(f"no token embeddings found in {checkpoint} (expected one of {', '.join(EMBEDDING_KEYS)})")
+
+
+def table_fingerprints(table: Tensor) -> Iterator[str]:
+    """Fingerprints of a table of embeddings: its own first, then those of the same numbers in other floating types."""
+    for dtype in dict.fromkeys((table.dtype, torch.float32, torch.float16, torch.bfloat16)):
+        same = table.detach().to(dtype)
+        if torch.equal(same.float(), table.float()):
+            yield hashlib.sha256(same.cpu().contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()[:16]
 
 
 def _in_local_cache(name: str) -> bool:

@@ -15,7 +15,7 @@ from llava.data import prompt as module
 from llava.data.labels import expanded_length, image_token_count, prompt_ids
 from llava.data.prompt import Prompt, PromptEncoder
 from llava.data.rows import parse_row
-from llava.data.samples import DataCollatorForSupervisedDataset, LazySupervisedDataset
+from llava.data.samples import DataCollatorForSupervisedDataset, TrainingSamples
 from llava.utils import UserError
 
 CONFIG = SimpleNamespace(image_aspect_ratio="pad", vision_config={"image_size": 32, "patch_size": 8})
@@ -42,7 +42,7 @@ def row(number, image="a.png", answer="yes", question="Is there a fracture?"):
 def build(rows, folder, tokenizer, config=CONFIG, cache_megabytes=256, **fields):
     prompt = Prompt("v1", aspect_ratio=config.image_aspect_ratio, **fields)
     encoder = PromptEncoder(prompt, tokenizer, PROCESSOR, config, folder, cache_megabytes)
-    return LazySupervisedDataset(rows, encoder)
+    return TrainingSamples(rows, encoder)
 
 
 def test_sample_holds_ids_labels_picture_and_its_size(folder, tokenizer):

@@ -5,11 +5,13 @@ from __future__ import annotations
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, LlamaModel
 
+from llava.model.language_model.fields import LlavaFields
 from llava.model.llava_arch import LlavaMetaForCausalLM, LlavaMetaModel
+from llava.model.saving import StageFolder
 
 
-class LlavaConfig(LlamaConfig):
-    """A ``LlamaConfig`` with LLaVA's ``mm_*`` fields; unknown fields are kept, and nothing is read from disk.
+class LlavaConfig(LlavaFields, LlamaConfig):
+    """A ``LlamaConfig`` with LLaVA's fields (``LlavaFields``); unknown ones are kept, and nothing is read from disk.
 
     Of this project: ``vision_config`` (the checkpoint ships its vision tower) and ``conversation_version`` (the
     conversation template the checkpoint was trained with).
@@ -24,7 +26,7 @@ class LlavaLlamaModel(LlavaMetaModel, LlamaModel):
     config_class = LlavaConfig
 
 
-class LlavaLlamaForCausalLM(LlavaMetaForCausalLM, LlamaForCausalLM):
+class LlavaLlamaForCausalLM(StageFolder, LlavaMetaForCausalLM, LlamaForCausalLM):
     """The causal language model with images, questions and per-question weight offsets.
 
     ``retriever`` is ``None`` until ``attach_adapter``; without a trained slot the logits are the base model's.

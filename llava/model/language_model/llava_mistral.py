@@ -5,11 +5,13 @@ from __future__ import annotations
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, MistralConfig, MistralForCausalLM, MistralModel
 
+from llava.model.language_model.fields import LlavaFields
 from llava.model.llava_arch import LlavaMetaForCausalLM, LlavaMetaModel
+from llava.model.saving import StageFolder
 
 
-class LlavaMistralConfig(MistralConfig):
-    """A ``MistralConfig`` with LLaVA's ``mm_*`` fields and this project's own (see ``LlavaConfig``)."""
+class LlavaMistralConfig(LlavaFields, MistralConfig):
+    """A ``MistralConfig`` with LLaVA's fields and this project's own (see ``LlavaConfig``)."""
 
     model_type = "llava_mistral"
 
@@ -20,7 +22,7 @@ class LlavaMistralModel(LlavaMetaModel, MistralModel):
     config_class = LlavaMistralConfig
 
 
-class LlavaMistralForCausalLM(LlavaMetaForCausalLM, MistralForCausalLM):
+class LlavaMistralForCausalLM(StageFolder, LlavaMetaForCausalLM, MistralForCausalLM):
     """The causal language model with images, questions and per-question weight offsets."""
 
     config_class = LlavaMistralConfig
