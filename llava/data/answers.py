@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from llava.data.jsonl import identifier_of, json_values, kind_of, refuse_second_use, text_of
+from llava.data.jsonl import identifier_of, json_values, kind_of, text_of
 from llava.utils import UserError, require_file
 
 
@@ -18,11 +18,10 @@ def read_answers(path: str | Path, partial_last_line: bool = False) -> list[dict
             as not written; rewrite the file before appending to it), and accept an empty file.
 
     Raises:
-        UserError: as ``read_rows``; also a question answered twice.
+        UserError: as ``read_rows``. Which row an answer is for is not looked at, see ``llava.eval.answer_match``.
     """
     source = require_file(path, "answer file", "check the path, or run the evaluation first")
     answers: list[dict[str, Any]] = []
-    first_use: dict[str, str] = {}
     for where, value in json_values(source, partial_last_line):
         if not isinstance(value, dict):
             raise UserError(f"{where}: expected a JSON object, found {kind_of(value)}")
@@ -30,7 +29,6 @@ def read_answers(path: str | Path, partial_last_line: bool = False) -> list[dict
         text_of(value.get("text"), f"{where}: field 'text'")
         if not isinstance(value.get("metadata", {}), dict):
             raise UserError(f"{where}: field 'metadata': expected an object, found {kind_of(value['metadata'])}")
-        refuse_second_use(value["question_id"], where, first_use)
         answers.append(value)
     if not answers and not partial_last_line:
         raise UserError(f"{source}: the file holds no answers")

@@ -75,13 +75,6 @@ def text_of(value: Any, where: str) -> str:
     return value
 
 
-def refuse_second_use(identifier: int | str, where: str, first_use: dict[str, str]) -> None:
-    # Compared as text: a file that mixes 7 and "7" means the same question, and answers are matched by this id.
-    first = first_use.setdefault(str(identifier), where)
-    if first != where:
-        raise UserError(f"{where}: question_id {identifier!r} was used before, at {first}")
-
-
 def kind_of(value: Any) -> str:
     if value is None:
         return "nothing"

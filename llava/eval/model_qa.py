@@ -10,12 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from llava.cli import flag, spelled
 from llava.eval import model_vqa_loader
 from llava.utils import run_cli
 
-DEFAULTS = {"temperature": 0.7, "max_new_tokens": 1024, "batch_size": 1}
+DEFAULTS: dict[str, Any] = {"temperature": 0.7, "max_new_tokens": 1024, "batch_size": 1}
 
 
 @dataclass(kw_only=True)
@@ -27,8 +28,12 @@ class Arguments(model_vqa_loader.Arguments):
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Answer one chunk of the question file."""
-    arguments = model_vqa_loader.parse_arguments(argv, Arguments, __doc__, **DEFAULTS)
-    model_vqa_loader.write(model_vqa_loader.chunk_of(arguments))
+    model_vqa_loader.eval_model(model_vqa_loader.parse_arguments(argv, Arguments, __doc__, **DEFAULTS))
+
+
+def eval_model(model_name: str, questions_file: str, answers_file: str) -> None:
+    """The same from Python, with all defaults."""
+    main(["--model-name", model_name, "--question-file", questions_file, "--answers-file", answers_file])
 
 
 if __name__ == "__main__":

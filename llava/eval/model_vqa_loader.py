@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from llava.cli import fail, flag, parse
+from llava.cli import fail, filled, flag, parse
 from llava.data.rows import read_rows
 from llava.eval.answer_chunk import Chunk
 from llava.eval.generation import NO_ROUTE, ORACLE
@@ -73,9 +73,14 @@ def parse_arguments(
     return arguments
 
 
-def main(argv: Sequence[str] | None = None, **defaults: Any) -> None:
-    """Answer one chunk of the question file; ``defaults`` replace those of the flags."""
-    write(chunk_of(parse_arguments(argv, **defaults)))
+def main(argv: Sequence[str] | None = None) -> None:
+    """Answer one chunk of the question file."""
+    eval_model(parse_arguments(argv))
+
+
+def eval_model(args: Any) -> None:
+    """The same from Python: ``args`` is any object with some of the flags as attributes."""
+    write(chunk_of(filled(Arguments, args)))
 
 
 def write(chunk: Chunk) -> None:

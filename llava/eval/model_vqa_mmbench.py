@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from llava.cli import flag
+from llava.cli import filled, flag
 from llava.data.jsonl import write_jsonl
 from llava.eval import model_vqa_loader
 from llava.eval.model_vqa import DEFAULTS
@@ -45,7 +45,12 @@ class Arguments(model_vqa_loader.Arguments):
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Answer one chunk of the table."""
-    arguments = model_vqa_loader.parse_arguments(argv, Arguments, __doc__, **DEFAULTS)
+    eval_model(model_vqa_loader.parse_arguments(argv, Arguments, __doc__, **DEFAULTS))
+
+
+def eval_model(args: Any) -> None:
+    """The same from Python: ``args`` is any object with some of the flags as attributes."""
+    arguments = filled(Arguments, args, **DEFAULTS)
     if arguments.single_pred_prompt:
         arguments.answer_suffix = LETTER_PROMPTS[arguments.lang]
     with tempfile.TemporaryDirectory(prefix="mmbench-") as folder:

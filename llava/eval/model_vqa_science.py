@@ -12,8 +12,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from llava.cli import flag
+from llava.cli import filled, flag
 from llava.eval import model_vqa_loader
 from llava.eval.model_vqa import DEFAULTS
 from llava.utils import rank0_print, run_cli
@@ -31,12 +32,17 @@ class Arguments(model_vqa_loader.Arguments):
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Answer one chunk of the question file."""
-    arguments = model_vqa_loader.parse_arguments(argv, Arguments, __doc__, **DEFAULTS)
+    eval_model(model_vqa_loader.parse_arguments(argv, Arguments, __doc__, **DEFAULTS))
+
+
+def eval_model(args: Any) -> None:
+    """The same from Python: ``args`` is any object with some of the flags as attributes."""
+    arguments = filled(Arguments, args, **DEFAULTS)
     if arguments.answer_prompter:
         rank0_print("note: --answer-prompter has no effect, as in LLaVA 1.2; --single-pred-prompt asks for the letter")
     if arguments.single_pred_prompt:
         arguments.answer_suffix = LETTER_ONLY
-    model_vqa_loader.write(model_vqa_loader.chunk_of(arguments))
+    model_vqa_loader.eval_model(arguments)
 
 
 if __name__ == "__main__":

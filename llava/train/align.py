@@ -35,7 +35,7 @@ class Align(Recipe):
                 "feature alignment trains the projector alone; leave out the flag that freezes it or trains more, or "
                 "leave out --tune_mm_mlp_adapter"
             )
-        blind = next((row for row in rows if row.image is None), None)
+        blind = next((row for row in rows if not row.images), None)
         if blind is not None:
             raise UserError(f"row {blind.id!r} has no picture, and feature alignment learns from pictures; drop it")
         return rows

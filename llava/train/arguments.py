@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import transformers
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 
 from llava.cli import Parser, spelled
 from llava.continual.chain import base_under, stage_given_as_base
@@ -225,6 +226,7 @@ def parse_arguments(argv: Sequence[str], options: type | None = None, of_sequenc
         rank0_print(f"{chained} is a stage: it is the stage before; base model: {namespace.model_name_or_path}")
     _check_numbers(namespace)
     settle_machine(namespace)
+    namespace.report_to = reporters_here(namespace.report_to)
     try:
         *parsed, without_effect = (
             kind(**{entry.name: getattr(namespace, entry.name) for entry in dataclasses.fields(kind) if entry.init})
@@ -243,6 +245,19 @@ def _check_numbers(namespace: Any) -> None:
             raise UserError(f"--{name} is {value}; give {least} or more")
     if namespace.max_steps <= 0 and not namespace.num_train_epochs > 0:
         raise UserError(f"--num_train_epochs is {namespace.num_train_epochs}; give more than 0")
+
+
+def reporters_here(asked: str | Sequence[str]) -> list[str]:
+    """Where a run can report to, of what ``--report_to`` asks for: a tracker that is not installed is left out, said.
+
+    LLaVA's and the prototype's scripts all ask for wandb.
+    """
+    names = [asked] if isinstance(asked, str) else list(asked)
+    here = get_available_reporting_integrations()
+    lacking = [name for name in names if name in INTEGRATION_TO_CALLBACK and name not in here]
+    for name in lacking:
+        rank0_print(f"note: --report_to {name} is left out: {name} is not installed")
+    return [name for name in names if name not in lacking] or ["none"]
 
 
 def _nearest(flag: str, parser: Parser) -> str:

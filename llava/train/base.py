@@ -13,8 +13,9 @@ from transformers import BaseImageProcessor, PreTrainedTokenizerBase
 
 from llava.continual.methods import Context, Recipe
 from llava.data.prompt import Prompt
-from llava.model.builder import attention, check_slots_fit, load_base
+from llava.model.builder import check_slots_fit, load_base
 from llava.model.configs import llava_config
+from llava.model.loading import attention
 from llava.model.vision.setup import initialize_vision_tokenizer, is_tower_of
 from llava.train.flags import ask
 from llava.train.lora import base_options

@@ -12,6 +12,7 @@ from typing import Any
 
 from llava.utils import rank0_print
 
+FIRST_QUESTION = "a row is routed by its first question (the prototype's firstq), never by an answer"
 NO_EFFECT = "it has no effect here"
 
 
@@ -25,9 +26,9 @@ def ignored(why: str = NO_EFFECT, **more: Any) -> Any:
 class IgnoredArguments:
     """Flags without effect."""
 
-    disable_task_id: str | None = ignored("routing never sees a task's identity")
-    preprare_retreival_version: str | None = ignored()
-    prepare_retrieval_version: str | None = ignored()
+    disable_task_id: str | None = ignored("a task trains its own slots; answering never sees which task it is")
+    preprare_retreival_version: str | None = ignored(FIRST_QUESTION)
+    prepare_retrieval_version: str | None = ignored(FIRST_QUESTION)
     save_safetensors: str | None = ignored()
     overwrite_output_dir: str | None = ignored()
     logging_dir: str | None = ignored()

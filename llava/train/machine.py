@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from typing import Any
 
 from llava.devices import cpu_has_bfloat16, has_accelerator
@@ -10,18 +9,13 @@ from llava.utils import rank0_print
 
 
 def settle_machine(asked: Any) -> None:
-    """Fit precision, device and reports of a parsed command line to this machine, in place.
+    """Fit precision and device of a parsed command line to this machine, in place.
 
     Without a GPU the run is on the CPU, in bfloat16 only where the CPU multiplies it by itself; ``--use_cpu True`` says
     that the CPU is meant, and then ``--bf16`` is taken at its word.
     """
-    if not has_accelerator():
-        _settle_cpu(asked)
-    kept = [name for name in _names(asked.report_to) if _reports(name)]
-    asked.report_to = kept or ["none"]
-
-
-def _settle_cpu(asked: Any) -> None:
+    if has_accelerator():
+        return
     if asked.tf32:
         rank0_print("note: --tf32 True is left out: TF32 is a mode of NVIDIA GPUs, and there is none here")
         asked.tf32 = None
@@ -34,17 +28,3 @@ def _settle_cpu(asked: Any) -> None:
         rank0_print("note: --fp16 True is left out: float16 is for GPUs, and there is none here; float32 it is")
         asked.fp16 = False
     asked.use_cpu = True
-
-
-def _names(report_to: Any) -> list[str]:
-    names = [report_to] if isinstance(report_to, str) else list(report_to or [])
-    return [name for name in names if name != "none"]
-
-
-def _reports(name: str) -> bool:
-    """Whether a report's package is installed; the losses stand in the stage's log in any case."""
-    package = {"dvclive": "dvclive", "comet_ml": "comet_ml", "azure_ml": "azureml"}.get(name, name)
-    if name == "all" or importlib.util.find_spec(package) is not None:
-        return True
-    rank0_print(f"note: --report_to {name} is left out: {package} is not installed; losses are in log_history.json")
-    return False

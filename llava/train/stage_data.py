@@ -31,8 +31,8 @@ from llava.utils import rank0_print
 
 
 def read_training_rows(files: list[str]) -> list[Row]:
-    """The files' rows; each has an answer to each question."""
-    return [row for file in files for row in read_rows(file, require_answer=True)]
+    """The files' rows; each has an answer to each question, and its ``domain``, where it has one, is one task."""
+    return [row for file in files for row in read_rows(file, require_answer=True, one_task=True)]
 
 
 def stage_prompt(

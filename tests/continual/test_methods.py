@@ -49,8 +49,8 @@ def answer(world, stage, question="is there a lesion?"):
     row = parse_row({"question_id": 1, "image": "abd0.png", "text": f"{question}\n<image>"})
     encoder = PromptEncoder(prompt, tokenizer, processor, model.config, world.folder / "images")
     sample = encoder.encode(row, answer=False)
-    ids = torch.tensor([sample.input_ids])
-    out = model.generate(ids, images=[sample.pixels], questions=[question], max_new_tokens=6, do_sample=False)
+    ids, ((pixels, _),) = torch.tensor([sample.input_ids]), sample.pictures
+    out = model.generate(ids, images=[pixels], questions=[question], max_new_tokens=6, do_sample=False)
     return out[0].tolist(), model
 
 

@@ -159,12 +159,18 @@ def of_one_task(place):
     return {"test": [row for row in rows_of(place) if row["domain"]["abd"]]}
 
 
+def of_two_tasks(place):
+    both = {"abd": True, "chest": True}
+    return {"test": [{**row, "domain": both} if row["question_id"] == 5 else row for row in rows_of(place)]}
+
+
 def of_another_picture(place):
     return {"test": [{**row, "image": "absent.png"} if row["question_id"] == 9 else row for row in rows_of(place)]}
 
 
 LATE = [
-    (without_a_domain, (), "question_id 0 has no domain"),
+    (without_a_domain, (), r"no question is of task 'abd' \(its domains are none\)"),
+    (of_two_tasks, ("--route", "oracle"), r"question_id 5 has several \(abd, chest\)"),
     (of_one_task, (), "no question is of task 'chest'"),
     (of_another_picture, (), "absent.png"),
     (lambda _: {"metrics": ["exact_match", "accuracy"]}, (), "accuracy"),

@@ -78,10 +78,6 @@ class Context:
     args: Any = None
     new_tokens: int = 0
 
-    def write_more(self, folder: Path) -> None:
-        for write in self.more_files:
-            write(folder)
-
     def adapter_state(self) -> dict[str, Tensor]:
         """The trained tensors of the adapter, without the model's prefix."""
         prefix = "retriever."
@@ -150,6 +146,5 @@ class Recipe:
 
     def write(self, context: Context) -> None:
         """Write the stage's folder."""
-        context.run.write(
-            self.slots(context), context.model.config, context.tokenizer, context.log_history, context.write_more
-        )
+        model = context.model
+        context.run.write(self.slots(context), model.config, context.tokenizer, context.log_history, context.more_files)
