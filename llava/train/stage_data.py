@@ -18,7 +18,7 @@ from llava.continual.record import checksums
 from llava.continual.sequence import TaskSequence
 from llava.data.prompt import Prompt, PromptEncoder
 from llava.data.rows import Row, read_rows
-from llava.data.samples import TrainingSamples
+from llava.data.samples import TrainingSamples, picture_names
 from llava.devices import default_device
 from llava.mm_utils import get_model_name_from_path
 from llava.model.multimodal_encoder.builder import build_vision_tower
@@ -86,6 +86,8 @@ def build_dataset(
         )
     kind = settings.image_query if settings.uses_images else None
     room = 0 if source.trains else args.feature_cache_mb * 2**20
+    if kind is None and len(picture_names(rows)) * source.least_bytes > room:
+        room = 0  # known before any picture is looked at
     images, features = look_at_pictures(rows, source.pictures, kind, cache, room) if kind or room else (None, None)
     if features is None and not source.trains:
         rank0_print("note: the pictures' features exceed --feature_cache_mb; the tower runs every step")
@@ -98,10 +100,12 @@ class Looks:
 
     Attributes:
         pictures: files and tower. trains: the tower changes while training, so nothing of it may be kept.
+        least_bytes: of a picture's features, where it is one tile.
     """
 
     pictures: PictureSource
     trains: bool
+    least_bytes: int
 
     @property
     def base(self) -> Path:
@@ -127,7 +131,7 @@ def picture_source(model: Any, base: Checkpoint, prompt: Prompt, image_folder: s
     parted = args.bits < 16 or any(hasattr(weight, "ds_id") for weight in tower.parameters())
     load = functools.cache(alone) if parted else (lambda: tower.to(device))
     found = PictureSource(base.folder, config, image_folder, prompt.aspect_ratio, load, device, dtype)
-    return Looks(found, tower.trains)
+    return Looks(found, tower.trains, tower.num_patches * tower.hidden_size * dtype.itemsize)
 
 
 def parts_record(model_args: ModelArguments) -> dict[str, Any]:

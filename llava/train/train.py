@@ -78,7 +78,7 @@ from llava.train.states import (
     trainable_state,
     whole_state,
 )
-from llava.utils import UserError, rank0_print
+from llava.utils import UserError, rank0_print, run_cli
 
 # Beside this module's own names those that LLaVA has here, which other trainers import.
 __all__ = [
@@ -311,5 +311,9 @@ def finish(recipe: Recipe, context: Context, trainer: LLaVATrainer, loss: float,
 
 
 def main() -> None:
-    """Command line of stage 2."""
+    """Command line of stage 2, and of LLaVA's own stages."""
     train()
+
+
+if __name__ == "__main__":
+    run_cli(main)
