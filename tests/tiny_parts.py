@@ -35,7 +35,7 @@ def write_parts(folder, family="llama", **config):
     CLIPImageProcessorPil(size={"shortest_edge": PIXELS}, crop_size=size).save_pretrained(folder / "clip")
     write_images(folder / "images", [f"{number}.png" for number in range(5)])
     pictured = [{**_talk(number, "<image>\nis there a lesion?"), "image": f"{number % 5}.png"} for number in range(10)]
-    blind = [_talk(10 + number, f"what is {number}?") for number in range(4)]
+    blind = [_talk(10 + number, f"what is {number}?") for number in range(6)]
     (folder / "instruct.json").write_text(json.dumps(pictured + blind), encoding="utf-8")
     captions = [{**row, "conversations": row["conversations"][:2]} for row in pictured]
     (folder / "align.json").write_text(json.dumps(captions), encoding="utf-8")

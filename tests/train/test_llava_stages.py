@@ -277,4 +277,4 @@ def test_rows_are_grouped_by_modality(parts, tmp_path, monkeypatch):
     monkeypatch.setattr(llava_trainer.LLaVATrainer, "compute_loss", note)
     more = ("--version", "v1", "--group_by_modality_length", "True", "--max_steps", -1, "--num_train_epochs", 1)
     run(parts, tmp_path / "llava-grouped", *more, "--per_device_train_batch_size", 2)
-    assert len(kinds) == 7 and all(len(set(kind)) == 1 for kind in kinds)
+    assert len(kinds) == 8 and all(len(set(kind)) == 1 for kind in kinds)
