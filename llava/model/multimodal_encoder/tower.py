@@ -156,7 +156,10 @@ class VisionTower(nn.Module):
 
     def feature_select(self, image_forward_outs: Any) -> Tensor:
         """The chosen hidden layer of the tower's outputs, with or without the tokens in front of its patches."""
-        layer: Tensor = image_forward_outs.hidden_states[self.select_layer]  # [images, leading + patches, hidden]
+        layers, depth = image_forward_outs.hidden_states, getattr(self.config, "num_hidden_layers", None)
+        if depth:  # a language model once asked for its own layers has made transformers note each of these again
+            layers = [layers[0], *layers[1 :: max((len(layers) - 1) // depth, 1)]]
+        layer: Tensor = layers[self.select_layer]  # [images, leading + patches, hidden]
         return layer[:, self.leading_tokens :] if self.select_feature == "patch" else layer
 
     def forward(self, images: Tensor | list[Tensor]) -> Tensor | list[Tensor]:
