@@ -345,6 +345,11 @@ def get_conversation(conv_mode: str) -> Conversation:
     return conv_templates[conv_mode].copy()
 
 
+def plain_question(text: str) -> str:
+    """A question without ``<image>`` and surrounding white space: what is encoded into a text query."""
+    return text.replace(DEFAULT_IMAGE_TOKEN, "").strip()
+
+
 _NAME_RULES = (
     ("llama-2", re.compile(r"llama-2"), "llava_llama_2"),
     ("mistral", re.compile(r"mistral"), "mistral_instruct"),

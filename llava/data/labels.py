@@ -25,7 +25,7 @@ from llava.constants import (
     IGNORE_INDEX,
     IMAGE_TOKEN_INDEX,
 )
-from llava.conversation import Conversation, Segment, SeparatorStyle, get_conversation
+from llava.conversation import Conversation, Segment, SeparatorStyle, get_conversation, plain_question
 from llava.mm_utils import bos_ids, parse_grid_pinpoints, picture_side
 from llava.truncation import kept_tokens
 from llava.utils import UserError
@@ -141,8 +141,7 @@ def place_image(text: str, count: int = 1) -> str:
     between = text.split(DEFAULT_IMAGE_TOKEN)[1:-1]
     if any(part.strip() for part in between):
         return text.strip()
-    stripped = text.replace(DEFAULT_IMAGE_TOKEN, "").strip()
-    return (f"{DEFAULT_IMAGE_TOKEN}\n" * count + stripped).strip()
+    return (f"{DEFAULT_IMAGE_TOKEN}\n" * count + plain_question(text)).strip()
 
 
 def _mark_image(text: str, version: str, use_im_start_end: bool) -> str:

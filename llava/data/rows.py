@@ -17,6 +17,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from llava.constants import DEFAULT_IMAGE_TOKEN
+from llava.conversation import plain_question
 from llava.data.jsonl import identifier_of, json_line, json_values, kind_of, text_of, write_jsonl
 from llava.utils import UserError, require_file
 
@@ -77,7 +78,7 @@ class Row:
     @property
     def question(self) -> str:
         """The first human turn without ``<image>`` and surrounding white space."""
-        return self.conversations[0][1].replace(DEFAULT_IMAGE_TOKEN, "").strip()
+        return plain_question(self.conversations[0][1])
 
     @property
     def answer(self) -> str | None:
@@ -200,7 +201,7 @@ def question_row(
 
 def _question_turns(value: dict[str, Any], where: str) -> tuple[tuple[str, str], ...]:
     text = text_of(value["text"], f"{where}: field 'text'")
-    if not text.replace(DEFAULT_IMAGE_TOKEN, "").strip():
+    if not plain_question(text):
         raise UserError(f"{where}: field 'text': the question is empty")
     answer = value.get("gpt4_answer")
     if answer is None:
@@ -225,7 +226,7 @@ def _conversations(turns: Any, where: str) -> tuple[str | None, tuple[tuple[str,
     expected = [(HUMAN, GPT)[index % 2] for index in range(len(pairs))]
     if not pairs or [role for role, _ in pairs] != expected:
         raise UserError(f"{where}: turns must alternate {HUMAN}, {GPT}, …")
-    if not pairs[0][1].replace(DEFAULT_IMAGE_TOKEN, "").strip():
+    if not plain_question(pairs[0][1]):
         raise UserError(f"{where}: the first question is empty")
     return system or None, tuple(pairs)
 

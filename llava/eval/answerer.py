@@ -23,8 +23,7 @@ from torch import Tensor
 
 from llava.checkpoints.checkpoint import Checkpoint
 from llava.checkpoints.kinds import ADAPTER_CONFIG, SLOTS_FILE
-from llava.constants import DEFAULT_IMAGE_TOKEN
-from llava.conversation import get_conversation
+from llava.conversation import get_conversation, plain_question
 from llava.data.prompt import Prompt, PromptEncoder, check_aspect_ratio
 from llava.data.rows import Row
 from llava.data.samples import one_or_all
@@ -298,7 +297,7 @@ class Answerer:
         """
         encoder = self.encoder()
         ids, _ = encoder.conversation(turns, len(pictures))
-        question = turns[-1][1].replace(DEFAULT_IMAGE_TOKEN, "").strip()
+        question = plain_question(turns[-1][1])
         inputs = {
             **self._padded([ids]),
             "images": [[pixels.to(self.model.device) for pixels in encoder.pixels(pictures)]] if pictures else None,

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from llava.model.splice import count_placeholders, splice
-from llava.model.vision.hand_out import Images, are_modalities, check_modalities, hand_out, read_entries, sizes_of
+from llava.model.vision.hand_out import Images, check_modalities, hand_out, read_entries, sizes_of
 from llava.model.vision.tiles import merge_tiles
 from llava.utils import UserError, rank0_print
 
@@ -20,7 +22,13 @@ class PicturedText:
         prompts_cut: how many rows were longer than the model's window, ``config.tokenizer_model_max_length``.
     """
 
+    config: Any
+    training: bool
     prompts_cut = 0
+
+    def get_model(self) -> Any:
+        """The decoder, with tower, projector and embeddings."""
+        raise NotImplementedError
 
     def get_vision_tower(self):
         return self.get_model().get_vision_tower()
@@ -91,41 +99,6 @@ class PicturedText:
         return self.get_model().mm_projector(self.get_vision_tower()(images.to(dtype)))
 
     # -- text and pictures together --------------------------------------------------------------------------------
-
-    def prepare_inputs_labels_for_multimodal(
-        self,
-        input_ids,
-        position_ids,
-        attention_mask,
-        past_key_values,
-        labels,
-        images,
-        image_sizes=None,
-        modalities=None,
-    ):
-        """LLaVA's entry point: replace ``<image>`` placeholders by features.
-
-        LLaVA-NeXT's order, ``modalities`` before ``image_sizes``, is known by its names.
-
-        Returns ``(None, position_ids, attention_mask, past_key_values, inputs_embeds, labels)``, or the arguments
-        unchanged (with ``inputs_embeds`` None) when there is nothing to splice.
-        """
-        if are_modalities(image_sizes):
-            image_sizes, modalities = modalities, image_sizes
-        pictures, image_sizes = self.hand_out(input_ids, attention_mask, images, image_sizes, modalities)
-        if self.get_vision_tower() is None or images is None or input_ids.shape[1] == 1:
-            return input_ids, position_ids, attention_mask, past_key_values, None, labels
-        pictures = [[] for _ in input_ids] if pictures is None else pictures
-        features = self.project_features(self.vision_features(pictures), image_sizes)
-        embeds, mask, positions, new_labels = self._splice(input_ids, attention_mask, labels, features)
-        return (
-            None,
-            positions if position_ids is not None else None,
-            mask.to(attention_mask.dtype) if attention_mask is not None else None,
-            past_key_values,
-            embeds,
-            new_labels if labels is not None else None,
-        )
 
     def _splice(self, input_ids, attention_mask, labels, features, padding_side=None, prefix=None):
         """``splice.splice`` with this model's embeddings, window and padding side: the first four of its results."""

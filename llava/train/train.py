@@ -29,8 +29,9 @@ from llava.data.prompt import Prompt, PromptEncoder
 from llava.data.rows import Row
 from llava.data.samples import DataCollatorForSupervisedDataset, TrainingSamples, pictures_checksum
 from llava.devices import has_accelerator
-from llava.model.builder import attention, check_slots_fit, load_base
+from llava.model.builder import check_slots_fit, load_base
 from llava.model.configs import llava_config
+from llava.model.loading import attention
 from llava.slots.fit import seed_of
 from llava.slots.pool import Pool
 from llava.slots.settings import RetrieverSettings
