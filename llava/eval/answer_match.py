@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
-from llava.constants import DEFAULT_IMAGE_TOKEN
+from llava.conversation import plain_question
 from llava.data.rows import Row
 from llava.utils import UserError
 
@@ -93,7 +93,7 @@ def _by_order(rows: Mapping[int, Row], answers: Sequence[Mapping[str, Any]], whe
 
 
 def _bare(text: Any) -> str:
-    return text.replace(DEFAULT_IMAGE_TOKEN, "").strip() if isinstance(text, str) else ""
+    return plain_question(text) if isinstance(text, str) else ""
 
 
 def missing_rows(rows: Sequence[Row], found: Sequence[Mapping[str, Any] | None]) -> list[str]:
