@@ -247,11 +247,12 @@ def test_rows_with_two_pictures_are_answered_as_the_model_itself_answers_them(pl
     for row, answer in zip(read_rows(tmp_path / "q.jsonl"), answers, strict=True):
         sample = encoder.encode(row, answer=False)
         pixels = [pixels for pixels, _ in sample.pictures]
-        options = {"questions": [row.question], "max_new_tokens": 6, "do_sample": False}
-        output = model.generate(torch.tensor([sample.input_ids]), images=[pixels or None], **options)
-        assert tokenizer.decode(output[0], skip_special_tokens=True).strip() == answer["text"]
-        route = model.last_route.describe(0)
-        assert (route["slots"], route["weights"]) == essence(answer)[1:]
+        for questions in ([row.question], None):  # given, or read back from the prompt
+            options = {"questions": questions, "max_new_tokens": 6, "do_sample": False}
+            output = model.generate(torch.tensor([sample.input_ids]), images=[pixels or None], **options)
+            assert tokenizer.decode(output[0], skip_special_tokens=True).strip() == answer["text"]
+            route = model.last_route.describe(0)
+            assert (route["slots"], route["weights"]) == essence(answer)[1:]
 
 
 def test_counts_that_do_not_fit_are_refused_naming_the_row(place, tmp_path):
