@@ -32,6 +32,7 @@ def main() -> None:
     """Command line."""
     arguments = parse(Arguments, description=__doc__)
     quiet_libraries()
+    from llava.checkpoints.card import NOT_CLINICAL, PIPELINE, TAGS, public_name, write_card
     from llava.mm_utils import get_model_name_from_path
     from llava.model.builder import load_pretrained_model
     from llava.model.saving import save_whole_model
@@ -42,7 +43,13 @@ def main() -> None:
     )
     if getattr(model, "retriever", None) is not None:
         raise UserError(f"{arguments.model_path} holds slots, which route each question; there is no LoRA to merge")
-    save_whole_model(Path(arguments.save_model_path), tokenizer, model, image_processor)
+    target = Path(arguments.save_model_path)
+    save_whole_model(target, tokenizer, model, image_processor)
+    adapter, base = public_name(arguments.model_path), public_name(arguments.model_base)
+    over = f" over `{base}`" if base else ""
+    about = f"# {target.name}\n\n`{adapter}`{over}, merged into one checkpoint.\n\n{NOT_CLINICAL}"
+    front = {"base_model": base or adapter, "library_name": "llava", "pipeline_tag": PIPELINE, "tags": list(TAGS)}
+    write_card(target, front, {"about": about})
 
 
 if __name__ == "__main__":
