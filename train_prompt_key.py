@@ -3,24 +3,44 @@
     python train_prompt_key.py --task abd --data_paths data/train_abd.jsonl --save_path output/prompt-key/abd.pth
     SEQUENCE=phantom python train_prompt_key.py --task abd
 
-What a flag does not say, the task sequence's ``keys`` block does (``llava/continual/settings.py``).
+What a flag does not say, the task sequence's ``keys`` block does (``llava/continual/settings.py``). The public
+prototype's flags are known; those of a training by gradients are said to change nothing (``docs/prototype.md``).
 Tasks can be fitted in any order, on any machine, at the same time; ``merge_prompt_key.py`` joins the files.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 from llava.cli import flag, flags_of, given, parse
 from llava.continual.sequence import sequence_flag
 from llava.continual.settings import KeySettings
 from llava.devices import default_device
+from llava.train.ignored_flags import ignored, say_ignored
 from llava.utils import UserError, quiet_libraries, run_cli
+
+ONE_PROCESS = "stage 1 runs in one process, on one device (--device)"
+NO_GRADIENTS = "keys are fitted by clustering, without gradients (--iterations bounds its rounds)"
 
 
 @dataclass(kw_only=True)
-class Arguments(flags_of(KeySettings, default="the sequence's")):
+class WithoutEffect:
+    """Flags of the prototype's stage 1 that have nothing to act on."""
+
+    gpus: str | None = ignored(ONE_PROCESS, aliases=["-g"])
+    master_port: str | None = ignored(ONE_PROCESS)
+    local_rank: str | None = ignored(ONE_PROCESS)
+    epochs: str | None = ignored(NO_GRADIENTS)
+    lr: str | None = ignored(NO_GRADIENTS)
+    lr_step_size: str | None = ignored(NO_GRADIENTS)
+    log_interval: str | None = ignored("the fit is reported once, at its end")
+    num_workers: str | None = ignored("rows and pictures are read in this process")
+    checkpoint: str | None = ignored("keys are fitted anew from the task's rows")
+
+
+@dataclass(kw_only=True)
+class Arguments(flags_of(KeySettings, default="the sequence's"), WithoutEffect):
     """Flags; those of ``KeySettings`` override the sequence's ``keys`` block."""
 
     task: str = flag(help="task name, as in the task sequence")
@@ -34,6 +54,7 @@ class Arguments(flags_of(KeySettings, default="the sequence's")):
     batch_size: int = flag(16, "pictures encoded at a time")
     device: str | None = flag(None, "cpu or cuda (default: cuda where there is one)")
     cache_dir: str | None = flag(None, "keeps queries and picture features, for stage 2 too (default: cache/queries)")
+    config_path: str | None = flag(None, "the prototype's JSON: its weight_topk, low_rank and groups; flags go before")
 
 
 def main() -> None:
@@ -42,11 +63,14 @@ def main() -> None:
 
     from llava.continual.places import places_of
     from llava.continual.prompt_keys import KeyOptions, fit_task
+    from llava.continual.prototype_config import read_prototype_config
 
     places = places_of(args.sequence)
     sequence = places.sequence
     sequence.task(args.task)  # refuses a name that the sequence does not have, before anything else is looked for
-    keys = replace(sequence.keys, **given(args, KeySettings))
+    say_ignored(WithoutEffect(**{entry.name: getattr(args, entry.name) for entry in fields(WithoutEffect)}))
+    of_file = read_prototype_config(args.config_path) if args.config_path else {}
+    keys = replace(sequence.keys, **{**of_file, **given(args, KeySettings)})
     if not 0 <= keys.held_out < 1:
         raise UserError(f"--held_out is {keys.held_out}; give a share of 0 or more and below 1")
     options = KeyOptions(

@@ -1,6 +1,9 @@
 """LLaVA with retrieved low-rank weight offsets, for continual learning on medical visual question answering."""
 
+from llava.model.auto_classes import announce
+
 __version__ = "0.1.0"
+__all__ = ["LlavaLlamaForCausalLM"]
 
 
 def __getattr__(name: str):
@@ -9,3 +12,6 @@ def __getattr__(name: str):
 
         return LlavaLlamaForCausalLM
     raise AttributeError(f"module 'llava' has no attribute {name!r}")
+
+
+announce()

@@ -21,6 +21,8 @@ from typing import Any, TypeVar
 
 from transformers.hf_argparser import HfArgumentParser
 
+from llava.utils import UserError
+
 Arguments = TypeVar("Arguments")
 
 
@@ -35,6 +37,11 @@ def flag(default: Any = dataclasses.MISSING, help: str = "", **more: Any) -> Any
 def word(help: str = "", default: Any = dataclasses.MISSING) -> Any:
     """A positional field; of type ``list`` it takes all the words that are left."""
     return flag(default, help, positional=True)
+
+
+def spelled(*names: str) -> list[str]:
+    """Both spellings of further names of a flag."""
+    return [f"--{name}" for name in names] + [f"--{name.replace('_', '-')}" for name in names]
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -128,6 +135,21 @@ def given(arguments: Any, kind: type) -> dict[str, Any]:
     return {
         name: tuple(value) if isinstance(value, list) else value for name, value in values.items() if value is not None
     }
+
+
+def filled(kind: type[Arguments], values: Any, **defaults: Any) -> Arguments:
+    """Arguments from Python: the attributes that any object has of those of ``kind``, defaults for the others.
+
+    Raises:
+        UserError: one that has no default is missing.
+    """
+    found = dict(defaults)
+    for entry in dataclasses.fields(typing.cast(Any, kind)):
+        if hasattr(values, entry.name):
+            found[entry.name] = getattr(values, entry.name)
+        elif entry.name not in found and entry.default is entry.default_factory is dataclasses.MISSING:
+            raise UserError(f"args.{entry.name} is missing (what the flag --{entry.name.replace('_', '-')} gives)")
+    return kind(**found)
 
 
 def _instance(kind: type[Arguments], namespace: argparse.Namespace) -> Arguments:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 from enum import Enum, auto
+from itertools import zip_longest
 from typing import Any, NamedTuple
 
 from llava.constants import DEFAULT_IMAGE_TOKEN
@@ -93,9 +94,42 @@ class Conversation:
             "sep2": self.sep2,
         }
 
-    def get_images(self) -> list[Any]:
-        """The pictures of tuple messages after the template's own messages, in order."""
-        return [message[1] for _, message in self.messages[self.offset :] if isinstance(message, tuple)]
+    def process_image(
+        self,
+        image: Any,
+        image_process_mode: str,
+        return_pil: bool = False,
+        image_format: str = "PNG",
+        max_len: int = 1344,
+        min_len: int = 672,
+    ) -> Any:
+        """A picture (Pillow) as LLaVA's web demo sends it: base64 text, or Pillow with ``return_pil``.
+
+        Raises:
+            UserError: an unknown ``image_process_mode`` (see ``image_io.shown_in_chat``).
+        """
+        from llava.image_io import shown_in_chat, to_base64
+
+        shown = shown_in_chat(image, image_process_mode, max_len, min_len)
+        return shown if return_pil else to_base64(shown, image_format)
+
+    def get_images(self, return_pil: bool = False) -> list[Any]:
+        """The pictures of the user's tuple messages after the template's own, as ``process_image`` gives them."""
+        said = [message for _, message in self.messages[self.offset :: 2] if isinstance(message, tuple)]
+        return [self.process_image(image, mode, return_pil) for _, image, mode in said]
+
+    def to_gradio_chatbot(self) -> list[list[str | None]]:
+        """``[question, answer]`` pairs for Gradio's chat box; a picture is an ``<img>`` in front of its question."""
+        texts = [self._shown(message) for _, message in self.messages[self.offset :]]
+        return [list(pair) for pair in zip_longest(texts[::2], texts[1::2])]
+
+    def _shown(self, message: Any) -> str | None:
+        if not isinstance(message, tuple):
+            return message
+        text, image, _ = message
+        picture = self.process_image(image, "Default", image_format="JPEG")
+        mark = f'<img src="data:image/jpeg;base64,{picture}" alt="user upload image" />'
+        return mark + text.replace(DEFAULT_IMAGE_TOKEN, "").strip()
 
     def get_prompt(self) -> str:
         """The rendered text, as LLaVA's ``get_prompt`` gives it."""
@@ -263,32 +297,40 @@ def _chatml(system: str) -> Conversation:
     return Conversation(system, _CHATML_ROLES, sep_style=SeparatorStyle.MPT, sep="<|im_end|>", version="mpt")
 
 
-_vicuna_v0 = Conversation(
+conv_vicuna_v0 = Conversation(
     _SYSTEM_HUMAN, _LOWER, messages=[["Human", _V0_QUESTION], ["Assistant", _V0_ANSWER]], offset=2
 )
-_vicuna_v1 = _two(_SYSTEM_USER, "v1")
-_plain = Conversation("", ("", ""), sep_style=SeparatorStyle.PLAIN, sep="\n")
-_chatml_direct = _chatml("<|im_start|>system\nAnswer the questions.")
+conv_vicuna_v1 = _two(_SYSTEM_USER, "v1")
+conv_llama_2 = _llama_2(_SYSTEM_LLAMA_2, "<s>")
+conv_llava_llama_2 = _llama_2(_SYSTEM_LLAVA_LLAMA_2, "<s>")
+conv_mistral_instruct = _llama_2("", "")
+conv_mpt = _chatml(_SYSTEM_MPT)
+conv_chatml_direct = _chatml("<|im_start|>system\nAnswer the questions.")
+conv_llava_plain = Conversation("", ("", ""), sep_style=SeparatorStyle.PLAIN, sep="\n")
+conv_llava_v0 = Conversation(_SYSTEM_HUMAN, _LOWER)
+conv_llava_v0_mmtag = Conversation(_SYSTEM_MMTAG, _LOWER, version="v0_mmtag")
+conv_llava_v1 = _two(_SYSTEM_HUMAN, "v1")
+conv_llava_v1_mmtag = _two(_SYSTEM_MMTAG, "v1_mmtag")
 
+default_conversation = conv_vicuna_v1
 conv_templates: dict[str, Conversation] = {
-    "default": _vicuna_v0,
-    "v0": _vicuna_v0,
-    "v1": _vicuna_v1,
-    "vicuna_v1": _vicuna_v1,
-    "llama_2": _llama_2(_SYSTEM_LLAMA_2, "<s>"),
-    "mistral_instruct": _llama_2("", ""),
-    "chatml_direct": _chatml_direct,
-    "mistral_direct": _chatml_direct,
-    "plain": _plain,
-    "v0_plain": _plain,
-    "llava_v0": Conversation(_SYSTEM_HUMAN, _LOWER),
-    "v0_mmtag": Conversation(_SYSTEM_MMTAG, _LOWER, version="v0_mmtag"),
-    "llava_v1": _two(_SYSTEM_HUMAN, "v1"),
-    "v1_mmtag": _two(_SYSTEM_MMTAG, "v1_mmtag"),
-    "llava_llama_2": _llama_2(_SYSTEM_LLAVA_LLAMA_2, "<s>"),
-    "mpt": _chatml(_SYSTEM_MPT),
+    "default": conv_vicuna_v0,
+    "v0": conv_vicuna_v0,
+    "v1": conv_vicuna_v1,
+    "vicuna_v1": conv_vicuna_v1,
+    "llama_2": conv_llama_2,
+    "mistral_instruct": conv_mistral_instruct,
+    "chatml_direct": conv_chatml_direct,
+    "mistral_direct": conv_chatml_direct,
+    "plain": conv_llava_plain,
+    "v0_plain": conv_llava_plain,
+    "llava_v0": conv_llava_v0,
+    "v0_mmtag": conv_llava_v0_mmtag,
+    "llava_v1": conv_llava_v1,
+    "v1_mmtag": conv_llava_v1_mmtag,
+    "llava_llama_2": conv_llava_llama_2,
+    "mpt": conv_mpt,
 }
-default_conversation = _vicuna_v1
 
 
 def get_conversation(conv_mode: str) -> Conversation:
@@ -301,6 +343,11 @@ def get_conversation(conv_mode: str) -> Conversation:
         known = ", ".join(sorted(conv_templates))
         raise UserError(f"unknown conversation template {conv_mode!r} (choose from {known})")
     return conv_templates[conv_mode].copy()
+
+
+def plain_question(text: str) -> str:
+    """A question without ``<image>`` and surrounding white space: what is encoded into a text query."""
+    return text.replace(DEFAULT_IMAGE_TOKEN, "").strip()
 
 
 _NAME_RULES = (

@@ -6,6 +6,8 @@ truncated or no picture raises ``UserError`` with its name, never a half-grey im
 
 from __future__ import annotations
 
+import base64
+import io
 import os
 import struct
 import zlib
@@ -18,6 +20,9 @@ from PIL import Image, ImageOps
 from llava.utils import UserError
 
 DICOM_ENDINGS = (".dcm", ".dicom")
+CHAT_MODES = ("Pad", "Crop", "Resize", "Default")
+_CHAT_BACKGROUND, _CHAT_SIDE = (122, 116, 104), 336
+"""CLIP's mean colour and picture edge, which LLaVA's demo has written out."""
 # What Pillow raises on broken files: SyntaxError and struct.error come from its PNG and TIFF readers.
 _BROKEN = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
 
@@ -56,6 +61,52 @@ def to_rgb(image: Image.Image) -> Image.Image:
     layered = image.convert("RGBA")
     background = Image.new("RGBA", layered.size, (0, 0, 0, 255))
     return Image.alpha_composite(background, layered).convert("RGB")
+
+
+def expand2square(pil_img: Image.Image, background_color: tuple[int, ...]) -> Image.Image:
+    """Letter-box to a square, the picture in the middle of ``background_color``; a square one is returned as it is."""
+    width, height = pil_img.size
+    if width == height:
+        return pil_img
+    side = max(width, height)
+    canvas = Image.new(pil_img.mode, (side, side), background_color)
+    canvas.paste(pil_img, ((side - width) // 2, (side - height) // 2))
+    return canvas
+
+
+def shown_in_chat(image: Image.Image, mode: str, max_len: int = 1344, min_len: int = 672) -> Image.Image:
+    """A picture of a conversation as LLaVA's web demo shows and sends it, RGB.
+
+    Args:
+        mode: ``Pad`` (letter-boxed to a square), ``Resize`` (squashed to 336 x 336), ``Crop`` or ``Default`` (as it is;
+            the image processor crops later).
+        max_len: pictures with a longer edge are made smaller: the short edge to ``min_len`` at most, the long one to
+            ``max_len`` at most.
+
+    Raises:
+        UserError: an unknown mode.
+    """
+    if mode not in CHAT_MODES:
+        raise UserError(f"unknown image_process_mode {mode!r} (choose from {', '.join(CHAT_MODES)})")
+    picture = to_rgb(image)
+    if mode == "Pad":
+        picture = expand2square(picture, _CHAT_BACKGROUND)
+    elif mode == "Resize":
+        picture = picture.resize((_CHAT_SIDE, _CHAT_SIDE))
+    if max(picture.size) <= max_len:
+        return picture
+    longer, shorter = max(picture.size), min(picture.size)
+    ratio = longer / shorter
+    short_edge = int(min(max_len / ratio, min_len, shorter))
+    edges = short_edge, int(short_edge * ratio)
+    return picture.resize(edges if picture.height > picture.width else edges[::-1])
+
+
+def to_base64(image: Image.Image, image_format: str = "PNG") -> str:
+    """The picture as the base64 text of a file of ``image_format``."""
+    stream = io.BytesIO()
+    image.save(stream, format=image_format)
+    return base64.b64encode(stream.getvalue()).decode("ascii")
 
 
 def stretch_to_bytes(values: np.ndarray) -> np.ndarray:

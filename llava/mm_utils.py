@@ -19,7 +19,7 @@ from PIL import Image, UnidentifiedImageError
 from transformers import StoppingCriteria
 
 from llava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX
-from llava.image_io import load_image, to_rgb
+from llava.image_io import expand2square, load_image, to_rgb
 from llava.utils import UserError
 
 __all__ = [
@@ -95,9 +95,15 @@ def get_anyres_image_grid_shape(image_size: Size, grid_pinpoints: str | list[Siz
 def process_anyres_image(image: Image.Image, processor: Any, grid_pinpoints: str | list[Size]) -> torch.Tensor:
     """The whole picture squashed to one tile, then the tiles of its best resolution: ``[tiles, 3, H, W]``."""
     best = select_best_resolution(image.size, parse_grid_pinpoints(grid_pinpoints))
-    tiles = divide_to_patches(resize_and_pad_image(image, best), processor.crop_size["height"])
-    edge = processor.size["shortest_edge"]
+    edge = processor.size.get("shortest_edge") or processor.size["height"]
+    tiles = divide_to_patches(resize_and_pad_image(image, best), picture_side(processor) or edge)
     return torch.stack([_pixels(tile, processor) for tile in [image.resize((edge, edge)), *tiles]])
+
+
+def picture_side(processor: Any) -> int | None:
+    """Side in pixels of the square pictures that an image processor gives; ``None`` without a processor."""
+    sizes = [getattr(processor, name, None) for name in ("crop_size", "size")]
+    return next((int(size["height"]) for size in sizes if size and size.get("height")), None)
 
 
 def _pixels(image: Image.Image, processor: Any) -> torch.Tensor:
@@ -114,17 +120,6 @@ def load_image_from_base64(image: str | bytes) -> Image.Image:
         return Image.open(BytesIO(base64.b64decode(image)))
     except (binascii.Error, UnidentifiedImageError) as error:
         raise UserError("the base64 text holds no readable picture (send the bytes of an image file)") from error
-
-
-def expand2square(pil_img: Image.Image, background_color: tuple[int, ...]) -> Image.Image:
-    """Letter-box to a square, the picture in the middle of ``background_color``; a square one is returned as it is."""
-    width, height = pil_img.size
-    if width == height:
-        return pil_img
-    side = max(width, height)
-    canvas = Image.new(pil_img.mode, (side, side), background_color)
-    canvas.paste(pil_img, ((side - width) // 2, (side - height) // 2))
-    return canvas
 
 
 def process_images(

@@ -14,12 +14,17 @@ import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, NoReturn
 
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
 
 GPU_DEVICES = ("/dev/nvidiactl", "/dev/kfd")
 """Present where a driver for NVIDIA or AMD GPUs is loaded."""
+
+server_error_msg = "**The model worker failed; its log says why. Ask again or reload the page.**"
+moderation_msg = "This input was refused by moderation; please word it differently."
+"""What LLaVA's workers and web server show; LLaVA's own text blames the network for every error."""
 
 _SYSTEM_ERRORS = {
     errno.ENOSPC: "the disk is full; free some space and run the same command again",
@@ -83,22 +88,68 @@ def rank0_print(*values: object) -> None:
         print(*values, flush=True)
 
 
-def build_logger(name: str, filename: str | None = None) -> logging.Logger:
-    """A logger that writes to standard error and, if a file name is given, to that file in ``LOGDIR``."""
+def build_logger(logger_name: str, logger_filename: str | None = None) -> logging.Logger:
+    """A logger that writes to standard error and, if a file name is given, to that file in ``LOGDIR``.
+
+    Unlike LLaVA's it leaves standard output and standard error alone; ``StreamToLogger`` redirects them if wanted.
+    """
     from llava.constants import LOGDIR
 
-    logger = logging.getLogger(name)
+    logger = logging.getLogger(logger_name)
     if logger.handlers:
         return logger
     logger.setLevel(logging.INFO)
     formatter = logging.Formatter("%(asctime)s | %(levelname)s | %(name)s | %(message)s", "%Y-%m-%d %H:%M:%S")
     handlers: list[logging.Handler] = [logging.StreamHandler()]
-    if filename:
-        handlers.append(logging.FileHandler(Path(LOGDIR) / filename, encoding="utf-8"))
+    if logger_filename:
+        handlers.append(logging.FileHandler(Path(LOGDIR) / logger_filename, encoding="utf-8"))
     for handler in handlers:
         handler.setFormatter(formatter)
         logger.addHandler(handler)
     return logger
+
+
+class StreamToLogger:
+    """A stream whose lines go to a logger, for programs that print: ``sys.stdout = StreamToLogger(logger)``.
+
+    What else is asked of it (``isatty``, ``encoding``) the standard output of the time answers.
+    """
+
+    def __init__(self, logger: logging.Logger, log_level: int = logging.INFO) -> None:
+        self.terminal = sys.stdout
+        self.logger = logger
+        self.log_level = log_level
+        self.linebuf = ""
+
+    def __getattr__(self, attr: str) -> Any:
+        return getattr(self.terminal, attr)
+
+    def write(self, buf: str) -> int:
+        """Log each line that is complete; the rest waits for its end, or for ``flush``."""
+        *lines, self.linebuf = (self.linebuf + buf).split("\n")
+        for line in lines:
+            self.logger.log(self.log_level, line.rstrip())
+        return len(buf)
+
+    def flush(self) -> None:
+        """Log a line that has no end yet."""
+        if self.linebuf:
+            self.logger.log(self.log_level, self.linebuf.rstrip())
+        self.linebuf = ""
+
+
+def pretty_print_semaphore(semaphore: Any) -> str:
+    """A worker's ``asyncio.Semaphore`` (or None) in words, for its log."""
+    return "None" if semaphore is None else f"Semaphore(value={semaphore._value}, locked={semaphore.locked()})"
+
+
+def violates_moderation(text: str) -> NoReturn:
+    """LLaVA sends ``text`` to a moderation service on the internet; here no text of a patient leaves the machine.
+
+    Raises:
+        UserError: always.
+    """
+    raise UserError("texts are not sent to a moderation service; start the server without --moderate")
 
 
 def quiet_libraries() -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from llava.cli import flag, parse
-from llava.utils import UserError, quiet_libraries, run_cli
+from llava.utils import quiet_libraries, run_cli
 
 
 @dataclass(kw_only=True)
@@ -32,24 +32,9 @@ def main() -> None:
     """Command line."""
     arguments = parse(Arguments, description=__doc__)
     quiet_libraries()
-    from llava.checkpoints.card import NOT_CLINICAL, PIPELINE, TAGS, public_name, write_card
-    from llava.mm_utils import get_model_name_from_path
-    from llava.model.builder import load_pretrained_model
-    from llava.model.saving import save_whole_model
+    from llava.model.consolidate import consolidate_ckpt
 
-    name = get_model_name_from_path(arguments.model_path)
-    tokenizer, model, image_processor, _ = load_pretrained_model(
-        arguments.model_path, arguments.model_base, name, device="cpu", dtype="auto"
-    )
-    if getattr(model, "retriever", None) is not None:
-        raise UserError(f"{arguments.model_path} holds slots, which route each question; there is no LoRA to merge")
-    target = Path(arguments.save_model_path)
-    save_whole_model(target, tokenizer, model, image_processor)
-    adapter, base = public_name(arguments.model_path), public_name(arguments.model_base)
-    over = f" over `{base}`" if base else ""
-    about = f"# {target.name}\n\n`{adapter}`{over}, merged into one checkpoint.\n\n{NOT_CLINICAL}"
-    front = {"base_model": base or adapter, "library_name": "llava", "pipeline_tag": PIPELINE, "tags": list(TAGS)}
-    write_card(target, front, {"about": about})
+    consolidate_ckpt(arguments.model_path, arguments.save_model_path, arguments.model_base)
 
 
 if __name__ == "__main__":

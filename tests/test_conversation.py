@@ -5,8 +5,11 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 import pytest
+from PIL import Image
 
+from llava import conversation as llavas
 from llava.conversation import conv_mode_for, conv_templates, default_conversation, get_conversation
+from llava.mm_utils import load_image_from_base64
 from llava.utils import UserError
 
 HUMAN = (
@@ -115,10 +118,8 @@ def test_default_is_the_vicuna_template_and_aliases_are_one_object():
 
 
 def test_picture_in_the_first_message_moves_to_the_front():
-    picture = object()
-    conversation = said("v1", ("Q1 <image>", picture, "Pad"), None)
+    conversation = said("v1", ("Q1 <image>", Image.new("RGB", (4, 4)), "Pad"), None)
     assert conversation.get_prompt() == USER + " USER: <image>\nQ1 ASSISTANT:"
-    assert conversation.get_images() == [picture]
     assert conversation.dict()["messages"] == [["USER", "Q1 <image>"], ["ASSISTANT", None]]
 
 
@@ -127,6 +128,60 @@ def test_picture_under_mmtag_gets_its_own_turn():
     assert conversation.get_prompt() == (
         MMTAG + " USER: <Image><image></Image> ASSISTANT: Received.</s>USER: Q1 ASSISTANT:"
     )
+
+
+def test_pictures_come_as_base64_files_or_as_pillow():
+    """Those of the user's turns after the template's own example."""
+    red, wide = Image.new("RGB", (8, 8), "red"), Image.new("L", (8, 4), 9)
+    conversation = said("v0", ("Q1", red, "Default"), "A1", "Q2", "A2", ("Q3", wide, "Pad"), None)
+    first, second = conversation.get_images(return_pil=True)
+    assert first.tobytes() == red.tobytes()
+    assert second.size == (8, 8) and second.getpixel((0, 0)) == (122, 116, 104) and second.getpixel((0, 4)) == (9,) * 3
+    texts = conversation.get_images()
+    assert [load_image_from_base64(text).tobytes() for text in texts] == [first.tobytes(), second.tobytes()]
+    assert load_image_from_base64(texts[0]).format == "PNG"
+
+
+@pytest.mark.parametrize(
+    ("size", "mode", "limits", "shown"),
+    [
+        ((1344, 10), "Crop", (), (1344, 10)),
+        ((2000, 1000), "Default", (), (1344, 672)),
+        ((1000, 2000), "Default", (), (672, 1344)),
+        ((1400, 1400), "Default", (), (672, 672)),
+        ((2000, 1000), "Resize", (), (336, 336)),
+        ((2000, 1000), "Pad", (), (672, 672)),
+        ((1000, 500), "Default", (800, 400), (800, 400)),
+    ],
+)
+def test_a_picture_of_a_chat_has_llavas_size(size, mode, limits, shown):
+    """Positional, as LLaVA's callers pass it: return_pil, image_format, max_len, min_len."""
+    picture = Image.new("RGB", size)
+    assert default_conversation.process_image(picture, mode, True, "PNG", *limits).size == shown
+
+
+def test_an_unknown_picture_mode_is_named():
+    with pytest.raises(UserError, match="'Stretch'.*Pad, Crop, Resize, Default"):
+        default_conversation.process_image(Image.new("RGB", (4, 4)), "Stretch")
+
+
+def test_gradio_gets_pairs_with_pictures_in_front():
+    see_through = Image.new("RGBA", (8, 8), (255, 0, 0, 255))
+    conversation = said("v0", ("<image>\nQ1", see_through, "Pad"), "A1", "Q2", None)
+    (first, answer), second = conversation.to_gradio_chatbot()
+    head, text = first.split("base64,")[1].split('" alt="user upload image" />')
+    assert text == "Q1" and answer == "A1" and second == ["Q2", None]
+    assert first.startswith('<img src="data:image/jpeg;base64,')
+    assert load_image_from_base64(head).format == "JPEG" and load_image_from_base64(head).size == (8, 8)
+    assert said("v1", "Q1").to_gradio_chatbot() == [["Q1", None]]
+
+
+def test_each_template_has_llavas_name():
+    names = "vicuna_v0 vicuna_v1 llama_2 llava_llama_2 mpt llava_plain llava_v0 llava_v0_mmtag llava_v1 llava_v1_mmtag"
+    found = [getattr(llavas, f"conv_{name}") for name in f"{names} mistral_instruct chatml_direct".split()]
+    assert {id(template) for template in found} == {id(template) for template in conv_templates.values()}
+    assert llavas.conv_llava_v1 is conv_templates["llava_v1"]
+    assert llavas.conv_llava_v0_mmtag is conv_templates["v0_mmtag"]
 
 
 def test_segments_mark_replies_with_their_end_and_leading_space():

@@ -15,9 +15,10 @@ from tiny_world import TASKS, arguments, fit, merge, run_main, same
 
 import fusion
 from llava.continual.sequence import load_sequence
+from llava.data.answers import read_answers
 from llava.data.metric_names import METRICS
 from llava.data.raw import RAW
-from llava.data.rows import question_row, read_answers, read_rows, write_jsonl
+from llava.data.rows import question_row, read_rows, write_jsonl
 from llava.eval import accuracy_matrix, eval_video_qa, model_vqa_loader
 from llava.registry import PLUGINS
 from llava.utils import UserError

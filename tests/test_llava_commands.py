@@ -8,13 +8,14 @@ import runpy
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from tiny_llava import write_base, write_images, write_stage
 
-from llava.data.rows import read_answers
+from llava.data.answers import read_answers
 from llava.eval import model_vqa, run_llava
 from llava.model.builder import load_pretrained_model
 from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
@@ -52,8 +53,16 @@ def test_eval_model_takes_the_object_of_llavas_readme(place, capsys):
     text = run_llava.eval_model(args)
     assert capsys.readouterr().out.rstrip("\n").endswith(text)
     assert run_llava.eval_model(args) == text
-    with pytest.raises(UserError, match="args.query"):
+    with pytest.raises(UserError, match="args.query is missing"):
         run_llava.eval_model(type("Args", (), {"model_path": "x", "image_file": "y"})())
+
+
+def test_pictures_are_named_by_a_text_or_a_list(place):
+    names = [str(place / "a.png"), str(place / "b,1.png")]
+    args = SimpleNamespace(image_file=";".join(names), sep=";")
+    assert run_llava.image_parser(args) == run_llava.image_parser(SimpleNamespace(image_file=names)) == names
+    first, second = run_llava.load_images(names)
+    assert first.mode == "RGB" and second.tobytes() == cli.load_image(names[1]).tobytes()
 
 
 def test_run_llava_answers_with_slots_and_several_pictures(place):
@@ -73,7 +82,7 @@ def test_the_query_may_place_its_pictures_but_not_others():
 
 def test_a_missing_picture_is_named(place):
     with pytest.raises(UserError, match="nothing.png"):
-        run_llava.load_pictures(str(place / "nothing.png"))
+        run_llava.load_images([str(place / "nothing.png")])
 
 
 def test_chat_remembers_what_was_said(place, monkeypatch, capsys):
@@ -112,6 +121,12 @@ def test_model_vqa_is_the_loaders_engine_with_llavas_defaults(place, monkeypatch
     (chunk,) = seen
     assert chunk.generation.temperature == 0.2 and chunk.generation.batch_size == 1 and chunk.asked == {}
     assert [row["question_id"] for row in read_answers(place / "answers.jsonl")] == [0, 1]
+    flags = dict(zip([word.strip("-").replace("-", "_") for word in words[::2]], map(str, words[1::2])))
+    model_vqa.eval_model(SimpleNamespace(**flags, answers_file=str(place / "python.jsonl"), max_new_tokens=3))
+    assert seen[1].generation == chunk.generation and seen[1].model == chunk.model
+    assert [row["text"] for row in read_answers(place / "python.jsonl")] == [
+        row["text"] for row in read_answers(place / "answers.jsonl")
+    ]
     assert model_vqa_loader.parse_arguments(words := ["--model-path", "x", "--question-file", "y"]).temperature == 0
     assert model_vqa_loader.parse_arguments(words, **model_vqa.DEFAULTS).max_new_tokens == 1024
 

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 from tiny_llava import write_base, write_images
 
-from llava.data.rows import read_answers, read_rows
+from llava.data.answers import read_answers
+from llava.data.rows import read_rows
 from llava.eval import model_vqa_loader
 from llava.slots.pool import Pool
 from llava.toy.phantom import PhantomConfig, make_phantom

@@ -15,7 +15,7 @@ SHELL = sorted([*ROOT.glob("*.sh"), *(ROOT / "scripts").glob("*.sh"), ROOT / ".c
 ZERO = sorted((ROOT / "scripts").glob("zero*.json"))
 
 # Each room may import the rooms named beside it, and itself.
-BELOW_ALL = {"constants", "utils", "files", "registry", "folds", "padding", "devices"}
+BELOW_ALL = {"constants", "utils", "files", "registry", "folds", "padding", "devices", "truncation"}
 HELPERS = BELOW_ALL | {"conversation", "image_io", "mm_utils"}
 MODEL = HELPERS | {"checkpoints", "slots", "data"}
 MAY_IMPORT = {
@@ -26,14 +26,15 @@ MAY_IMPORT = {
     "cli": {"utils"},
     "folds": set(),
     "padding": set(),
+    "truncation": set(),
     "devices": set(),
-    "conversation": BELOW_ALL,
+    "conversation": BELOW_ALL | {"image_io"},
     "image_io": BELOW_ALL,
     "mm_utils": BELOW_ALL | {"image_io"},
     "checkpoints": BELOW_ALL,
     "slots": BELOW_ALL | {"checkpoints"},
     "data": HELPERS,
-    "model": HELPERS | {"checkpoints", "slots"},
+    "model": HELPERS | {"checkpoints", "slots", "cli"},
     "continual": MODEL | {"model", "cli"},
     "train": MODEL | {"model", "cli", "continual"},
     "eval": MODEL | {"model", "cli", "continual"},
@@ -123,6 +124,7 @@ ACCELERATORS = re.compile(r"(cuda|hip|rocm|mps|npu|xpu|hpu|tpu)(:\d+)?")
 DEVICE_NAMES_STAY = {
     "llava/devices.py": "the one place that chooses",
     "llava/model/builder.py": "load_pretrained_model's signature is LLaVA's own: device='cuda'",
+    "llava/model/loading.py": "and so are its flags",
 }
 
 

@@ -81,6 +81,15 @@ def licence_section(base: str, licence: str, data: str = "") -> str:
     return f"## Licence\n\n- Base `{base}`: {stated}.\n- Training data: {learned}.\n"
 
 
+def write_merged_card(folder: Path, source: Any, base: Any = None) -> None:
+    """The card of a checkpoint that was made whole from ``source``, over ``base`` where it needed one."""
+    part, over = public_name(source), public_name(base)
+    about = f"`{part}`{f' over `{over}`' if over else ''}, written as one checkpoint that needs no other."
+    front = {"base_model": over or part, "library_name": "llava", "pipeline_tag": PIPELINE, "tags": list(TAGS)}
+    known = {"about": f"# {folder.name}\n\n{about}\n\n{NOT_CLINICAL}", "licence": licence_section(over or part, "")}
+    write_card(folder, front, known)
+
+
 def public_name(place: Any) -> str:
     """A checkpoint's name for a card: a hub name as it is, a folder's last part."""
     text = str(place or "")

@@ -14,6 +14,7 @@ from llava.continual.queries import compute_queries
 from llava.continual.settings import KeySettings
 from llava.data.prompt import Prompt
 from llava.data.rows import Row, read_rows
+from llava.data.samples import picture_groups
 from llava.folds import held_out
 from llava.mm_utils import get_model_name_from_path
 from llava.model.configs import llava_config
@@ -52,7 +53,7 @@ def fit_task(
     """
     base = resolve_checkpoint(base_name)
     prompt = Prompt.of(llava_config(base), get_model_name_from_path(str(base_name)), **asked)
-    rows = [row for path in data_paths for row in read_rows(path)]
+    rows = [row for path in data_paths for row in read_rows(path, one_task=True)]
     queries = compute_queries(
         rows,
         base,
@@ -67,7 +68,7 @@ def fit_task(
     )
     settings = _settings(base, queries, options)
     kept, held = split_by_picture(rows, options.held_out, options.seed)
-    pictures = [row.image or f"row {row.id}" for row in rows]
+    pictures = picture_groups(rows)
     info = {"rows": len(rows), "data": [_digest(path) for path in data_paths]}
     fit = task, range(*slot_range), queries, kept, held, pictures, settings, options.seed, options.iterations, info
     task_slots, fitted = fit_task_slots(*fit)
@@ -77,7 +78,8 @@ def fit_task(
 
 def split_by_picture(rows: list[Row], share: float, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Row indices to fit on and to hold out; all rows of a picture go to the same side."""
-    held = torch.tensor(held_out([row.image or row.id for row in rows], share, seed), dtype=torch.bool)
+    groups = [group if row.images else row.id for row, group in zip(rows, picture_groups(rows), strict=True)]
+    held = torch.tensor(held_out(groups, share, seed), dtype=torch.bool)
     return (~held).nonzero().flatten(), held.nonzero().flatten()
 
 

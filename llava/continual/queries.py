@@ -26,10 +26,10 @@ from llava.data.rows import Row
 from llava.data.samples import Features, check_image_files, picture_names, picture_sha256
 from llava.files import file_sha256
 from llava.model.configs import llava_config
-from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower
+from llava.model.multimodal_encoder.tower import VisionTower
 from llava.model.vision.features import load_vision_tower, tower_features
 from llava.slots.encoders import TextEncoder, load_text_encoder
-from llava.slots.picture_query import image_queries, image_query_dim
+from llava.slots.picture_query import image_queries, image_query_dim, joined_query
 from llava.slots.queries import Queries
 from llava.utils import is_main_process
 
@@ -100,7 +100,7 @@ class PictureSource:
     config: Any
     image_folder: str | os.PathLike[str]
     aspect_ratio: str
-    load_tower: Callable[[], CLIPVisionTower]
+    load_tower: Callable[[], VisionTower]
     device: str
     dtype: torch.dtype
     batch_size: int = 16
@@ -218,4 +218,6 @@ def _size(pictures: Iterable[Picture]) -> int:
 
 def _by_row(rows: list[Row], by_name: dict[str, Tensor], source: PictureSource, kind: str) -> Tensor:
     blank = torch.zeros(image_query_dim(kind, source.config.mm_hidden_size))
-    return torch.stack([by_name[row.image] if row.image else blank for row in rows])
+    return torch.stack(
+        [joined_query(kind, [by_name[name] for name in row.shown]) if row.images else blank for row in rows]
+    )

@@ -25,16 +25,15 @@ from llava.constants import (
     IGNORE_INDEX,
     IMAGE_TOKEN_INDEX,
 )
-from llava.conversation import Conversation, Segment, get_conversation
-from llava.mm_utils import bos_ids, parse_grid_pinpoints
+from llava.conversation import Conversation, Segment, SeparatorStyle, get_conversation, plain_question
+from llava.mm_utils import bos_ids, parse_grid_pinpoints, picture_side
+from llava.truncation import kept_tokens
 from llava.utils import UserError
 
 Turn = tuple[str, str]
 HUMAN_NAMES = ("human", "user")
 # Texts whose tokens don't merge with what follows; the first one that fits stands in for the prompt.
 _ANCHORS = ("\n", ":", "]", "x")
-# Prompt tokens right before an answer that truncation keeps: they hold the assistant's name.
-_KEPT_BEFORE_ANSWER = 8
 
 
 def prompt_ids(
@@ -52,35 +51,49 @@ def prompt_ids(
     Returns:
         ids with ``IMAGE_TOKEN_INDEX`` in the picture's place.
     """
-    return conversation_ids([("human", question)], tokenizer, conv_mode, has_image, use_im_start_end)[0]
+    return conversation_ids([("human", question)], tokenizer, conv_mode, int(has_image), use_im_start_end)[0]
 
 
 def conversation_ids(
-    conversations: Sequence[Turn], tokenizer: Any, conv_mode: str, has_image: bool, use_im_start_end: bool = False
+    conversations: Sequence[Turn],
+    tokenizer: Any,
+    conv_mode: str,
+    images: int,
+    use_im_start_end: bool = False,
+    system: str | None = None,
 ) -> tuple[list[int], list[int]]:
     """Ids and labels of a whole conversation; arguments as in ``prompt_ids``.
 
     Args:
         conversations: ``("human", text)`` and ``("gpt", text)`` in turn, human first. Without a last answer the
             assistant's turn stays open.
+        images: pictures that belong to the conversation; where no turn names ``<image>``, as many are put in front.
+        system: replaces the template's system text.
 
     Returns:
         ``(input_ids, labels)`` of equal length; a label is the token itself inside a reply (its end mark included) and
         ``IGNORE_INDEX`` elsewhere. An empty reply leaves no label.
 
     Raises:
-        UserError: turns out of order, or ``<image>`` in a conversation without a picture.
+        UserError: turns out of order, ``<image>`` in a conversation without a picture, or a system text for a template
+            that has no place for one.
     """
-    conversation = build_conversation(conversations, conv_mode, has_image, use_im_start_end)
+    conversation = build_conversation(conversations, conv_mode, images, use_im_start_end, system)
     return encode_segments(conversation.segments(), tokenizer)
 
 
 def build_conversation(
-    conversations: Sequence[Turn], conv_mode: str, has_image: bool, use_im_start_end: bool = False
+    conversations: Sequence[Turn],
+    conv_mode: str,
+    images: int,
+    use_im_start_end: bool = False,
+    system: str | None = None,
 ) -> Conversation:
     """The template ``conv_mode`` filled with the turns, ``<image>`` placed as LLaVA's training places it."""
     conversation = get_conversation(conv_mode)
-    turns = _placed(conversations, has_image)
+    if system is not None:
+        conversation.system = _system_text(conversation, conv_mode, system)
+    turns = _placed(conversations, images)
     for index, (speaker, text) in enumerate(turns):
         if (speaker in HUMAN_NAMES) != (index % 2 == 0):
             raise UserError(f"turns must alternate human, gpt; turn {index + 1} is {speaker!r}")
@@ -92,17 +105,28 @@ def build_conversation(
     return conversation
 
 
-def _placed(conversations: Sequence[Turn], has_image: bool) -> list[Turn]:
+def _system_text(conversation: Conversation, conv_mode: str, text: str) -> str:
+    """``text`` in the place of the template's own system text; MPT's begins with a line that marks it."""
+    if not conversation.system:
+        raise UserError(
+            f"template {conv_mode!r} has no place for a system turn (take the turn out, or choose another template)"
+        )
+    if conversation.sep_style is not SeparatorStyle.MPT:
+        return text
+    return conversation.system.partition("\n")[0] + "\n" + text
+
+
+def _placed(conversations: Sequence[Turn], images: int) -> list[Turn]:
     """Human turns stripped, and ``<image>`` in front of the one that names it (of the first one when none does).
 
     LLaVA strips only the turn with the picture; here training and evaluation strip alike, so they can't differ.
     """
     marks = [text.count(DEFAULT_IMAGE_TOKEN) if speaker in HUMAN_NAMES else 0 for speaker, text in conversations]
-    if not has_image:
+    if not images:
         if sum(marks):
             raise UserError(f"the text holds {DEFAULT_IMAGE_TOKEN} but there is no image")
     elif marks and not sum(marks):
-        marks[0] = 1
+        marks[0] = images
     return [
         (speaker, place_image(text, count) if speaker in HUMAN_NAMES else text)
         for (speaker, text), count in zip(conversations, marks)
@@ -110,9 +134,14 @@ def _placed(conversations: Sequence[Turn], has_image: bool) -> list[Turn]:
 
 
 def place_image(text: str, count: int = 1) -> str:
-    """``<image>`` and a newline, ``count`` times, in front of the stripped text, wherever the marks stood before."""
-    stripped = text.replace(DEFAULT_IMAGE_TOKEN, "").strip()
-    return (f"{DEFAULT_IMAGE_TOKEN}\n" * count + stripped).strip()
+    """``<image>`` and a newline, ``count`` times, in front of the stripped text, wherever the marks stood before.
+
+    Marks with words between them stay where they are: the words say which picture is which.
+    """
+    between = text.split(DEFAULT_IMAGE_TOKEN)[1:-1]
+    if any(part.strip() for part in between):
+        return text.strip()
+    return (f"{DEFAULT_IMAGE_TOKEN}\n" * count + plain_question(text)).strip()
 
 
 def _mark_image(text: str, version: str, use_im_start_end: bool) -> str:
@@ -184,18 +213,19 @@ def expanded_length(ids: Sequence[int], image_tokens: int) -> int:
 def image_token_count(model_cfg: Any, image_processor: Any, aspect_ratio: str) -> int:
     """The most features one picture becomes, as far as the config tells; 1 where it tells nothing.
 
-    The patch size comes from ``vision_config``, or from the tower's name (``…-patch14-336``).
+    A loaded tower has told its patches and the tokens in front of them (``mm_patches_per_side``,
+    ``mm_leading_tokens``); else their size comes from ``vision_config``, or from the tower's name (``…-patch14-336``).
     """
     vision = getattr(model_cfg, "vision_config", None) or {}
     read = vision.get if isinstance(vision, dict) else lambda name: getattr(vision, name, None)
     named = re.search(r"patch-?(\d+)", str(getattr(model_cfg, "mm_vision_tower", None) or ""))
     patch = read("patch_size") or (int(named.group(1)) if named else None)
-    crop = getattr(image_processor, "crop_size", None)
-    size = read("image_size") or (crop["height"] if crop else None)
-    if not patch or not size:
+    size, told = read("image_size") or picture_side(image_processor), getattr(model_cfg, "mm_patches_per_side", None)
+    if not size or not (patch or told):
         return 1
-    side = int(size) // int(patch)
-    base = side * side + (getattr(model_cfg, "mm_vision_select_feature", "patch") == "cls_patch")
+    side: int = told or int(size) // int(patch or size)
+    leading: int = getattr(model_cfg, "mm_leading_tokens", 1)
+    base = side * side + (leading if getattr(model_cfg, "mm_vision_select_feature", "patch") == "cls_patch" else 0)
     if aspect_ratio != "anyres":
         return base
     grids = [(width // size, height // size) for width, height in parse_grid_pinpoints(model_cfg.image_grid_pinpoints)]
@@ -206,50 +236,21 @@ def image_token_count(model_cfg: Any, image_processor: Any, aspect_ratio: str) -
 def truncate(ids: list[int], labels: list[int], max_length: int, image_tokens: int = 1) -> tuple[list[int], list[int]]:
     """Shorten a sample to ``max_length`` positions, features included, so that an answer stays.
 
-    Later turns go first, whole. When the first turn alone is too long, its question loses tokens from the end, and
-    only then the answer.
+    Later turns go first, then the end of the first question (see ``truncation``).
 
     Raises:
-        UserError: the picture alone leaves no room for an answer.
+        UserError: the pictures alone leave no room for an answer.
     """
-    if expanded_length(ids, image_tokens) <= max_length:
-        return ids, labels
-    runs = _reply_runs(labels)
-    if not runs:
-        return _cut(ids, labels, max_length, image_tokens, keep_from=len(ids))
-    fitting = [end for _, end in runs if expanded_length(ids[:end], image_tokens) <= max_length]
-    end = fitting[-1] if fitting else runs[0][1]
-    return _cut(ids[:end], labels[:end], max_length, image_tokens, keep_from=runs[0][0])
-
-
-def _reply_runs(labels: Sequence[int]) -> list[tuple[int, int]]:
-    """``[start, end)`` of each stretch of labelled positions."""
-    edges = [index for index in range(len(labels) + 1) if _labelled(labels, index) != _labelled(labels, index - 1)]
-    return list(zip(edges[::2], edges[1::2]))
-
-
-def _labelled(labels: Sequence[int], index: int) -> bool:
-    return 0 <= index < len(labels) and labels[index] != IGNORE_INDEX
-
-
-def _cut(
-    ids: list[int], labels: list[int], max_length: int, image_tokens: int, keep_from: int
-) -> tuple[list[int], list[int]]:
-    """Drop prompt tokens from the end of the prompt backwards, then reply tokens from the end."""
-    excess = expanded_length(ids, image_tokens) - max_length
-    if excess <= 0:
-        return ids, labels
-    last = max(keep_from - _KEPT_BEFORE_ANSWER, 1)
-    droppable = [index for index in range(1, last) if ids[index] != IMAGE_TOKEN_INDEX]
-    dropped = set(droppable[max(len(droppable) - excess, 0) :])
-    kept = [index for index in range(len(ids)) if index not in dropped]
-    kept = kept[: len(kept) - (excess - len(dropped))]
-    if not kept or kept[-1] < min(keep_from, len(ids) - 1):
+    pictures = {place for place, token in enumerate(ids) if token == IMAGE_TOKEN_INDEX}
+    lengths = [image_tokens if place in pictures else 1 for place in range(len(ids))]
+    kept = kept_tokens(lengths, [label != IGNORE_INDEX for label in labels], pictures, max_length)
+    if ids and not kept:
+        taken = image_tokens * max(len(pictures), 1)
         raise UserError(
-            f"model_max_length {max_length} leaves no room for an answer beside {image_tokens} image tokens "
+            f"model_max_length {max_length} leaves no room for an answer beside {taken} image tokens "
             "(raise --model_max_length)"
         )
-    return [ids[index] for index in kept], [labels[index] for index in kept]
+    return [ids[place] for place in kept], [labels[place] for place in kept]
 
 
 def has_labels(labels: Sequence[int]) -> bool:

@@ -21,7 +21,7 @@ from torch import Tensor
 from llava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX
 from llava.conversation import conv_mode_for, get_conversation
 from llava.data.labels import Turn, conversation_ids, image_token_count, place_image, truncate
-from llava.data.rows import ANSWER_STYLES, HUMAN, Row, in_lower_case
+from llava.data.rows import ANSWER_STYLES, HUMAN, Row, in_lower_case, wrong_count
 from llava.image_io import load_image
 from llava.mm_utils import parse_grid_pinpoints, process_images
 from llava.utils import UserError
@@ -150,12 +150,11 @@ def pixels_of(pictures: Sequence[Any], image_processor: Any, config: Any, aspect
 
 
 class Sample(NamedTuple):
-    """A row as model inputs; ``labels`` are ``IGNORE_INDEX`` outside of answers, pixels None without a picture."""
+    """A row as model inputs; ``labels`` are ``IGNORE_INDEX`` outside of answers, ``pictures`` in their ids' order."""
 
     input_ids: list[int]
     labels: list[int]
-    pixels: Tensor | None
-    size: tuple[int, int] | None
+    pictures: list[Picture]
 
 
 class PromptEncoder:
@@ -196,28 +195,33 @@ class PromptEncoder:
             UserError: naming the row: text and picture don't fit, the picture is damaged, no room for an answer.
         """
         ids, labels = self.tokens(row, answer)
-        return Sample(ids, labels, *self.picture(row))
+        return Sample(ids, labels, [self.picture(row, name) for name in pictures_of(row, ids)])
 
     def tokens(self, row: Row, answer: bool) -> tuple[list[int], list[int]]:
         """Ids and labels of ``encode``; training samples are cut to the prompt's length, questions never are."""
         styled = in_lower_case(row) if self.prompt.answer_style == "lower" else row
-        turns = styled.conversations if answer else styled.conversations[:1]
+        turns, images = (styled.conversations, row.images) if answer else (styled.conversations[:1], row.shown)
         try:
-            ids, labels = self.conversation(turns, row.image is not None)
-            pictures = ids.count(IMAGE_TOKEN_INDEX)
-            if row.image is not None and pictures != 1:
-                raise UserError(f"{pictures} times {DEFAULT_IMAGE_TOKEN} for one image (keep the first)")
+            ids, labels = self.conversation(turns, len(images), row.system)
+            if ids.count(IMAGE_TOKEN_INDEX) != len(images):
+                raise UserError(wrong_count(ids.count(IMAGE_TOKEN_INDEX), len(images)))
             limit = self.prompt.max_length if answer else None
             return truncate(ids, labels, limit, self.image_tokens) if limit else (ids, labels)
         except UserError as error:
             raise UserError(f"row {row.id!r}: {error}") from error
 
-    def conversation(self, turns: Sequence[Turn], has_image: bool) -> tuple[list[int], list[int]]:
-        """Ids and labels of turns, the suffix after each question; without a last answer the prompt stays open."""
-        if has_image and self.image_processor is None:
+    def conversation(
+        self, turns: Sequence[Turn], images: int, system: str | None = None
+    ) -> tuple[list[int], list[int]]:
+        """Ids and labels of turns, the suffix after each question; without a last answer the prompt stays open.
+
+        Args:
+            images: pictures that belong to the turns. system: replaces the template's system text.
+        """
+        if images and self.image_processor is None:
             raise UserError("it has a picture but the model has no vision tower (is it a LLaVA checkpoint?)")
         asked = [(who, self._with_suffix(text) if who == HUMAN else text) for who, text in turns]
-        return conversation_ids(asked, self.tokenizer, self.prompt.conv_mode, has_image, self.im_start_end)
+        return conversation_ids(asked, self.tokenizer, self.prompt.conv_mode, images, self.im_start_end, system)
 
     def _with_suffix(self, text: str) -> str:
         """The question with ``<image>`` in front, so that the suffix stands at the end."""
@@ -229,27 +233,30 @@ class PromptEncoder:
         """RGB pictures as ``pixels_of`` gives them."""
         return pixels_of(pictures, self.image_processor, self.config, self.prompt.aspect_ratio)
 
-    def picture(self, row: Row) -> Picture | tuple[None, None]:
-        """Pixels and size of a row's picture, opened once while the cache holds it; ``(None, None)`` without one."""
-        if row.image is None:
-            return None, None
-        found = self.pictures.get(row.image)
+    def picture(self, row: Row, name: str) -> Picture:
+        """Pixels and size of one of a row's pictures, opened once while the cache holds it."""
+        found = self.pictures.get(name)
         if found is None:
-            found = self.open_picture(row)
-            self.pictures.put(row.image, found)
+            found = self.open_picture(row, name)
+            self.pictures.put(name, found)
         return found
 
-    def open_picture(self, row: Row) -> Picture:
-        """Pixels and size of a row's picture, from its file; safe to call from several threads.
+    def open_picture(self, row: Row, name: str) -> Picture:
+        """Pixels and size of one of a row's pictures, from its file; safe to call from several threads.
 
         Raises:
             UserError: naming row and file, if the picture cannot be read.
         """
         try:
-            picture = load_image((self.image_folder or Path()) / str(row.image))
+            picture = load_image((self.image_folder or Path()) / name)
         except UserError as error:
             raise UserError(f"row {row.id!r}: {error}") from error
         return self.pixels([picture])[0], picture.size
+
+
+def pictures_of(row: Row, ids: Sequence[int]) -> tuple[str, ...]:
+    """The row's pictures that ids have a place for; those of turns that were cut off are left out."""
+    return row.images[: list(ids).count(IMAGE_TOKEN_INDEX)]
 
 
 class PictureCache:

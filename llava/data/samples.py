@@ -22,7 +22,7 @@ from torch.utils.data import Dataset
 
 from llava.constants import IGNORE_INDEX
 from llava.data.labels import expanded_length, has_labels
-from llava.data.prompt import Picture, PromptEncoder
+from llava.data.prompt import Picture, PromptEncoder, pictures_of
 from llava.data.rows import Row
 from llava.files import file_sha256
 from llava.padding import pad
@@ -38,15 +38,16 @@ CHECKED_ROWS = 20_000
 """Rows that are tokenised up front; of a larger file as many, evenly spread."""
 
 
-class LazySupervisedDataset(Dataset):
+class TrainingSamples(Dataset):
     """One sample per row.
 
     Args:
         rows: training rows.
         encoder: turns a row into ids, labels and pixels, as answering does.
 
-    A sample is a dict of ``input_ids`` ``[T]``, ``labels`` ``[T]``, ``image`` (``[3, H, W]``, ``[tiles, 3, H, W]`` or
-    None), ``image_size`` ``(width, height)`` or None, and what ``add`` gave the dataset.
+    A sample is a dict of ``input_ids`` ``[T]``, ``labels`` ``[T]``, ``image`` (``[3, H, W]`` or ``[tiles, 3, H, W]``),
+    ``image_size`` ``(width, height)``, and what ``add`` gave the dataset. Without a picture the two are None, with
+    several they are lists.
 
     Raises:
         UserError: a missing picture, a row whose text and picture don't fit, too many rows without a label.
@@ -68,13 +69,13 @@ class LazySupervisedDataset(Dataset):
         text_queries: torch.Tensor | None = None,
         image_queries: torch.Tensor | None = None,
         features: Features | None = None,
-    ) -> LazySupervisedDataset:
+    ) -> TrainingSamples:
         """Give samples what was computed ahead of training; returns the dataset.
 
         Args:
             text_queries, image_queries: ``[N, d]``, the query of each row: ``text_query`` and ``image_query`` ``[d]``.
             features: per file name the frozen tower's features ``[tiles, patches, C]`` and the picture's size; a
-                sample carries these as ``image_features`` instead of ``image``, and no picture is opened.
+                sample carries a list of these as ``image_features`` instead of ``image``, and no picture is opened.
 
         Raises:
             UserError: another number of queries than rows.
@@ -92,10 +93,14 @@ class LazySupervisedDataset(Dataset):
         row = self.rows[index]
         ids, labels = self._encoded.get(index) or self._encode(index)
         sample = {"input_ids": torch.tensor(ids, dtype=torch.long), "labels": torch.tensor(labels, dtype=torch.long)}
+        names = pictures_of(row, ids)
         if self.features is not None:
-            sample["image_features"], sample["image_size"] = self.features.get(row.image, (None, None))
+            seen = [self.features[name] for name in names]
+            sample["image_features"] = [features for features, _ in seen]
         else:
-            sample["image"], sample["image_size"] = self.encoder.picture(row)
+            seen = [self.encoder.picture(row, name) for name in names]
+            sample["image"] = one_or_all([pixels for pixels, _ in seen])
+        sample["image_size"] = one_or_all([size for _, size in seen])
         if self.text_queries is not None:
             sample["text_query"] = self.text_queries[index]
         if self.image_queries is not None:
@@ -110,14 +115,14 @@ class LazySupervisedDataset(Dataset):
     @property
     def modality_lengths(self) -> list[int]:
         """As ``lengths``, negative for text-only rows: what LLaVA's grouped sampler reads."""
-        return [length if row.image else -length for length, row in zip(self.lengths, self.rows)]
+        return [length if row.images else -length for length, row in zip(self.lengths, self.rows)]
 
     def _length(self, index: int) -> int:
         if index in self._encoded:
             return max(expanded_length(self._encoded[index][0], self.encoder.image_tokens), 1)
         row = self.rows[index]
         words = sum(len(text.split()) for _, text in row.conversations)
-        return max(words * 3 // 2 + (self.encoder.image_tokens if row.image else 0), 1)
+        return max(words * 3 // 2 + self.encoder.image_tokens * len(row.images), 1)
 
     def _encode(self, index: int) -> tuple[list[int], list[int]]:
         return self.encoder.tokens(self.rows[index], answer=True)
@@ -144,7 +149,7 @@ def check_image_files(rows: Sequence[Row], image_folder: str | Path | None) -> N
     Raises:
         UserError: names the first such row and file and counts the others.
     """
-    pictured = [row for row in rows if row.image is not None]
+    pictured = [row for row in rows if row.images]
     if not pictured:
         return
     if image_folder is None:
@@ -152,17 +157,35 @@ def check_image_files(rows: Sequence[Row], image_folder: str | Path | None) -> N
     folder = Path(image_folder)
     if not folder.is_dir():
         raise UserError(f"image folder not found: {folder} (check --image_folder)")
-    absent = {name for name in {row.image for row in pictured} if not (folder / name).is_file()}
+    absent = {name for name in picture_names(pictured) if not (folder / name).is_file()}
     if not absent:
         return
-    first = next(row for row in pictured if row.image in absent)
+    row, first = next((row, name) for row in pictured for name in row.images if name in absent)
     others = f"; {len(absent)} files are missing in all" if len(absent) > 1 else ""
-    raise UserError(f"row {first.id!r}: image file not found: {folder / first.image}{others} (check the image folder)")
+    raise UserError(f"row {row.id!r}: image file not found: {folder / first}{others} (check the image folder)")
 
 
 def picture_names(rows: Sequence[Row]) -> list[str]:
     """The rows' picture files, each once, in the order of their first use."""
-    return list(dict.fromkeys(row.image for row in rows if row.image))
+    return list(dict.fromkeys(name for row in rows for name in row.images))
+
+
+def picture_groups(rows: Sequence[Row]) -> list[str]:
+    """What each row is about, for splits by picture: rows that share a picture, directly or by others, are one group.
+
+    A row with one picture of its own is about that picture, one without about itself.
+    """
+    leader: dict[str, str] = {}
+
+    def group(name: str) -> str:
+        while leader.setdefault(name, name) != name:
+            name = leader[name]
+        return name
+
+    for row in rows:
+        for name in row.images[1:]:
+            leader[group(name)] = group(row.images[0])
+    return [group(row.images[0]) if row.images else f"row {row.id}" for row in rows]
 
 
 def picture_sha256(path: str | Path) -> str:
@@ -200,10 +223,10 @@ class DataCollatorForSupervisedDataset:
     """Samples to one right-padded batch.
 
     The batch holds ``input_ids``, ``labels`` and ``attention_mask`` ``[B, T]``; ``images`` ``[B, 3, H, W]`` when every
-    sample has a picture of one shape, else a list with None for text-only rows; ``image_sizes`` (list of
-    ``(width, height)`` or None); ``text_query`` and ``image_query`` ``[B, d]`` where the samples carry one.
-    Samples with ``image_features`` give a list per sample of these instead of ``images``. The mask comes from the
-    lengths, never from the padding id, which may be a real token.
+    sample has one picture of one shape, else a list with None for text-only rows and a list for several pictures;
+    ``image_sizes`` (list of ``(width, height)``, None, or a list of them); ``text_query`` and ``image_query``
+    ``[B, d]`` where the samples carry one. Samples with ``image_features`` give a list per sample of these instead of
+    ``images``. The mask comes from the lengths, never from the padding id, which may be a real token.
     """
 
     tokenizer: Any
@@ -215,13 +238,12 @@ class DataCollatorForSupervisedDataset:
             "input_ids": ids,
             "labels": labels,
             "attention_mask": mask,
-            "image_sizes": [sample["image_size"] for sample in samples],
+            "image_sizes": [sample.get("image_size") for sample in samples],
         }
         if "image_features" in samples[0]:
-            features = [sample["image_features"] for sample in samples]
-            batch["image_features"] = [[] if feature is None else [feature] for feature in features]
+            batch["image_features"] = [sample["image_features"] for sample in samples]
         else:
-            images = [sample["image"] for sample in samples]
+            images = [sample.get("image") for sample in samples]
             batch["images"] = torch.stack(images) if _stackable(images) else images
         for name in ("text_query", "image_query"):
             if name in samples[0]:
@@ -229,7 +251,12 @@ class DataCollatorForSupervisedDataset:
         return batch
 
 
-def _stackable(images: list[torch.Tensor | None]) -> bool:
-    if any(image is None for image in images):
+def one_or_all(values: list[Any]) -> Any:
+    """What a sample says of its pictures: None, the one value, or all of them."""
+    return values if len(values) > 1 else next(iter(values), None)
+
+
+def _stackable(images: list[Any]) -> bool:
+    if not all(isinstance(image, torch.Tensor) for image in images):
         return False
     return all(image.dim() == 3 and image.shape == images[0].shape for image in images)

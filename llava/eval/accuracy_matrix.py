@@ -58,7 +58,7 @@ class Stage:
 
     def row_values(self, task: str, metric: str) -> np.ndarray | None:
         """The metric of each of the task's rows, NaN for rows outside it; None when it is no mean over rows."""
-        values = [row["scores"].get(metric) for row in self.rows.get(task, ())]
+        values = [_scores_in(row, task).get(metric) for row in self.rows.get(task, ())]
         if not any(value is not None for value in values):
             return None
         return np.array([np.nan if value is None else value for value in values])
@@ -151,8 +151,18 @@ def load_stage(path: str | Path, tasks: Sequence[str]) -> Stage:
     absent = [task for task in tasks if task not in groups]
     if absent:
         raise UserError(f"{source}: no scores for task {absent[0]!r}; the test file has {', '.join(groups)}")
-    by_task = {task: [row for row in rows if row["domain"] == task] for task in tasks}
+    by_task = {task: [row for row in rows if task == row["domain"] or task in _by_domain(row)] for task in tasks}
     return Stage(source, model_id, groups, provenance, by_task)
+
+
+def _by_domain(row: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Scores by domain of a row that has several."""
+    return row.get("scores_by_domain", {})
+
+
+def _scores_in(row: Mapping[str, Any], task: str) -> Mapping[str, float]:
+    """A row's scores as one of the task's: they differ where a metric looks at the whole group."""
+    return _by_domain(row).get(task, row["scores"])
 
 
 def _read_rows(path: Path) -> list[dict[str, Any]]:

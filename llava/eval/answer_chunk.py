@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import llava
 from llava.data.rows import Row
 from llava.eval.answer_file import answer_row, append, appending, chunk_range, model_fingerprint, progress, run_id
-from llava.eval.generation import Generation, Loading
+from llava.eval.generation import Generation, Loading, given_tasks
 from llava.files import file_sha256
 from llava.mm_utils import get_model_name_from_path
 
@@ -29,6 +29,7 @@ class Chunk:
         rows: of the whole question file.
         number, count: this chunk of so many.
         asked, defaults: fields of the prompt, see ``Prompt.of``.
+        carried: fields of the question rows that their answers repeat.
         replace: start again where the file holds another run's answers, instead of refusing.
     """
 
@@ -46,6 +47,7 @@ class Chunk:
     count: int = 1
     asked: dict[str, Any] = field(default_factory=dict)
     defaults: dict[str, Any] = field(default_factory=dict)
+    carried: Sequence[str] = ()
     replace: bool = False
 
     @cached_property
@@ -94,6 +96,13 @@ class Chunk:
         done, _ = progress(self.answers_file, self.mine, self.model_id, self.run, self.replace)
         return done == len(self.mine)
 
+    def _check(self) -> None:
+        """What can be known of the rows before a model is loaded."""
+        given_tasks(self.rows, self.route, self.task)  # refuses rows that the oracle route knows no task for
+        if shared := sum(row.position is not None for row in self.rows):
+            found = f"{shared} of {len(self.rows)} rows share their question_id with others"
+            print(f"{self.question_file}: {found}; their answers name the row's position in the file")
+
     def write(self, answerer: Callable[[], Answerer], quiet: bool = False) -> None:
         """Answer what is not answered yet; ``answerer`` gives the one to ask, and is called only where one is needed.
 
@@ -110,10 +119,15 @@ class Chunk:
             if done == len(rows):
                 print(f"{self.answers_file}: all {done} answers are there")
                 return
+            self._check()
             asked = answerer().use(self.model, self.route, self.task, self.defaults, **self.asked)
+            cut_before = asked.model.prompts_cut
             replies = asked.answer(rows, self.generation, self.image_folder, done)
             hidden = quiet or not sys.stderr.isatty()
             for reply in tqdm(replies, total=len(rows), initial=done, unit="question", disable=hidden):
                 metadata = {"run": self.run, **({"route": reply.route} if reply.route else {})}
-                append(stream, [answer_row(reply.row, reply.text, self.model_id, metadata)])
-        print(f"{self.answers_file}: {len(rows)} answers by {self.model_id}", flush=True)
+                carried = {name: reply.row.raw[name] for name in self.carried if name in reply.row.raw}
+                append(stream, [{**answer_row(reply.row, reply.text, self.model_id, metadata), **carried}])
+            cut = asked.model.prompts_cut - cut_before
+        note = f"; {cut} prompts were cut to the model's window" if cut else ""
+        print(f"{self.answers_file}: {len(rows)} answers by {self.model_id}{note}", flush=True)

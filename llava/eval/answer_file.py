@@ -1,8 +1,9 @@
-"""Answer files that survive a kill: chunks of the questions, resuming by ``question_id``, merging.
+"""Answer files that survive a kill: chunks of the questions, resuming, merging.
 
 An answer file grows in the order of its questions, row by row, so what is there is a prefix of what will be there.
 Each row's ``metadata`` names its *run*: a checksum over the model's files, the question file and every setting that
-decides an answer. A file is resumed only by the run that began it, and chunks merge only within one run.
+decides an answer; and where several rows have one ``question_id``, the row's *position* in the question file. A file is
+resumed only by the run that began it, and chunks merge only within one run.
 """
 
 from __future__ import annotations
@@ -15,7 +16,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from llava.data.rows import Row, read_answers
+from llava.data.answers import read_answers
+from llava.data.rows import Row
+from llava.eval.answer_match import answers_of, missing_rows, position_of
 from llava.files import file_sha256, only_writer
 from llava.utils import UserError
 
@@ -97,13 +100,15 @@ def answer_row(row: Row, text: str, model_id: str, metadata: Mapping[str, Any]) 
     """An answer in the seed's format; the same model and question always give the same ``answer_id``."""
     import shortuuid
 
+    place = {} if row.position is None else {"position": row.position}
+    name = "/".join(map(str, (model_id, row.id, *place.values())))
     return {
         "question_id": row.id,
         "prompt": row.conversations[0][1],
         "text": text,
-        "answer_id": shortuuid.uuid(name=f"{model_id}/{row.id}"),
+        "answer_id": shortuuid.uuid(name=name),
         "model_id": model_id,
-        "metadata": dict(metadata),
+        "metadata": {**metadata, **place},
     }
 
 
@@ -187,7 +192,8 @@ def _mismatch(answers: Sequence[Mapping[str, Any]], rows: Sequence[Row], model_i
     for number, (answer, row) in enumerate(zip(answers, rows, strict=False), start=1):
         if answer.get("model_id") != model_id:
             return f"line {number} is by model {answer.get('model_id')!r}, this run's is {model_id!r}"
-        if answer["question_id"] != row.id or answer.get("prompt") != row.conversations[0][1]:
+        same = (answer["question_id"], position_of(answer)) == (row.id, row.position)
+        if not same or answer.get("prompt") != row.conversations[0][1]:
             return f"line {number} answers question_id {answer['question_id']!r} of another question file or chunk"
         if (answer.get("metadata") or {}).get("run") != run:
             return f"line {number} was made with other model weights or settings, or of other pictures"
@@ -199,9 +205,9 @@ def merge_answers(rows: Sequence[Row], chunks: Sequence[str | Path]) -> list[dic
 
     Raises:
         UserError: a chunk is missing; chunks of different models or runs; a question without an answer, answered
-            twice, or unknown.
+            twice, or unknown; rows of one id whose answers name no position.
     """
-    by_id: dict[str, dict[str, Any]] = {}
+    answers: list[dict[str, Any]] = []
     origin: tuple[Any, Any] | None = None
     for path in chunks:
         if not Path(path).is_file():
@@ -211,18 +217,11 @@ def merge_answers(rows: Sequence[Row], chunks: Sequence[str | Path]) -> list[dic
             origin = origin or mark
             if mark != origin:
                 raise UserError(f"{path}: chunks of different runs, {origin} and {mark} (delete the stale chunk)")
-            if by_id.setdefault(str(answer["question_id"]), answer) is not answer:
-                raise UserError(f"{path}: question_id {answer['question_id']!r} is answered in two chunks")
-    asked = {str(row.id) for row in rows}
-    missing = [row.id for row in rows if str(row.id) not in by_id]
-    surplus = [name for name in by_id if name not in asked]
-    if missing:
+            answers.append(answer)
+    found = answers_of(rows, answers, "the chunks", by_order=False)
+    if missing := missing_rows(rows, found):
         raise UserError(
-            f"{len(missing)} of {len(rows)} questions have no answer, the first is question_id {missing[0]!r} "
+            f"{len(missing)} of {len(rows)} questions have no answer, the first is question_id {missing[0]} "
             f"(a chunk is unfinished: run the evaluation again)"
         )
-    if surplus:
-        raise UserError(
-            f"question_id {surplus[0]!r} is answered but not in the question file (chunks of another file?)"
-        )
-    return [by_id[str(row.id)] for row in rows]
+    return [answer for answer in found if answer is not None]

@@ -23,10 +23,10 @@ from torch import Tensor
 
 from llava.checkpoints.checkpoint import Checkpoint
 from llava.checkpoints.kinds import ADAPTER_CONFIG, SLOTS_FILE
-from llava.constants import DEFAULT_IMAGE_TOKEN
-from llava.conversation import get_conversation
+from llava.conversation import get_conversation, plain_question
 from llava.data.prompt import Prompt, PromptEncoder, check_aspect_ratio
 from llava.data.rows import Row
+from llava.data.samples import one_or_all
 from llava.devices import default_device
 from llava.eval.answer_file import batches
 from llava.eval.generation import (
@@ -48,6 +48,7 @@ from llava.model.configs import llava_config
 from llava.padding import pad
 from llava.slots.adapter import read_memory
 from llava.slots.names import ROUTERS
+from llava.slots.picture_query import joined_query
 from llava.slots.pool import Pool
 from llava.utils import UserError, rank0_print
 
@@ -295,13 +296,13 @@ class Answerer:
             options: further arguments for ``generate``, such as a streamer.
         """
         encoder = self.encoder()
-        ids, _ = encoder.conversation(turns, bool(pictures))
-        question = turns[-1][1].replace(DEFAULT_IMAGE_TOKEN, "").strip()
+        ids, _ = encoder.conversation(turns, len(pictures))
+        question = plain_question(turns[-1][1])
         inputs = {
             **self._padded([ids]),
             "images": [[pixels.to(self.model.device) for pixels in encoder.pixels(pictures)]] if pictures else None,
             "image_sizes": [[picture.size for picture in pictures]],
-            "rows": [Row(0, None, (("human", question),), None, None, {})],
+            "rows": [Row(0, (), (("human", question),), (), None, {})],
         }
         (reply,) = self._generate(inputs, generation, [self._task], **options)
         return reply
@@ -312,14 +313,17 @@ class Answerer:
         sights = [self.cache.look(row, encoder, model) for row in rows]
         inputs = {
             **self._padded(ids),
-            "image_features": [[] if sight is None else [sight.features.to(model.device)] for sight in sights],
-            "image_sizes": [None if sight is None else sight.size for sight in sights],
+            "image_features": [[sight.features.to(model.device) for sight in seen] for seen in sights],
+            "image_sizes": [one_or_all([sight.size for sight in seen]) for seen in sights],
             "rows": rows,
         }
         if adapter is not None and adapter.active and adapter.settings.uses_images:
             settings = adapter.settings
             blank = torch.zeros(settings.image_dim)
-            queries = [blank if sight is None else sight.queries[settings.image_query] for sight in sights]
+            kind = settings.image_query
+            queries = [
+                joined_query(kind, [sight.queries[kind] for sight in seen]) if seen else blank for seen in sights
+            ]
             inputs["image_query"] = torch.stack(queries).to(model.device)
         return inputs
 

@@ -6,16 +6,18 @@
 Every answers file gets a ``scores.json`` and a ``rows.jsonl`` (the value of each metric for each row), beside itself
 or under ``--output-dir/<model_id>/``. All files are scored in one process, so Java starts once. A file whose scores
 are already there, from the same inputs and versions, is not scored again. Ids must match: a missing, surplus or double
-answer is an error that names it.
+answer is an error that names it. Where rows share an id, their answers are told apart by the position they name, or by
+their order (``llava.eval.answer_match``).
 
-The answer rows of the public prototype (``pred_response``, ``gt_response``) are read too.
+The answer rows of the public prototype (``pred_response``, ``gt_response``) are read too, and its flags are known:
+``--pred-path``, ``--gt-file``, and ``--output-json`` for a further file of the caption metrics in its form.
 """
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -23,9 +25,11 @@ from pathlib import Path
 from typing import Any
 
 import llava
-from llava.cli import fail, flag, parse
+from llava.cli import fail, flag, parse, spelled
+from llava.data.answers import read_answers
 from llava.data.metric_names import METRICS, metric_names
-from llava.data.rows import Row, read_answers, read_rows, write_jsonl
+from llava.data.rows import Row, read_rows, write_jsonl
+from llava.eval.answer_match import answers_of, missing_rows, some, taken_by_order
 from llava.eval.metrics import OVERALL, normalise, score
 from llava.eval.statistics import DRAWS, SEED
 from llava.eval.text_metrics import TextScorer
@@ -35,17 +39,19 @@ from llava.utils import UserError, require_file, run_cli
 FORMAT_VERSION = 1
 SCORES_NAME = "scores.json"
 ROWS_NAME = "rows.jsonl"
-NAMED_IDS = 5
+PROTOTYPE_NAMES = {**{f"bleu_{n}": f"Bleu_{n}" for n in range(1, 5)}, "meteor": "METEOR", "rouge_l": "ROUGE_L"}
+PROTOTYPE_NAMES["cider"] = "CIDEr"
 
 
 @dataclass(kw_only=True)
 class Arguments:
     """Flags."""
 
-    question_file: str = flag(help="question rows with reference answers and domains")
-    answers_file: list[str] = flag(help="one answers file per model or stage")
+    question_file: str = flag(help="question rows with reference answers and domains", aliases=spelled("gt_file"))
+    answers_file: list[str] = flag(help="one answers file per model or stage", aliases=spelled("pred_path"))
     train_file: list[str] = flag([], "training rows, for the majority baselines", empty=True)
     output_dir: str | None = flag(None, "write <output-dir>/<model_id>/scores.json (default: beside the answers)")
+    output_json: str | None = flag(None, "write the caption metrics there too, as the prototype did (one answers file)")
     allow_partial: bool = flag(False, "score the answered questions only")
     no_java: bool = flag(False, "plain tokenizer, no METEOR")
     draws: int = flag(DRAWS, "bootstrap draws")
@@ -58,6 +64,8 @@ def parse_arguments(argv: Sequence[str] | None = None) -> Arguments:
     arguments = parse(Arguments, argv, __doc__)
     if arguments.draws < 2:
         fail("--draws must be at least 2")
+    if arguments.output_json and len(arguments.answers_file) > 1:
+        fail("--output-json is one file; give one answers file with it")
     return arguments
 
 
@@ -83,6 +91,8 @@ def score_files(arguments: Arguments) -> None:
                 scores = job.score(train_rows, scorer)
             else:
                 print(f"{job.target} is up to date")
+            if arguments.output_json:
+                write_caption_scores(Path(arguments.output_json), scores)
             print(score_table(scores), flush=True)
 
 
@@ -98,6 +108,8 @@ class _Job:
         self.model_id = model_id_of(answers, self.path)
         folder = Path(arguments.output_dir) / self.model_id if arguments.output_dir else self.path.parent
         self.target = folder / SCORES_NAME
+        if arguments.output_json and Path(arguments.output_json).resolve() == self.target.resolve():
+            raise UserError(f"--output-json {self.target} is where all scores go; give the file another name")
 
     def provenance(self, tokenizer: str) -> dict[str, Any]:
         """What the scores follow from: equal provenance means equal scores."""
@@ -129,7 +141,7 @@ class _Job:
         """Score, write ``rows.jsonl`` and then ``scores.json``, return the scores."""
         arguments = self.arguments
         found = score(self.rows, self.answers, train_rows, scorer, arguments.draws, arguments.seed)
-        per_row = found.pop("per_row")
+        per_row, by_domain = found.pop("per_row"), found.pop("by_domain")
         scores = {
             "format_version": FORMAT_VERSION,
             "model_id": self.model_id,
@@ -137,7 +149,7 @@ class _Job:
             "rows_file": ROWS_NAME,
             "provenance": self.provenance(scorer.tokenizer),
         }
-        write_jsonl(self.target.with_name(ROWS_NAME), _row_values(self.rows, self.answers, per_row))
+        write_jsonl(self.target.with_name(ROWS_NAME), _row_values(self.rows, self.answers, per_row, by_domain))
         with atomic_write(self.target) as stream:
             json.dump(scores, stream, indent=1, ensure_ascii=False, allow_nan=False)
             stream.write("\n")
@@ -172,29 +184,23 @@ def load_answers(path: Path) -> list[dict[str, Any]]:
 def match_answers(
     rows: Sequence[Row], answers: Sequence[Mapping[str, Any]], path: Path, allow_partial: bool = False
 ) -> tuple[list[Row], list[Mapping[str, Any]]]:
-    """Rows and answers paired by question id, in the question file's order.
+    """Rows and answers paired (see ``answers_of``), in the question file's order.
 
     Raises:
-        UserError: an id answered twice, answered but not asked, or (unless ``allow_partial``) asked but not answered;
-            a row's ``gt_response`` that differs from the question file's reference.
+        UserError: a row answered twice, an answer to none, or (unless ``allow_partial``) a row without an answer; a
+            row's ``gt_response`` that differs from the question file's reference.
     """
-    by_id: dict[str, Mapping[str, Any]] = {}
-    for answer in answers:
-        key = str(answer["question_id"])
-        if key in by_id:
-            raise UserError(f"{path}: question_id {answer['question_id']!r} is answered twice (keep one of the rows)")
-        by_id[key] = answer
-    asked = [str(row.id) for row in rows]
-    if len(set(asked)) != len(asked):
-        double = next(name for name in asked if asked.count(name) > 1)
-        raise UserError(f"the question file has question_id {double} twice (ids must be unique)")
-    surplus = by_id.keys() - set(asked)
-    if surplus:
-        raise UserError(f"{path}: answers to questions that the question file lacks: {_some(surplus)} (wrong file?)")
-    missing = [name for name in asked if name not in by_id]
+    found = answers_of(rows, answers, path)
+    unsure = taken_by_order(rows, found)
+    missing = missing_rows(rows, found)
     if missing and not allow_partial:
-        raise UserError(f"{path}: questions without an answer: {_some(missing)} (finish the run, or --allow-partial)")
-    pairs = [(row, by_id[str(row.id)]) for row in rows if str(row.id) in by_id]
+        raise UserError(
+            f"{path}: questions without an answer: {some(missing)} (finish the run, or --allow-partial"
+            f"{'; ' + unsure if unsure else ''})"
+        )
+    if unsure:
+        print(f"{path}: {unsure}")
+    pairs = [(row, answer) for row, answer in zip(rows, found, strict=True) if answer is not None]
     if not pairs:
         raise UserError(f"{path}: none of the questions is answered")
     for row, answer in pairs:
@@ -215,7 +221,9 @@ def model_id_of(answers: Sequence[Mapping[str, Any]], path: Path) -> str:
     """
     names = {str(answer.get("model_id") or path.stem) for answer in answers}
     if len(names) != 1:
-        raise UserError(f"{path}: answers of several models in one file: {_some(names)} (give one file per model)")
+        raise UserError(
+            f"{path}: answers of several models in one file: {some(sorted(names))} (give one file per model)"
+        )
     name = names.pop()
     if name in (".", "..") or "/" in name or "\\" in name or "\0" in name:
         raise UserError(f"{path}: model_id {name!r} cannot name a folder (give the model folder's own name)")
@@ -231,12 +239,6 @@ def _refuse_shared_outputs(jobs: Sequence[_Job]) -> None:
                 f"{other} and {job.path} would both write {job.target} (keep them in folders of their own, "
                 f"and with --output-dir give them different model_ids)"
             )
-
-
-def _some(names: Sequence[str] | set[str]) -> str:
-    ordered = sorted(names, key=lambda name: (len(name), name))
-    more = f" and {len(ordered) - NAMED_IDS} more" if len(ordered) > NAMED_IDS else ""
-    return ", ".join(ordered[:NAMED_IDS]) + more
 
 
 # -- writing ---------------------------------------------------------------------------------------------------------
@@ -270,16 +272,40 @@ def _checksums(provenance: Any) -> Any:
     return [_checksums(value) for value in provenance] if isinstance(provenance, list) else provenance
 
 
-def _row_values(rows: Sequence[Row], answers: Sequence[Mapping[str, Any]], per_row: Mapping[str, list]):
+def write_caption_scores(path: Path, scores: Mapping[str, Any]) -> None:
+    """The caption metrics alone, as the prototype wrote them: ``{group: {"Bleu_1": value, ...}}``, ``overall`` first.
+
+    A metric that is missing (METEOR without Java) is left out.
+    """
+    groups = scores["groups"]
+    found = {}
+    for name in [OVERALL, *sorted(groups.keys() - {OVERALL})]:
+        figures = groups[name]["figures"]
+        values = {theirs: figures[ours]["value"] for ours, theirs in PROTOTYPE_NAMES.items()}
+        found[name] = {theirs: value for theirs, value in values.items() if value is not None}
+    with atomic_write(path) as stream:
+        json.dump(found, stream, indent=4, ensure_ascii=False, allow_nan=False)
+        stream.write("\n")
+    print(f"wrote {path}")
+
+
+def _row_values(
+    rows: Sequence[Row],
+    answers: Sequence[Mapping[str, Any]],
+    per_row: Mapping[str, list],
+    by_domain: Sequence[Mapping[str, Mapping[str, float]]],
+) -> Iterator[dict[str, Any]]:
     for number, (row, answer) in enumerate(zip(rows, answers, strict=True)):
         yield {
             "question_id": row.id,
+            **({} if row.position is None else {"position": row.position}),
             "domain": row.domain,
             "answer_type": row.answer_type,
             "question": row.question,
             "reference": row.answer,
             "prediction": answer["text"],
             "scores": {name: column[number] for name, column in per_row.items() if column[number] is not None},
+            **({"scores_by_domain": by_domain[number]} if by_domain[number] else {}),
         }
 
 
@@ -302,7 +328,10 @@ def score_table(scores: Mapping[str, Any]) -> str:
     ]
     tokenizer = scores["tokenizer"].split(" (")[0]
     title = f"\n{scores['model_id']}  (95 % bootstrap interval in brackets; tokenizer: {tokenizer})"
-    reasons = [
+    several, none = scores.get("rows_of_several_domains"), scores.get("rows_of_no_domain")
+    reasons = [f"rows of several domains, counted under each and overall once: {several}"] if several else []
+    reasons += [f"rows of no domain, counted overall alone: {none}"] if none else []
+    reasons += [
         f"{metric}: missing, {figure['reason']}"
         for metric, figure in groups[OVERALL]["figures"].items()
         if figure["value"] is None

@@ -20,7 +20,7 @@ from llava.data.prompt import check_aspect_ratio
 from llava.data.rows import Row, read_rows
 from llava.data.samples import check_image_files
 from llava.eval.answer_chunk import Chunk
-from llava.eval.generation import Generation, Loading, check_route
+from llava.eval.generation import Generation, Loading, check_route, given_tasks
 from llava.eval.loading_flags import asked_prompt
 from llava.model.builder import check_slots_fit
 from llava.model.configs import llava_config
@@ -144,6 +144,7 @@ class Evaluation:
         if settings.image_aspect_ratio:
             check_aspect_ratio(settings.image_aspect_ratio)
         check_questions(self.rows, self.sequence)
+        given_tasks(self.rows, settings.route or None)  # refuses rows that the oracle route knows no task for
         for task in self.sequence.tasks:
             for file in task.files:
                 require_file(file, "training file", "the majority baselines need it; make it with: python fusion.py")
@@ -169,21 +170,17 @@ def check_questions(rows: Sequence[Row], sequence: TaskSequence) -> None:
     """Refuse test questions that could not be scored for the accuracy matrix.
 
     Raises:
-        UserError: a row without a domain or an answer, an id used twice, a task without rows.
+        UserError: a row without an answer, a task without rows.
     """
-    seen: dict[str, Row] = {}
     for row in rows:
-        if row.domain is None:
-            raise UserError(f"{sequence.test}: question_id {row.id!r} has no domain (add 'domain' to the question row)")
         if row.answer is None:
             raise UserError(
                 f"{sequence.test}: question_id {row.id!r} has no reference answer (add 'gpt4_answer' to the row)"
             )
-        if seen.setdefault(str(row.id), row) is not row:
-            raise UserError(f"{sequence.test}: question_id {row.id!r} occurs twice (ids must be unique)")
-    absent = [task for task in sequence.task_names if not any(row.domain == task for row in rows)]
+    domains = list(dict.fromkeys(domain for row in rows for domain in row.domains))
+    absent = [task for task in sequence.task_names if task not in domains]
     if absent:
         raise UserError(
             f"{sequence.test}: no question is of task {absent[0]!r} (its domains are "
-            f"{', '.join(dict.fromkeys(str(row.domain) for row in rows))}); add some, or name the task as they do"
+            f"{', '.join(domains) or 'none'}); add some, or name the task as they do"
         )

@@ -68,7 +68,7 @@ def given_tasks(rows: Sequence[Row], route: str | None, task: str | None = None)
     """The task of each row where it is given away, else ``None``.
 
     Raises:
-        UserError: ``oracle`` and a row without a domain.
+        UserError: ``oracle`` and a row that has no domain, or several.
     """
     if task:
         return [task] * len(rows)
@@ -76,7 +76,10 @@ def given_tasks(rows: Sequence[Row], route: str | None, task: str | None = None)
         return [None] * len(rows)
     for row in rows:
         if row.domain is None:
-            raise UserError(f"--route oracle needs each row's domain; question_id {row.id!r} has none (use --task-id)")
+            found = f"several ({', '.join(row.domains)})" if row.domains else "none"
+            raise UserError(
+                f"--route oracle needs each row's one domain; question_id {row.id!r} has {found} (use --task-id)"
+            )
     return [row.domain for row in rows]
 
 

@@ -10,16 +10,23 @@ checkpoint's own unless ``--conv-mode`` is given: LLaVA's fixed ``llava_v1`` is 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
+from llava.cli import filled
 from llava.eval import model_vqa_loader
 from llava.utils import run_cli
 
-DEFAULTS = {"temperature": 0.2, "max_new_tokens": 1024, "batch_size": 1}
+DEFAULTS: dict[str, Any] = {"temperature": 0.2, "max_new_tokens": 1024, "batch_size": 1}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Answer one chunk of the question file."""
-    model_vqa_loader.main(argv, **DEFAULTS)
+    eval_model(model_vqa_loader.parse_arguments(argv, description=__doc__, **DEFAULTS))
+
+
+def eval_model(args: Any) -> None:
+    """The same from Python: ``args`` is any object with some of the flags as attributes."""
+    model_vqa_loader.eval_model(filled(model_vqa_loader.Arguments, args, **DEFAULTS))
 
 
 if __name__ == "__main__":

@@ -17,9 +17,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from llava.cli import fail, flag, parse
+from llava.cli import fail, filled, flag, parse
 from llava.data.rows import read_rows
 from llava.eval.answer_chunk import Chunk
 from llava.eval.generation import NO_ROUTE, ORACLE
@@ -54,9 +54,17 @@ class Arguments(PromptFlags, LoadingFlags):
     stale: str = flag("refuse", "what to do with another run's answers file", choices=("refuse", "replace"))
 
 
-def parse_arguments(argv: Sequence[str] | None = None, **defaults: Any) -> Arguments:
-    """The command line; ``defaults`` replace those of the flags."""
-    arguments = parse(Arguments, argv, __doc__, **defaults)
+Kind = TypeVar("Kind", bound=Arguments)
+
+
+def parse_arguments(
+    argv: Sequence[str] | None = None,
+    kind: type[Kind] = Arguments,  # type: ignore[assignment]
+    description: str | None = __doc__,
+    **defaults: Any,
+) -> Kind:
+    """The command line of this command, or of one that adds flags to it; ``defaults`` replace those of the flags."""
+    arguments = parse(kind, argv, description, **defaults)
     for name in ("batch_size", "max_new_tokens", "num_beams"):
         if getattr(arguments, name) < 1:
             fail(f"--{name} must be at least 1")
@@ -65,9 +73,18 @@ def parse_arguments(argv: Sequence[str] | None = None, **defaults: Any) -> Argum
     return arguments
 
 
-def main(argv: Sequence[str] | None = None, **defaults: Any) -> None:
-    """Answer one chunk of the question file; ``defaults`` replace those of the flags."""
-    chunk = chunk_of(parse_arguments(argv, **defaults))
+def main(argv: Sequence[str] | None = None) -> None:
+    """Answer one chunk of the question file."""
+    eval_model(parse_arguments(argv))
+
+
+def eval_model(args: Any) -> None:
+    """The same from Python: ``args`` is any object with some of the flags as attributes."""
+    write(chunk_of(filled(Arguments, args)))
+
+
+def write(chunk: Chunk) -> None:
+    """Answer what the chunk asks for; the model is loaded only where answers are missing."""
     from llava.eval.answerer import Answerer
 
     chunk.write(lambda: Answerer(chunk.base, chunk.loading))

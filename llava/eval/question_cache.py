@@ -80,24 +80,26 @@ class QuestionCache:
     def read_ahead(self, rows: Sequence[Row], encoder: PromptEncoder, pool: ThreadPoolExecutor) -> None:
         """Open the rows' pictures that are not known yet while something else is worked on."""
         for row in rows:
-            key = _key(row, encoder)
-            if row.image is not None and self._known(key) is None and key not in self.coming:
-                self.coming[key] = pool.submit(encoder.open_picture, row)
+            for name in row.shown:
+                key = _key(name, encoder)
+                if self._known(key) is None and key not in self.coming:
+                    self.coming[key] = pool.submit(encoder.open_picture, row, name)
 
-    @torch.no_grad()
-    def look(self, row: Row, encoder: PromptEncoder, model: Any) -> Sight | None:
-        """The row's picture as ``model`` sees it; ``None`` without one.
+    def look(self, row: Row, encoder: PromptEncoder, model: Any) -> list[Sight]:
+        """The pictures of the row's question as ``model`` sees them.
 
         Raises:
-            UserError: the picture cannot be read, naming row and file.
+            UserError: a picture cannot be read, naming row and file.
         """
-        if row.image is None:
-            return None
-        key = _key(row, encoder)
+        return [self._look(row, name, encoder, model) for name in row.shown]
+
+    @torch.no_grad()
+    def _look(self, row: Row, name: str, encoder: PromptEncoder, model: Any) -> Sight:
+        key = _key(name, encoder)
         if (found := self._known(key)) is not None:
             return found
         ahead = self.coming.pop(key, None)
-        pixels, size = encoder.open_picture(row) if ahead is None else ahead.result()
+        pixels, size = encoder.open_picture(row, name) if ahead is None else ahead.result()
         pixels = pixels.to(model.device)
         features = model.vision_features([pixels])[0][0]
         tiles = pixels if pixels.dim() == 4 else pixels[None]
@@ -123,5 +125,5 @@ class QuestionCache:
             self.recent.popitem(last=False)
 
 
-def _key(row: Row, encoder: PromptEncoder) -> tuple:
-    return str(encoder.image_folder), row.image, encoder.prompt.aspect_ratio
+def _key(name: str, encoder: PromptEncoder) -> tuple:
+    return str(encoder.image_folder), name, encoder.prompt.aspect_ratio

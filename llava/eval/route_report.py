@@ -5,8 +5,8 @@
 
 ``--slots`` is a key file, a merged file or a stage checkpoint's folder. Each router in ``--routers`` is measured on the
 same queries; the first one gets the mistakes and the picture. Rows of domains that are no task (and those of
-``--unknown-file``) measure how well unknown inputs are noticed. Text goes to the terminal, ``route_report.json`` and
-``route_report.png`` to ``--output_dir``.
+``--unknown-file``) measure how well unknown inputs are noticed; rows with no domain, or several, are left out. Text
+goes to the terminal, ``route_report.json`` and ``route_report.png`` to ``--output_dir``.
 """
 
 from __future__ import annotations
@@ -109,10 +109,12 @@ def read_queries(arguments: Arguments, slots: Any, base: Path) -> tuple[list, An
         files.append((arguments.unknown_file, arguments.unknown_images or arguments.image_folder))
     rows, parts, settings = [], [], slots.settings
     for file, folder in files:
-        mine = read_rows(file)
-        for row in mine:
-            if row.domain is None:
-                raise UserError(f"{file}: question_id {row.id!r} has no domain, so its route cannot be judged")
+        given = read_rows(file)
+        mine = [row for row in given if row.domain is not None]
+        if not mine:
+            raise UserError(f"{file}: no row has one domain, so no route can be judged (add 'domain' to the rows)")
+        if len(mine) < len(given):
+            print(f"{file}: {len(given) - len(mine)} of {len(given)} rows have no domain, or several: left out")
         rows += mine
         parts.append(
             compute_queries(

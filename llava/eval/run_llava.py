@@ -14,14 +14,17 @@ import io
 import sys
 import urllib.error
 import urllib.request
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
-from typing import Any
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
-from llava.cli import flag, parse
+from llava.cli import filled, flag, parse
 from llava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_PLACEHOLDER
 from llava.eval.loading_flags import LoadingFlags, PromptFlags, asked_prompt, generation_of, loading_of
 from llava.utils import UserError, quiet_libraries, run_cli
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 URL_TIMEOUT = 30  # seconds
 
@@ -51,8 +54,8 @@ def eval_model(args: Any) -> str:
     """
     from llava.eval.answerer import Answerer
 
-    arguments = _with_defaults(args)
-    pictures = load_pictures(arguments.image_file, arguments.sep)
+    arguments = filled(Arguments, args)
+    pictures = load_images(image_parser(arguments))
     answerer = Answerer(arguments.model_base, loading_of(arguments))
     answerer.use(arguments.model_path, arguments.route, arguments.task_id, **asked_prompt(arguments))
     turns = [("human", with_pictures(arguments.query, len(pictures)))]
@@ -63,38 +66,37 @@ def eval_model(args: Any) -> str:
     return text
 
 
-def _with_defaults(args: Any) -> Arguments:
-    for name in ("model_path", "image_file", "query"):
-        if not hasattr(args, name):
-            raise UserError(f"eval_model needs args.{name}")
-    return Arguments(
-        **{entry.name: getattr(args, entry.name) for entry in fields(Arguments) if hasattr(args, entry.name)}
-    )
+def image_parser(args: Any) -> list[str]:
+    """The names in ``args.image_file``: a text with ``args.sep`` between them, or a list."""
+    return args.image_file.split(args.sep) if isinstance(args.image_file, str) else list(args.image_file)
 
 
-def load_pictures(names: str, sep: str = ",") -> list:
+def load_images(image_files: Iterable[str]) -> list[Image]:
     """RGB pictures from file names or URLs.
 
     Raises:
         UserError: one cannot be read, naming it.
     """
-    from llava.mm_utils import load_image
-
-    return [
-        _from_url(name) if name.startswith(("http://", "https://")) else load_image(name) for name in names.split(sep)
-    ]
+    return [load_image(name) for name in image_files]
 
 
-def _from_url(url: str):
+def load_image(image_file: str) -> Image:
+    """An RGB picture from a file name or URL.
+
+    Raises:
+        UserError: it cannot be read, naming it.
+    """
+    from llava import image_io
+
+    if not image_file.startswith(("http://", "https://")):
+        return image_io.load_image(image_file)
     from PIL import Image, UnidentifiedImageError
 
-    from llava.image_io import to_rgb
-
     try:
-        with urllib.request.urlopen(url, timeout=URL_TIMEOUT) as stream:
-            return to_rgb(Image.open(io.BytesIO(stream.read())))
+        with urllib.request.urlopen(image_file, timeout=URL_TIMEOUT) as stream:
+            return image_io.to_rgb(Image.open(io.BytesIO(stream.read())))
     except (urllib.error.URLError, TimeoutError, UnidentifiedImageError) as error:
-        raise UserError(f"no picture can be had from {url} ({error}); download it and give the file") from error
+        raise UserError(f"no picture can be had from {image_file} ({error}); download it and give the file") from error
 
 
 def with_pictures(query: str, count: int) -> str:

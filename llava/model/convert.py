@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import PretrainedConfig, PreTrainedTokenizerBase
+from transformers import BaseImageProcessor, PretrainedConfig, PreTrainedTokenizerBase
 
 from llava.checkpoints.card import CARD_FILE, NOT_CLINICAL, PIPELINE, TAGS, licence_section, public_name, write_card
 from llava.checkpoints.checkpoint import Checkpoint
@@ -29,7 +29,9 @@ from llava.conversation import conv_mode_for
 from llava.files import atomic_folder, atomic_write
 from llava.model.chat_template import faithful_template
 from llava.model.configs import llava_config
-from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower, shipped_image_processor
+from llava.model.multimodal_encoder.builder import build_vision_tower
+from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower
+from llava.model.multimodal_encoder.tower import VisionTower, tower_kind
 from llava.utils import UserError, rank0_print
 
 FROM_HF, TO_HF_DIRECTION = "from_hf", "to_hf"
@@ -91,10 +93,13 @@ def _from_hf(source: Checkpoint, target: Path) -> None:
 def _to_hf(source: Checkpoint, target: Path) -> None:
     config = llava_config(source)
     tokenizer = load_tokenizer(source.folder)
-    tower = None
-    if getattr(config, "vision_config", None) is None:
-        tower = CLIPVisionTower(getattr(config, "mm_vision_tower", None) or "", args=config)
+    tower = None if getattr(config, "vision_config", None) else build_vision_tower(config)
     vision = tower.config.to_dict() if tower else dict(config.vision_config)
+    kind = tower_kind(vision.get("model_type"), "the checkpoint's vision tower")
+    if kind is not CLIPVisionTower:
+        raise UserError(
+            f"the checkpoint's vision tower is {kind.name}; only CLIP towers are written to Hugging Face's layout"
+        )
     image_token = _image_token(tokenizer)
     _set_chat_template(tokenizer, conv_mode_for(config, source.name), config)
     config.vocab_size = max(config.vocab_size, image_token + 1)
@@ -109,7 +114,7 @@ def _plain_values(config: PretrainedConfig) -> dict[str, Any]:
     return {**values, "model_type": config.model_type}
 
 
-def _hf_shards(source: Checkpoint, vocabulary: int, tower: CLIPVisionTower | None) -> Iterator[dict[str, Tensor]]:
+def _hf_shards(source: Checkpoint, vocabulary: int, tower: VisionTower | None) -> Iterator[dict[str, Tensor]]:
     for shard in shards(source):
         for key in VOCABULARY_TENSORS:
             if key in shard:
@@ -149,13 +154,11 @@ def _write_processor(
     tokenizer: PreTrainedTokenizerBase,
     config: PretrainedConfig,
     vision: dict[str, Any],
-    tower: CLIPVisionTower | None,
+    tower: VisionTower | None,
 ) -> None:
     """Tokenizer, image processor and the file that tells transformers' processor how many tokens a picture is."""
-    from transformers import CLIPVisionConfig
-
     tokenizer.save_pretrained(target)
-    processor: Any = tower.image_processor if tower else shipped_image_processor(source, CLIPVisionConfig(**vision))
+    processor: Any = tower.image_processor if tower else _shipped_processor(source, vision)
     pictures, mode = processor.to_dict(), getattr(config, "image_aspect_ratio", None)
     if mode == "anyres":
         pinpoints = [[height, width] for width, height in config.image_grid_pinpoints]
@@ -172,6 +175,10 @@ def _write_processor(
         "num_additional_image_tokens": 1,
     }
     _write_json(target / "processor_config.json", settings)
+
+
+def _shipped_processor(source: Path, vision: dict[str, Any]) -> BaseImageProcessor:
+    return CLIPVisionTower.shipped_processor(source, CLIPVisionTower.config_class(**vision))
 
 
 def shards(source: Checkpoint) -> Iterator[dict[str, Tensor]]:

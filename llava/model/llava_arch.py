@@ -3,15 +3,16 @@
 Two mix-ins, shared by every language model back-end:
 
 - ``LlavaMetaModel`` adds the vision tower and the projector to a decoder (``LlamaModel``, ``MistralModel``).
-- ``LlavaMetaForCausalLM`` adds ``forward`` and ``generate`` that take images and questions. The route (which slots,
-  with which weights, for each question) is decided once, before the first token, and is reused by every decoding step.
-  An adapter (``llava.slots.adapter``) decides it and acts on it: its offsets reach the projections as a keyword
-  argument (``llava.slots.offsets``), its prefix embeddings stand in front of the prompt.
+- ``LlavaMetaForCausalLM`` adds ``forward`` and ``generate`` that take images (``PicturedText``) and questions. The
+  route (which slots, with which weights, for each question) is decided once, before the first token, and is reused by
+  every decoding step. An adapter (``llava.slots.adapter``) decides it and acts on it: its offsets reach the projections
+  as a keyword argument (``llava.slots.offsets``), its prefix embeddings stand in front of the prompt.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,22 +21,19 @@ from llava.constants import (
     DEFAULT_IM_END_TOKEN,
     DEFAULT_IM_START_TOKEN,
     DEFAULT_IMAGE_PATCH_TOKEN,
-    IGNORE_INDEX,
     IMAGE_TOKEN_INDEX,
 )
+from llava.model.decision import Prefill, cache_of, cached_length, carried, carry, continue_mask
 from llava.model.multimodal_encoder.builder import build_vision_tower
 from llava.model.multimodal_projector.builder import build_vision_projector, load_projector
-from llava.model.vision.tiles import merge_tiles, unpad_image
-from llava.padding import pad
-from llava.slots.adapter import Action, Adapter
-from llava.slots.offsets import install_offset_hooks
+from llava.model.pictured_text import PicturedText
+from llava.model.routed import Asked, Routed
+from llava.model.vision.hand_out import Images, are_modalities
+from llava.model.vision.tiles import unpad_image
 from llava.slots.picture_query import image_queries
-from llava.slots.queries import Query
 from llava.slots.route import Route
 
 __all__ = ["LlavaMetaForCausalLM", "LlavaMetaModel", "unpad_image"]
-
-Images = Tensor | Sequence[Tensor | None]
 
 
 class LlavaMetaModel:
@@ -71,39 +69,13 @@ class LlavaMetaModel:
             load_projector(self.mm_projector, model_args.pretrain_mm_mlp_adapter)
 
 
-class LlavaMetaForCausalLM:
+class LlavaMetaForCausalLM(Routed, PicturedText):
     """``forward`` and ``generate`` with images and per-question routes, for any decoder with LLaVA's mix-in."""
-
-    def init_routing(self) -> None:
-        """Called by the back-end's ``__init__``: no adapter yet."""
-        self.retriever: Adapter | None = None
-        self.last_route: Route | None = None
-        self._action_cache: tuple[()] | tuple[Tensor, Action] | None = None  # None but in generate()
-        self._offset_hooks: list = []
 
     # -- parts ---------------------------------------------------------------------------------------------------
 
     def get_model(self) -> LlavaMetaModel:
         return self.model
-
-    def get_vision_tower(self):
-        return self.get_model().get_vision_tower()
-
-    def attach_adapter(self, adapter: Adapter) -> None:
-        """Let ``adapter`` act from the next forward pass on, instead of the one before."""
-        self.detach_adapter()
-        adapter.to(self.device)
-        self.retriever = adapter
-        self.config.retriever = adapter.settings.to_dict()
-        self._offset_hooks = install_offset_hooks(self.get_model().layers, adapter.settings.targets)
-
-    def detach_adapter(self) -> None:
-        """Be the base model again: no hook and no entry in the config is left."""
-        for hook in self._offset_hooks:
-            hook.remove()
-        self._offset_hooks = []
-        self.retriever = self.last_route = self._action_cache = None
-        vars(self.config).pop("retriever", None)
 
     def initialize_vision_tokenizer(self, model_args, tokenizer) -> None:
         """Add the picture tokens that early LLaVA prompts hold; their embeddings start as the mean of the others."""
@@ -117,70 +89,59 @@ class LlavaMetaForCausalLM:
             for table in (self.get_input_embeddings().weight, self.get_output_embeddings().weight):
                 table[-added:] = table[:-added].mean(0)
 
-    # -- images --------------------------------------------------------------------------------------------------
+    def image_query(self, features: list[list[Tensor]], images: Images | None) -> Tensor | None:
+        """Image queries ``[batch, image_dim]`` from tower features and pixels; ``None`` where no slot asks for them."""
+        if self.retriever is None or not self.retriever.active or not self.retriever.settings.uses_images:
+            return None
+        settings = self.retriever.settings
+        pixels = [[] for _ in features] if images is None else self.read_images(images)
+        return image_queries(settings.image_query, features, pixels, settings.image_dim)
 
-    def vision_features(self, images: Images) -> list[list[Tensor]]:
-        """Tower features per sample and image: ``[[ [tiles, patches, mm_hidden_size], ...], ...]``.
-
-        ``images`` is a batch ``[batch, 3, h, w]`` or one entry per sample: ``None`` (no image), ``[3, h, w]``,
-        ``[tiles, 3, h, w]`` (tiles of one picture with ``image_aspect_ratio: anyres``, else several pictures), or a
-        list of those.
-        """
-        pictures = [self._pictures(entry) for entry in images]  # per sample: list of [tiles, 3, h, w]
-        flat = [picture for sample in pictures for picture in sample]
-        if not flat:
-            return [[] for _ in pictures]
-        tower, dtype = self.get_vision_tower(), self.get_model().embed_tokens.weight.dtype
-        if self.training:
-            pieces = iter(tower(torch.cat(flat).to(dtype)).split([len(picture) for picture in flat]))
-        else:  # each picture by itself: kernels are picked by batch size, and a route must not depend on its batch
-            pieces = iter([tower(picture.to(dtype)) for picture in flat])
-        return [[next(pieces) for _ in sample] for sample in pictures]
-
-    def _pictures(self, entry) -> list[Tensor]:
-        if entry is None:
-            return []
-        if isinstance(entry, (list, tuple)):
-            return [picture for part in entry for picture in self._pictures(part)]
-        if entry.dim() == 3:
-            return [entry.unsqueeze(0)]
-        if getattr(self.config, "image_aspect_ratio", None) == "anyres":
-            return [entry]
-        return [picture.unsqueeze(0) for picture in entry]
-
-    def project_features(self, features: list[list[Tensor]], image_sizes=None) -> list[list[Tensor]]:
-        """Projected features per sample and image: ``[tokens, hidden]``, tiles merged as the config says."""
-        model, sizes = self.get_model(), _per_picture_sizes(features, image_sizes)
-        newline = getattr(model, "image_newline", None)
-        flat = [picture for sample in features for picture in sample]
-        if not flat:
-            return features
-        projected = model.mm_projector(torch.cat(flat)).split([len(picture) for picture in flat])
-        tower = self.get_vision_tower()
-        merged = iter(
-            merge_tiles(tiles, size, self.config, tower.num_patches_per_side, tower.config.image_size, newline)
-            for tiles, size in zip(projected, sizes, strict=True)
-        )
-        return [[next(merged) for _ in sample] for sample in features]
-
-    def encode_images(self, images: Tensor) -> Tensor:
-        """LLaVA's helper: ``[images, 3, h, w] -> [images, patches, hidden]``."""
-        return self.get_model().mm_projector(self.get_vision_tower()(images))
-
-    # -- text and images together ----------------------------------------------------------------------------------
+    # -- text and pictures together --------------------------------------------------------------------------------
 
     def prepare_inputs_labels_for_multimodal(
-        self, input_ids, position_ids, attention_mask, past_key_values, labels, images, image_sizes=None
+        self,
+        input_ids,
+        position_ids,
+        attention_mask,
+        past_key_values,
+        labels,
+        images,
+        image_sizes=None,
+        modalities=None,
+        questions: Sequence[str] | None = None,
+        text_query: Tensor | None = None,
+        image_query: Tensor | None = None,
+        tasks: Sequence[str | None] | None = None,
+        route: Route | str | None = None,
     ):
         """LLaVA's entry point: replace ``<image>`` placeholders by features.
+
+        LLaVA-NeXT's order, ``modalities`` before ``image_sizes``, is known by its names. The arguments behind them are
+        those of ``forward``: the route is decided here, and ``forward`` and ``generate`` know it by the embeddings.
 
         Returns ``(None, position_ids, attention_mask, past_key_values, inputs_embeds, labels)``, or the arguments
         unchanged (with ``inputs_embeds`` None) when there is nothing to splice.
         """
+        if are_modalities(image_sizes):
+            image_sizes, modalities = modalities, image_sizes
+        pictures, image_sizes = self.hand_out(input_ids, attention_mask, images, image_sizes, modalities)
         if self.get_vision_tower() is None or images is None or input_ids.shape[1] == 1:
             return input_ids, position_ids, attention_mask, past_key_values, None, labels
-        features = self.project_features(self.vision_features(images), image_sizes)
-        embeds, mask, positions, new_labels = self._splice(input_ids, attention_mask, labels, features)
+        pictures = [[] for _ in input_ids] if pictures is None else pictures
+        features = self.vision_features(pictures)
+        asked = Asked(questions, text_query, image_query, tasks, route)
+        if cached_length(past_key_values):
+            decision = self._continued(asked, carried(past_key_values))
+        else:
+            decision = self._begun(asked, input_ids, None, attention_mask, labels, features, pictures)
+        prefix = decision.action(len(input_ids), self.get_model().embed_tokens.weight.dtype).prefix
+        projected = self.project_features(features, image_sizes)
+        embeds, mask, positions, new_labels = self._splice(
+            input_ids, attention_mask, labels, projected, prefix=None if cached_length(past_key_values) else prefix
+        )
+        self._embedding_routes.remember(embeds, decision.route)
+        self._settle(decision.route)
         return (
             None,
             positions if position_ids is not None else None,
@@ -189,87 +150,6 @@ class LlavaMetaForCausalLM:
             embeds,
             new_labels if labels is not None else None,
         )
-
-    def _splice(
-        self,
-        input_ids,
-        attention_mask,
-        labels,
-        features: list[list[Tensor]],
-        padding_side: str | None = None,
-        prefix: Tensor | None = None,
-    ):
-        """Embeddings ``[batch, length, hidden]``, mask, positions and labels with the pictures in their places.
-
-        Each sample uses its own pictures only; a count that does not match its placeholders is a ``ValueError``. A
-        ``prefix`` ``[batch, prefix length, hidden]`` goes in front of each sample, behind its padding.
-        """
-        keep = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
-        rows, row_labels = [], []
-        for index, pictures in enumerate(features):
-            ids = input_ids[index][keep[index]]
-            row_label = torch.full_like(ids, IGNORE_INDEX) if labels is None else labels[index][keep[index]]
-            embeds, spliced = self._splice_row(index, ids, row_label, pictures)
-            if prefix is not None:
-                embeds = torch.cat([prefix[index].to(embeds.dtype), embeds])
-                spliced = torch.cat([spliced.new_full((prefix.shape[1],), IGNORE_INDEX), spliced])
-            rows.append(embeds)
-            row_labels.append(spliced)
-        limit = getattr(self.config, "tokenizer_model_max_length", None)
-        if limit is not None:
-            limit += 0 if prefix is None else prefix.shape[1]
-            rows, row_labels = [row[:limit] for row in rows], [row[:limit] for row in row_labels]
-        side = padding_side or getattr(self.config, "tokenizer_padding_side", None) or "right"
-        embeds, mask = pad(rows, side)
-        positions = (mask.cumsum(1) - 1) * mask  # counted from each row's own start; 0 on padding
-        return embeds, mask, positions, pad(row_labels, side, IGNORE_INDEX)[0]
-
-    def _splice_row(self, index: int, ids: Tensor, labels: Tensor, pictures: list[Tensor]) -> tuple[Tensor, Tensor]:
-        places = (ids == IMAGE_TOKEN_INDEX).nonzero().flatten().tolist()
-        if len(places) != len(pictures):
-            raise ValueError(
-                f"sample {index} of the batch has {len(places)} <image> placeholder(s) but {len(pictures)} picture(s)"
-            )
-        embed = self.get_model().embed_tokens
-        pieces, piece_labels, start = [], [], 0
-        for place, picture in zip([*places, len(ids)], [*pictures, None], strict=True):
-            pieces.append(embed(ids[start:place]))
-            piece_labels.append(labels[start:place])
-            if picture is not None:
-                pieces.append(picture.to(pieces[0].dtype))
-                piece_labels.append(labels.new_full((len(picture),), IGNORE_INDEX))
-            start = place + 1
-        return torch.cat(pieces), torch.cat(piece_labels)
-
-    # -- route ---------------------------------------------------------------------------------------------------
-
-    def image_query(self, features: list[list[Tensor]], images: Images | None) -> Tensor | None:
-        """Image queries ``[batch, image_dim]`` from tower features and pixels; ``None`` where no slot asks for them."""
-        if self.retriever is None or not self.retriever.active or not self.retriever.settings.uses_images:
-            return None
-        settings = self.retriever.settings
-        pixels = [[] for _ in features] if images is None else [self._pictures(entry) for entry in images]
-        return image_queries(settings.image_query, features, pixels, settings.image_dim)
-
-    def route(self, text_query: Tensor | None, image_query: Tensor | None, tasks=None) -> Route | None:
-        """The route of each sample, or ``None`` when no slot may be selected (the base model answers)."""
-        if self.retriever is None or not self.retriever.active:
-            return None
-        text_query = None if text_query is None else text_query.to(self.device)
-        image_query = None if image_query is None else image_query.to(self.device)
-        return self.retriever.decide(Query(text_query, image_query), tasks)
-
-    def _action(self, route: Route | None, dtype: torch.dtype) -> Action:
-        """What the route does; in ``generate`` later steps of the same questions find it ready."""
-        if route is None:
-            return Action()
-        cached = self._action_cache
-        if cached and cached[0] is route.slot_indices:
-            return cached[1]
-        action = self.retriever.act(route, dtype)
-        if cached is not None:
-            self._action_cache = (route.slot_indices, action)
-        return action
 
     # -- forward and generate --------------------------------------------------------------------------------------
 
@@ -283,10 +163,14 @@ class LlavaMetaForCausalLM:
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         images: Images | None = None,
-        image_sizes: list[tuple[int, int]] | None = None,
+        image_sizes: Any = None,
+        modalities: Sequence[str] | None = None,
         image_features: list[list[Tensor]] | None = None,
+        questions: Sequence[str] | None = None,
         text_query: Tensor | None = None,
         image_query: Tensor | None = None,
+        tasks: Sequence[str | None] | None = None,
+        route: Route | str | None = None,
         slot_indices: torch.LongTensor | None = None,
         slot_weights: Tensor | None = None,
         **kwargs,
@@ -294,31 +178,51 @@ class LlavaMetaForCausalLM:
         """Next-token logits, and the cross-entropy on ``labels`` where given.
 
         Args:
-            images, image_sizes: pictures per sample (see ``vision_features``) and their original ``(width, height)``.
+            images, image_sizes: the batch's pictures (see ``vision.hand_out``) and their original ``(width, height)``.
+            modalities: LLaVA-NeXT's; pictures are known, videos are not.
             image_features: what ``vision_features(images)`` gives, computed before; then ``images`` is not needed.
-            text_query: ``[batch, text_dim]`` encoded questions; with the pictures they decide the route.
-            image_query: ``[batch, image_dim]`` computed before; by default it comes from the pictures.
-            slot_indices, slot_weights: ``[batch, k]`` a route already decided (decoding steps pass it along).
+            questions, text_query, image_query, tasks: as in ``generate``; with a filled cache they count for nothing.
+            route: a route decided before, or ``"none"``: the base model answers.
+            slot_indices, slot_weights: ``[batch, k]`` a route decided before, as its two tensors.
+
+        Without a word of the question the prompt's own decides (see ``QuestionReader.read``). A step with a filled
+        cache keeps the route of its prefill, and ``inputs_embeds`` that of ``prepare_inputs_labels_for_multimodal``.
+
+        Raises:
+            ValueError: the route of a cache or of embeddings is not known.
         """
+        length = cached_length(past_key_values)
+        before = carried(past_key_values) if length else None
+        if length and input_ids is not None and not (input_ids == IMAGE_TOKEN_INDEX).any():
+            images = image_features = None  # of the prefill; some loops hand them over at every step
+        if image_features is None or images is not None:
+            images, image_sizes = self.hand_out(input_ids, attention_mask, images, image_sizes, modalities)
         if image_features is None and images is not None and self.get_vision_tower() is not None:
             image_features = self.vision_features(images)
-        pictured = inputs_embeds is None and image_features is not None
-        features = image_features if pictured else [[] for _ in _first_given(input_ids, inputs_embeds, text_query)]
-        route = None if slot_indices is None else Route(slot_indices, slot_weights)
-        if route is None and (pictured or (text_query is not None and past_key_values is None)):
-            image_query = self.image_query(features, images) if image_query is None else image_query
-            route = self.route(text_query, image_query)
+        given = route if slot_indices is None else Route(slot_indices, slot_weights)
+        asked = Asked(questions, text_query, image_query, tasks, given)
+        if length:
+            decision = self._continued(asked, before)
+        else:
+            decision = self._begun(asked, input_ids, inputs_embeds, attention_mask, labels, image_features, images)
+        rows = len(_first_given(input_ids, inputs_embeds))
         dtype = self.get_model().embed_tokens.weight.dtype if inputs_embeds is None else inputs_embeds.dtype
-        action = self._action(route, dtype)
-        prefixed = inputs_embeds is None and past_key_values is None and action.prefix is not None
-        if pictured or prefixed:
+        action = decision.action(rows, dtype)
+        prefix = None if length else action.prefix
+        spliced_mask = None
+        if inputs_embeds is None and (image_features is not None or prefix is not None):
+            features = [[] for _ in input_ids] if image_features is None else image_features
             projected = self.project_features(features, image_sizes)
             inputs_embeds, attention_mask, position_ids, spliced = self._splice(
-                input_ids, attention_mask, labels, projected, prefix=action.prefix
+                input_ids, attention_mask, labels, projected, prefix=prefix
             )
             labels = None if labels is None else spliced
-            input_ids = None
-        return super().forward(
+            input_ids, spliced_mask = None, attention_mask
+        if before is not None and before.mask is not None:
+            new = _first_given(input_ids, inputs_embeds).shape[1]
+            attention_mask, position_ids = continue_mask(before.mask, rows, new, attention_mask, position_ids)
+            spliced_mask = attention_mask
+        out = super().forward(
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
@@ -329,83 +233,65 @@ class LlavaMetaForCausalLM:
             weight_offset=action.offset,
             **kwargs,
         )
+        carry(cache_of(out, past_key_values), Prefill(decision, spliced_mask))
+        return out
 
     @torch.no_grad()
     def generate(
         self,
         inputs: Tensor | None = None,
         images: Images | None = None,
-        image_sizes: list[tuple[int, int]] | None = None,
+        image_sizes: Any = None,
+        modalities: Sequence[str] | None = None,
         image_features: list[list[Tensor]] | None = None,
         questions: Sequence[str] | None = None,
         text_query: Tensor | None = None,
         image_query: Tensor | None = None,
         tasks: Sequence[str | None] | None = None,
+        route: Route | str | None = None,
         **kwargs,
     ) -> Tensor:
         """Answer token ids ``[batch, new tokens]`` (only the new ones).
 
         Args:
             inputs: ``[batch, length]`` prompt ids with ``IMAGE_TOKEN_INDEX`` where the picture goes (also accepted as
-                ``input_ids``), padded on either side and described by ``attention_mask``.
-            image_features: what ``vision_features(images)`` gives, computed before; then ``images`` is not needed.
+                ``input_ids``), padded on either side and described by ``attention_mask``. Instead of them,
+                ``inputs_embeds`` of ``prepare_inputs_labels_for_multimodal``.
+            images, image_sizes, modalities, image_features: as in ``forward``.
             questions: the plain questions; encoded into the text query when the model has slots that route on text.
+                By default they are read from the prompts.
             text_query: ``[batch, text_dim]`` the same, already encoded.
             image_query: ``[batch, image_dim]`` computed before; by default it comes from the pictures.
             tasks: the true task of each question; given, only that task's slots compete (oracle routing); ``None`` in a
                 row: the router decides.
+            route: a route decided before, or ``"none"``: the base model answers.
 
         The route used is kept as ``last_route`` (``None`` when the base model answered).
-        """
-        if "inputs_embeds" in kwargs:
-            raise ValueError("generate() builds inputs_embeds itself; give input_ids and images")
-        input_ids = kwargs.pop("input_ids", None) if inputs is None else inputs
-        attention_mask = kwargs.pop("attention_mask", None)
-        kwargs.pop("position_ids", None)
-        features: list[list[Tensor]] = [[] for _ in input_ids] if image_features is None else image_features
-        if image_features is None and images is not None and self.get_vision_tower() is not None:
-            features = self.vision_features(images)
-        self.last_route = self._question_route(features, images, questions, text_query, image_query, tasks)
-        slot_indices, slot_weights = _as_pair(self.last_route)
-        projected = self.project_features(features, image_sizes)
-        self._action_cache = ()
-        try:
-            action = self._action(self.last_route, self.get_model().embed_tokens.weight.dtype)
-            embeds, mask, _, _ = self._splice(input_ids, attention_mask, None, projected, "left", action.prefix)
-            return super().generate(
-                inputs_embeds=embeds,
-                attention_mask=mask.long(),
-                slot_indices=slot_indices,
-                slot_weights=slot_weights,
-                **kwargs,
-            )
-        finally:
-            self._action_cache = None
 
-    def _question_route(self, features, images, questions, text_query, image_query, tasks) -> Route | None:
-        if self.retriever is None or not self.retriever.active:
-            return None
-        if text_query is None and self.retriever.settings.uses_text:
-            if questions is None:
-                raise ValueError("this model routes on the question's text: give questions=[...] (or text_query)")
-            text_query = self.retriever.encode_questions(questions)
-        image_query = self.image_query(features, images) if image_query is None else image_query
-        return self.route(text_query, image_query, tasks)
+        Raises:
+            ValueError: the route is not known, or there are not as many questions as prompts.
+        """
+        input_ids = kwargs.pop("input_ids", None) if inputs is None else inputs
+        embeds, mask = kwargs.pop("inputs_embeds", None), kwargs.pop("attention_mask", None)
+        kwargs.pop("position_ids", None)
+        if (input_ids is None) == (embeds is None):
+            raise ValueError("generate() needs the prompts' ids, or inputs_embeds, and not both")
+        if image_features is None or images is not None:
+            images, image_sizes = self.hand_out(input_ids, mask, images, image_sizes, modalities)
+        if image_features is None and images is not None and self.get_vision_tower() is not None:
+            image_features = self.vision_features(images)
+        asked = Asked(questions, text_query, image_query, tasks, route)
+        decision = self._begun(asked, input_ids, embeds, mask, None, image_features, images)
+        self._settle(decision.route)
+        if embeds is None:
+            features = [[] for _ in input_ids] if image_features is None else image_features
+            projected = self.project_features(features, image_sizes)
+            action = decision.action(len(input_ids), self.get_model().embed_tokens.weight.dtype)
+            embeds, mask, _, _ = self._splice(input_ids, mask, None, projected, "left", action.prefix)
+        return super().generate(
+            inputs_embeds=embeds, attention_mask=None if mask is None else mask.long(), route=decision, **kwargs
+        )
 
 
 def _first_given(*values: Tensor | None) -> Tensor:
     return next(value for value in values if value is not None)
-
-
-def _as_pair(route: Route | None) -> tuple[Tensor | None, Tensor | None]:
-    return (None, None) if route is None else (route.slot_indices, route.slot_weights)
-
-
-def _per_picture_sizes(features: list[list[Tensor]], image_sizes) -> list[tuple[int, int] | None]:
-    """One original size per picture; ``image_sizes`` has an entry per sample (a size, or a list of them)."""
-    sizes: list[tuple[int, int] | None] = []
-    for index, sample in enumerate(features):
-        entry = None if image_sizes is None else image_sizes[index]
-        many = isinstance(entry, (list, tuple)) and len(entry) > 0 and isinstance(entry[0], (list, tuple))
-        sizes += list(entry) if many else [entry] * len(sample)
-    return sizes

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from llava.cli import flag, parse
 from llava.eval.loading_flags import LoadingFlags, PromptFlags, asked_prompt, generation_of, loading_of
+from llava.eval.run_llava import load_image, with_pictures
 from llava.utils import quiet_libraries, run_cli
 
 if TYPE_CHECKING:
@@ -44,9 +45,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     quiet_libraries()
     from llava.conversation import get_conversation
     from llava.eval.answerer import Answerer
-    from llava.eval.run_llava import load_pictures
 
-    pictures = load_pictures(arguments.image_file, sep="\0")  # one picture, whatever its name
+    pictures = [load_image(arguments.image_file)]
     answerer = Answerer(arguments.model_base, loading_of(arguments))
     answerer.use(arguments.model_path, arguments.route, arguments.task_id, **asked_prompt(arguments))
     names = get_conversation(answerer.prompt.conv_mode).roles
@@ -58,8 +58,6 @@ def chat(
     answerer: Answerer, pictures: list, generation: Generation, names: Sequence[str], debug: bool = False
 ) -> list[tuple[str, str]]:
     """Questions from the standard input and answers to the standard output, until an empty line; returns the turns."""
-    from llava.eval.run_llava import with_pictures
-
     turns: list[tuple[str, str]] = []
     human, assistant = (name.split("|>")[-1].strip() or name for name in names)
     while question := _read(f"{human}: "):

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,9 @@ QUERY_TABLE_FILE = "query_table.safetensors"
 """Beside a stage's own weights: the table of its queries, where the weights don't hold those numbers any more."""
 EMBEDDING_KEYS = ("model.embed_tokens.weight", "language_model.model.embed_tokens.weight", "embed_tokens.weight")
 
+_ENCODING = threading.Lock()
+"""A fast tokenizer may not be used by two threads at once."""
+
 
 class TextEncoder:
     """Questions to queries: ``encoder(["..."]) -> [batch, dim]`` float32 on the CPU.
@@ -53,7 +57,8 @@ class TextEncoder:
     def __call__(self, questions: Sequence[str]) -> Tensor:
         for question in questions:
             if question not in self._cache:
-                self._cache[question] = self.encode_one(question)
+                with _ENCODING:
+                    self._cache[question] = self.encode_one(question)
         return torch.stack([self._cache[question] for question in questions])
 
     def encode_one(self, question: str) -> Tensor:

@@ -16,6 +16,7 @@ bitsandbytes) does not lose it, because nothing is stored on the projection itse
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -79,11 +80,17 @@ def install_offset_hooks(layers: Iterable[nn.Module], targets: Iterable[str]) ->
     return [hook for index, layer in enumerate(layers) for hook in _hook_layer(layer, index, targets)]
 
 
+class _Current(threading.local):
+    """The offset of the forward pass that this thread is in; others of the same model may run beside it."""
+
+    offset: WeightOffset | None = None
+
+
 def _hook_layer(layer: nn.Module, index: int, targets: tuple[str, ...]) -> list[RemovableHandle]:
-    current: dict[str, WeightOffset | None] = {"offset": None}
+    current = _Current()
 
     def take(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
-        current["offset"] = kwargs.get("weight_offset")
+        current.offset = kwargs.get("weight_offset")
         return args, {name: value for name, value in kwargs.items() if name != "weight_offset"}
 
     # On self_attn, not on the layer: checkpointing recomputes what is inside the layer's forward. Attention runs before
@@ -95,9 +102,9 @@ def _hook_layer(layer: nn.Module, index: int, targets: tuple[str, ...]) -> list[
     return hooks
 
 
-def _adder(current: dict[str, WeightOffset | None], target: str, index: int) -> Callable[..., Tensor | None]:
+def _adder(current: _Current, target: str, index: int) -> Callable[..., Tensor | None]:
     def add(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
-        offset = current["offset"]
+        offset = current.offset
         return None if offset is None else output + offset.apply(target, index, args[0])
 
     return add

@@ -5,10 +5,13 @@
   6 x 6 fields. Organs and modalities differ in it plainly, also where the tower is small or of another domain.
 - ``tower+picture`` (stage 1's default): both, each of unit length, side by side.
 
-Each picture is described by itself, so that its query does not depend on its batch.
+Each picture is described by itself, so that its query does not depend on its batch; a question about several pictures
+has the mean of their queries, each part again of unit length where a picture's is.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -35,6 +38,11 @@ def image_queries(kind: str, features: list[list[Tensor]], pixels: list[list[Ten
     """
     if not features:
         raise ValueError("this model routes on pictures and questions, but the batch has neither")
+    if any(len(sample) > 1 for sample in features):
+        seen = pixels if len(pixels) == len(features) else [[] for _ in features]
+        rows = [_of_sample(kind, *parts, dim) for parts in zip(features, seen, strict=True)]
+        device = next(sample[0].device for sample in features if sample)
+        return torch.stack([row.to(device) for row in rows])
     if kind == "tower":
         return pooled_features(features, dim)
     if [len(sample) for sample in features] != [len(sample) for sample in pixels]:
@@ -44,6 +52,26 @@ def image_queries(kind: str, features: list[list[Tensor]], pixels: list[list[Ten
         return described
     tower = pooled_features(features, dim - PICTURE_DIM)
     return torch.cat([F.normalize(tower, dim=-1), described.to(tower.device)], dim=-1)
+
+
+def joined_query(kind: str, queries: Sequence[Tensor]) -> Tensor:
+    """The query ``[image_dim]`` of a question about one or several pictures, from the query of each."""
+    if len(queries) == 1:
+        return queries[0]
+    mean = torch.stack(list(queries)).mean(0)
+    if kind == "tower":
+        return mean
+    tower, described = mean[:-PICTURE_DIM], mean[-PICTURE_DIM:]  # no tower part in kind "picture"
+    return torch.cat([F.normalize(tower, dim=-1), F.normalize(described, dim=-1)])
+
+
+def _of_sample(kind: str, features: list[Tensor], pixels: list[Tensor], dim: int) -> Tensor:
+    """The query ``[dim]`` of one sample."""
+    if not features:
+        return torch.zeros(dim)
+    seen = [[picture] for picture in pixels] if len(pixels) == len(features) else [[] for _ in features]
+    parts = [image_queries(kind, [[feature]], [tiles], dim)[0] for feature, tiles in zip(features, seen, strict=True)]
+    return joined_query(kind, parts)
 
 
 def pooled_features(features: list[list[Tensor]], width: int) -> Tensor:

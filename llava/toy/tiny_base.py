@@ -163,7 +163,7 @@ class Encoder:
         """Ids and labels of what follows the picture."""
         if (question, answer) not in self.known:
             turns = [("human", question), ("gpt", answer)]
-            ids, labels = conversation_ids(turns, self.tokenizer, self.conv_mode, has_image=True)
+            ids, labels = conversation_ids(turns, self.tokenizer, self.conv_mode, images=1)
             place = ids.index(IMAGE_TOKEN_INDEX)
             self.prefix = ids[:place]
             self.known[question, answer] = (ids[place + 1 :], labels[place + 1 :])

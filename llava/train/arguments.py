@@ -14,8 +14,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import transformers
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 
-from llava.cli import Parser
+from llava.cli import Parser, spelled
+from llava.continual.chain import base_under, stage_given_as_base
 from llava.continual.places import Places
 from llava.continual.sequence import load_sequence, sequence_flag
 from llava.train.ignored_flags import ignored_beside, say_ignored
@@ -30,11 +32,6 @@ _LEAST = {
     "model_max_length": 1,
     "lora_r": 1,
 }
-
-
-def spelled(*names: str) -> list[str]:
-    """Both spellings of further names of a flag."""
-    return [f"--{name}" for name in names] + [f"--{name.replace('_', '-')}" for name in names]
 
 
 def renamed(name: str, old: str) -> Any:
@@ -54,7 +51,11 @@ class ModelArguments:
     """The base model. LLaVA's fields."""
 
     model_name_or_path: str | None = field(
-        default=None, metadata={"help": "base model, path or hub name (default: BASE_MODEL, else the sequence's)"}
+        default=None,
+        metadata={
+            "help": "base model, path or hub name (default: BASE_MODEL, else the sequence's); a stage goes on as the "
+            "stage before, over its own base"
+        },
     )
     version: str | None = field(default=None, metadata={"help": "conversation template (default: the checkpoint's)"})
     attn_implementation: str | None = field(default=None, metadata={"help": "sdpa, eager or flash_attention_2"})
@@ -112,6 +113,7 @@ class EarlyArguments:
 
     deepspeed: str | None = None
     output_dir: str | None = None
+    model_name_or_path: str | None = None
     method: str = TrainingArguments.method
     sequence: str = sequence_flag(aliases=spelled("dataset_type"))
     task: str | None = task_field()
@@ -155,6 +157,9 @@ def parse_arguments(argv: Sequence[str], options: type | None = None, of_sequenc
     if of_sequence and early.output_dir is None and early.task in sequence.task_names:
         before = places.stage_before(early.task)
         parser.set_defaults(output_dir=str(places.stage(early.task)), previous_stage=before and str(before))
+    chained = stage_given_as_base(early.model_name_or_path) if of_sequence else None
+    if chained is not None:
+        parser.set_defaults(previous_stage=str(chained))
     namespace, unknown = parser.parse_known_args(list(argv))
     if unknown:
         raise UserError(f"unknown argument {unknown[0]}; {_nearest(unknown[0], parser)}")
@@ -169,7 +174,11 @@ def parse_arguments(argv: Sequence[str], options: type | None = None, of_sequenc
     if not namespace.model_name_or_path:
         namespace.model_name_or_path = places.base_model()
         rank0_print(f"base model: {namespace.model_name_or_path}")
+    if chained is not None:
+        namespace.model_name_or_path = base_under(chained, namespace.previous_stage, sequence, early.method)
+        rank0_print(f"{chained} is a stage: it is the stage before; base model: {namespace.model_name_or_path}")
     _check_numbers(namespace)
+    namespace.report_to = reporters_here(namespace.report_to)
     try:
         *parsed, without_effect = (
             kind(**{entry.name: getattr(namespace, entry.name) for entry in dataclasses.fields(kind) if entry.init})
@@ -188,6 +197,19 @@ def _check_numbers(namespace: Any) -> None:
             raise UserError(f"--{name} is {value}; give {least} or more")
     if namespace.max_steps <= 0 and not namespace.num_train_epochs > 0:
         raise UserError(f"--num_train_epochs is {namespace.num_train_epochs}; give more than 0")
+
+
+def reporters_here(asked: str | Sequence[str]) -> list[str]:
+    """Where a run can report to, of what ``--report_to`` asks for: a tracker that is not installed is left out, said.
+
+    LLaVA's and the prototype's scripts all ask for wandb.
+    """
+    names = [asked] if isinstance(asked, str) else list(asked)
+    here = get_available_reporting_integrations()
+    lacking = [name for name in names if name in INTEGRATION_TO_CALLBACK and name not in here]
+    for name in lacking:
+        rank0_print(f"note: --report_to {name} is left out: {name} is not installed")
+    return [name for name in names if name not in lacking] or ["none"]
 
 
 def _nearest(flag: str, parser: Parser) -> str:

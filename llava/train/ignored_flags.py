@@ -13,12 +13,14 @@ from typing import Any
 from llava.utils import rank0_print
 
 IN_THE_BASE = "the base checkpoint's config decides"
+FIRST_QUESTION = "a row is routed by its first question (the prototype's firstq), never by an answer"
 NO_EFFECT = "it has no effect here"
 
 
-def ignored(why: str = NO_EFFECT) -> Any:
+def ignored(why: str = NO_EFFECT, **more: Any) -> Any:
     """A flag with any number of values; ``why`` is said where it is given."""
-    return dataclasses.field(default=None, metadata={"help": f"ignored: {why}", "nargs": "*", "metavar": "ANY"})
+    about = {"help": f"ignored: {why}", "nargs": "*", "metavar": "ANY", **more}
+    return dataclasses.field(default=None, metadata=about)
 
 
 @dataclass
@@ -43,9 +45,9 @@ class IgnoredArguments:
     lazy_preprocess: str | None = ignored("rows are always prepared when they are needed")
     is_multimodal: str | None = ignored("rows say themselves whether they have a picture")
     cache_dir: str | None = ignored("HF_HOME says where downloads are kept")
-    disable_task_id: str | None = ignored("routing never sees a task's identity")
-    preprare_retreival_version: str | None = ignored()
-    prepare_retrieval_version: str | None = ignored()
+    disable_task_id: str | None = ignored("a task trains its own slots; answering never sees which task it is")
+    preprare_retreival_version: str | None = ignored(FIRST_QUESTION)
+    prepare_retrieval_version: str | None = ignored(FIRST_QUESTION)
     save_safetensors: str | None = ignored()
     overwrite_output_dir: str | None = ignored()
     logging_dir: str | None = ignored()

@@ -6,7 +6,6 @@ left behind and is never resumed from.
 
 from __future__ import annotations
 
-import contextlib
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -21,7 +20,32 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from llava.continual.methods import Context, Recipe
 from llava.files import atomic_write, full_disk_named
 from llava.train.deepspeed_config import checkpoint_world_size
+from llava.train.sampling import (
+    LengthGroupedSampler,
+    get_length_grouped_indices,
+    get_modality_length_grouped_indices,
+    split_to_even_chunks,
+)
+from llava.train.states import (
+    get_mm_adapter_state_maybe_zero_3,
+    maybe_zero_3,
+    safe_save_model_for_hf_trainer,
+    trainable_state,
+)
 from llava.utils import UserError, is_main_process
+
+# Beside this module's own names those that LLaVA has here, which other trainers import.
+__all__ = [
+    "LLaVATrainer",
+    "LengthGroupedSampler",
+    "get_length_grouped_indices",
+    "get_mm_adapter_state_maybe_zero_3",
+    "get_modality_length_grouped_indices",
+    "last_complete_checkpoint",
+    "maybe_zero_3",
+    "split_groups",
+    "split_to_even_chunks",
+]
 
 COMPLETE = "complete"
 SLOTS_STATE = "trained_slots.pt"
@@ -30,22 +54,48 @@ SLOTS_STATE = "trained_slots.pt"
 class LLaVATrainer(Trainer):
     """``Trainer`` that asks a recipe for its loss, and whose checkpoints are as small as what it trains.
 
+    Without a recipe it is what other programs take from LLaVA: transformers' trainer with LLaVA's sampler, a learning
+    rate of the projector's own (``args.mm_projector_lr``) and, with ``args.tune_mm_mlp_adapter``, checkpoints that
+    hold the projector alone.
+
     Args:
         recipe, context: the continual method, and the stage as it sees it.
+        tokenizer: LLaVA's word for ``processing_class``.
 
     Attributes:
         groups: parameters with optimizer settings of their own (``ParamGroup``); the others have the command's.
     """
 
-    def __init__(self, *args, recipe: Recipe, context: Context, **kwargs):
+    def __init__(self, *args, recipe: Recipe | None = None, context: Context | None = None, tokenizer=None, **kwargs):
+        if tokenizer is not None:
+            kwargs.setdefault("processing_class", tokenizer)
         super().__init__(*args, **kwargs)
         self.recipe, self.context = recipe, context
         self.groups: list[Mapping[str, Any]] = []
+        rate = getattr(self.args, "mm_projector_lr", None)
+        if recipe is None and rate is not None:
+            named = self.model.named_parameters()
+            mine = [value for name, value in named if "mm_projector" in name and value.requires_grad]
+            self.groups = [{"params": mine, "lr": rate}]
+
+    def _get_train_sampler(self, train_dataset=None):
+        """LLaVA's grouped order where ``--group_by_modality_length`` asks for it."""
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        if not getattr(self.args, "group_by_modality_length", False) or dataset is None:
+            return super()._get_train_sampler(train_dataset)
+        steps = self.args.world_size * self.args.gradient_accumulation_steps
+        return LengthGroupedSampler(
+            self.args.train_batch_size,
+            steps,
+            dataset.modality_lengths,
+            group_by_modality=True,
+            seed=self.args.seed if self.args.data_seed is None else self.args.data_seed,
+        )
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The recipe's loss in training, the answers' cross-entropy in evaluation."""
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
-        if model.training:
+        if model.training and self.recipe is not None:
             loss = self.recipe.loss(self.context, inputs, outputs, loss)
         return (loss, outputs) if return_outputs else loss
 
@@ -66,6 +116,12 @@ class LLaVATrainer(Trainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write the trainable tensors only (gathered from all processes under ZeRO-3)."""
+        if self.recipe is None and getattr(self.args, "tune_mm_mlp_adapter", False):
+            safe_save_model_for_hf_trainer(self, output_dir or self.args.output_dir)
+            return
+        if self.recipe is None:
+            super().save_model(output_dir, _internal_call)
+            return
         state = trainable_state(self.model)
         if self.args.should_save:
             Path(output_dir).mkdir(parents=True, exist_ok=True)
@@ -73,6 +129,9 @@ class LLaVATrainer(Trainer):
                 torch.save(state, stream)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
+        if self.recipe is None:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            return
         state = torch.load(Path(resume_from_checkpoint) / SLOTS_STATE, map_location="cpu", weights_only=True)
         parameters = dict((model or self.model).named_parameters())
         with torch.no_grad():
@@ -82,7 +141,7 @@ class LLaVATrainer(Trainer):
     def create_scheduler(self, num_training_steps: int, optimizer=None):
         """Also the moment at which DeepSpeed's engine exists and has not loaded a checkpoint yet."""
         wrapped = getattr(self.accelerator, "deepspeed_engine_wrapped", None)
-        if wrapped is not None:
+        if wrapped is not None and self.recipe is not None:
             _leave_frozen_out(wrapped.engine)
         return super().create_scheduler(num_training_steps, optimizer)
 
@@ -124,45 +183,6 @@ def _leave_frozen_out(engine) -> None:
         return load(*args, **{**kwargs, "load_module_strict": False})
 
     engine.save_checkpoint, engine.load_checkpoint = save_trained, load_trained
-
-
-def trainable_state(model) -> dict[str, torch.Tensor]:
-    """Copies of the parameters that train, on the CPU; under ZeRO-3 every process must call this."""
-    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    with gathered(list(trained.values())):
-        return {name: parameter.detach().float().cpu().clone() for name, parameter in trained.items()}
-
-
-def whole_state(model) -> dict[str, torch.Tensor]:
-    """Every weight of the model but the adapter's, on the CPU of the main process; all processes must call this.
-
-    One tensor at a time, so that ZeRO-3 never holds the whole model on one device.
-    """
-    state = {}
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        if name.startswith("retriever."):
-            continue
-        with gathered([tensor]):
-            if is_main_process():
-                state[name] = tensor.detach().cpu().clone()
-    return state
-
-
-def save_whole_state(folder: Path, model, state: dict[str, torch.Tensor]) -> None:
-    """Write the weights that ``whole_state`` gathered, so that the folder needs no base."""
-    model.save_pretrained(folder, state_dict=state, with_slots=False)
-
-
-@contextlib.contextmanager
-def gathered(parameters: list[torch.nn.Parameter]):
-    """The parameters whole, wherever ZeRO-3 has put their parts."""
-    if any(hasattr(parameter, "ds_id") for parameter in parameters):
-        import deepspeed
-
-        with deepspeed.zero.GatheredParameters(parameters):
-            yield
-    else:
-        yield
 
 
 def last_complete_checkpoint(folder: Path, world_size: int) -> str | None:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -24,12 +23,12 @@ from torch import nn
 from llava.checkpoints.kinds import ADAPTER_CONFIG
 from llava.devices import default_device
 from llava.model.adapters import PEFT_PREFIX, apply_adapter
-from llava.model.builder import quantization_config
+from llava.model.loading import quantization_config
 from llava.train.arguments import TrainingArguments
+from llava.train.states import find_all_linear_names
 from llava.utils import UserError, rank0_print
 
 ADAPTER = "default"  # PEFT's name for the only adapter of a model
-DECODER = re.compile(r"model\.layers\.\d+\.")
 
 
 def add_lora(model: nn.Module, args: TrainingArguments, previous: Path | None, base: str) -> LoraConfig | None:
@@ -72,12 +71,7 @@ def add_lora(model: nn.Module, args: TrainingArguments, previous: Path | None, b
 
 def decoder_linears(model: nn.Module) -> str:
     """A pattern for the decoder's linear layers (quantised ones are linear too): not tower, projector or head."""
-    names = {
-        name.rsplit(".", 1)[1]
-        for name, module in model.named_modules()
-        if DECODER.match(name) and isinstance(module, nn.Linear)
-    }
-    return rf"model\.layers\.\d+\.(self_attn|mlp)\.({'|'.join(sorted(names))})"
+    return rf"model\.layers\.\d+\.(self_attn|mlp)\.({'|'.join(find_all_linear_names(model))})"
 
 
 def save_lora(folder: Path, config: LoraConfig, state: dict[str, torch.Tensor]) -> None:

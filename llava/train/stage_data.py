@@ -11,7 +11,7 @@ from llava.continual.query_cache import QueryCache
 from llava.continual.sequence import TaskSequence
 from llava.data.prompt import Prompt, PromptEncoder
 from llava.data.rows import Row, read_rows
-from llava.data.samples import LazySupervisedDataset
+from llava.data.samples import TrainingSamples
 from llava.devices import default_device
 from llava.mm_utils import get_model_name_from_path
 from llava.model.configs import llava_config
@@ -22,8 +22,8 @@ from llava.utils import rank0_print
 
 
 def read_training_rows(files: list[str]) -> list[Row]:
-    """The files' rows; each has an answer to each question."""
-    return [row for file in files for row in read_rows(file, require_answer=True)]
+    """The files' rows; each has an answer to each question, and its ``domain``, where it has one, is one task."""
+    return [row for file in files for row in read_rows(file, require_answer=True, one_task=True)]
 
 
 def stage_prompt(
@@ -63,12 +63,12 @@ def base_dtype(args: TrainingArguments) -> torch.dtype:
 
 def build_dataset(
     rows: list[Row], encoder: PromptEncoder, settings: RetrieverSettings, source: PictureSource, args: TrainingArguments
-) -> LazySupervisedDataset:
+) -> TrainingSamples:
     """Training samples with their queries, and with the frozen tower's features where these fit the memory.
 
     The rows are checked before anything is computed of them; each picture is then looked at once.
     """
-    dataset, cache = LazySupervisedDataset(rows, encoder), QueryCache(args.query_cache)
+    dataset, cache = TrainingSamples(rows, encoder), QueryCache(args.query_cache)
     texts = None
     if settings.uses_text and settings.encoder:
         texts = text_queries(

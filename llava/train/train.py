@@ -28,10 +28,11 @@ from llava.continual.run import Run
 from llava.continual.sequence import TaskSequence, load_sequence
 from llava.data.prompt import Prompt, PromptEncoder
 from llava.data.rows import Row
-from llava.data.samples import DataCollatorForSupervisedDataset, LazySupervisedDataset, pictures_checksum
+from llava.data.samples import DataCollatorForSupervisedDataset, TrainingSamples, pictures_checksum
 from llava.devices import has_accelerator
-from llava.model.builder import attention, check_slots_fit, load_base
+from llava.model.builder import check_slots_fit, load_base
 from llava.model.configs import llava_config
+from llava.model.loading import attention
 from llava.slots.fit import seed_of
 from llava.slots.pool import Pool
 from llava.slots.settings import RetrieverSettings
@@ -43,18 +44,58 @@ from llava.train.arguments import (
     parse_arguments,
 )
 from llava.train.deepspeed_config import check_agreement, check_deepspeed_config, prepare_cpu_deepspeed
-from llava.train.llava_trainer import (
-    LLaVATrainer,
-    last_complete_checkpoint,
+from llava.train.llava_trainer import LLaVATrainer, last_complete_checkpoint
+from llava.train.lora import add_lora, base_options, save_lora, slots_count_as_adapters
+from llava.train.preprocess import (
+    LazySupervisedDataset,
+    make_supervised_data_module,
+    preprocess,
+    preprocess_llama_2,
+    preprocess_mpt,
+    preprocess_multimodal,
+    preprocess_plain,
+    preprocess_v1,
+    smart_tokenizer_and_embedding_resize,
+)
+from llava.train.stage_data import base_dtype, build_dataset, picture_source, read_training_rows, stage_prompt
+from llava.train.states import (
+    find_all_linear_names,
+    get_mm_adapter_state_maybe_zero_3,
+    get_peft_state_maybe_zero_3,
+    get_peft_state_non_lora_maybe_zero_3,
+    maybe_zero_3,
+    safe_save_model_for_hf_trainer,
     save_whole_state,
     trainable_state,
     whole_state,
 )
-from llava.train.lora import add_lora, base_options, save_lora, slots_count_as_adapters
-from llava.train.stage_data import base_dtype, build_dataset, picture_source, read_training_rows, stage_prompt
 from llava.utils import UserError, rank0_print
 
-__all__ = ["DataCollatorForSupervisedDataset", "LazySupervisedDataset", "train"]
+# Beside this module's own names those that LLaVA has here, which other trainers import.
+__all__ = [
+    "DataArguments",
+    "DataCollatorForSupervisedDataset",
+    "LLaVATrainer",
+    "LazySupervisedDataset",
+    "ModelArguments",
+    "TrainingArguments",
+    "find_all_linear_names",
+    "get_mm_adapter_state_maybe_zero_3",
+    "get_peft_state_maybe_zero_3",
+    "get_peft_state_non_lora_maybe_zero_3",
+    "make_supervised_data_module",
+    "maybe_zero_3",
+    "preprocess",
+    "preprocess_llama_2",
+    "preprocess_mpt",
+    "preprocess_multimodal",
+    "preprocess_plain",
+    "preprocess_v1",
+    "rank0_print",
+    "safe_save_model_for_hf_trainer",
+    "smart_tokenizer_and_embedding_resize",
+    "train",
+]
 
 
 def train(attn_implementation: str | None = None) -> None:
@@ -197,9 +238,9 @@ def prepare(
 def build_trainer(
     recipe: Recipe,
     context: Context,
-    dataset: LazySupervisedDataset,
+    dataset: TrainingSamples,
     args: TrainingArguments,
-    held_out: LazySupervisedDataset | None,
+    held_out: TrainingSamples | None,
 ) -> LLaVATrainer:
     """The trainer, with what a frozen base asks for; ``held_out`` is a dataset for a validation loss."""
     if held_out is not None:

@@ -12,7 +12,7 @@ from tiny_world import SLOTS, TOP_K, refusal, same
 from llava.continual.methods import METHODS
 from llava.continual.methods.replay import without_picture
 from llava.continual.run import Run
-from llava.data.rows import read_rows
+from llava.data.rows import parse_row, read_rows
 from llava.model.builder import load_pretrained_model
 from llava.slots.edit import remove
 from llava.slots.merge import merge_pools
@@ -49,8 +49,8 @@ def answer(world, stage, question="is there a lesion?"):
     row = parse_row({"question_id": 1, "image": "abd0.png", "text": f"{question}\n<image>"})
     encoder = PromptEncoder(prompt, tokenizer, processor, model.config, world.folder / "images")
     sample = encoder.encode(row, answer=False)
-    ids = torch.tensor([sample.input_ids])
-    out = model.generate(ids, images=[sample.pixels], questions=[question], max_new_tokens=6, do_sample=False)
+    ids, ((pixels, _),) = torch.tensor([sample.input_ids]), sample.pictures
+    out = model.generate(ids, images=[pixels], questions=[question], max_new_tokens=6, do_sample=False)
     return out[0].tolist(), model
 
 
@@ -118,6 +118,9 @@ def test_replay_of_questions_keeps_no_picture(world, tmp_path):
     row = read_rows(world.folder / "train_abd.jsonl")[0]
     assert without_picture(row).question == row.question and without_picture(row).image is None
     assert without_picture(row).answer == row.answer
+    said = [{"from": "system", "value": "Be brief."}, {"from": "human", "value": "<image> Q?"}]
+    row = parse_row({"id": 1, "image": "a.png", "conversations": said})
+    assert without_picture(row).system == "Be brief." and without_picture(row).question == "Q?"
 
 
 # -- EWC ---------------------------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from llava.continual import slots as slots_command
 from llava.continual.model_card import figures, refresh_figures
 from llava.continual.sequence import load_sequence, shipped_names
 from llava.model.builder import load_pretrained_model
+from llava.model.consolidate import consolidate_ckpt
 from llava.model.convert import convert
 from llava.slots.pool import Pool
 
@@ -152,7 +153,10 @@ def test_a_saved_stage_an_adapter_and_a_converted_base_have_cards(world, tmp_pat
     assert converted.startswith("---\nlicense: apache-2.0\n---\n# The base\n") and "tensors renamed" in converted
     convert(tmp_path / "base-hf", tmp_path / "back", "from_hf")
     assert card(tmp_path / "back").count("llava: conversion") == 1
-    for text in (saved, adapter, converted):
+    consolidate_ckpt(str(world.base), str(tmp_path / "whole"))
+    whole = card(tmp_path / "whole")
+    assert ModelCard(whole).data.base_model == "tiny-llava-base" and "Not for clinical use" in whole
+    for text in (saved, adapter, converted, whole):
         assert_no_place(text, world)
         assert str(tmp_path) not in text
 

@@ -1,5 +1,6 @@
 """The two commands of stage 1: what they print and write, and one clear line for bad input, with nothing written."""
 
+import json
 import shutil
 import subprocess
 import sys
@@ -277,3 +278,47 @@ def test_the_scripts_exit_with_code_2_and_one_line():
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 2
     assert done.stderr == "error: unknown task 'foot'; sequence 'phantom' has abd, chest, head\n"
+
+
+# -- the prototype's command line --------------------------------------------------------------------------------------
+
+PROTOTYPE = "-g 8 --epochs 3 --lr_step_size 1 --log_interval 50 --lr 1e-3 --num_workers 4 --master_port 8889"
+PROTOTYPE += " --local-rank -1 --checkpoint old.pth"
+
+
+def test_the_prototypes_flags_give_the_same_file_and_one_line_each(words, capsys):
+    run_main(train_prompt_key.main, *command_line(words))
+    own = Path(words["--save_path"]).read_bytes()
+    capsys.readouterr()
+    more = {**words, "--batch_size": 128}
+    run_main(train_prompt_key.main, *command_line(more), *PROTOTYPE.split())
+    assert Path(words["--save_path"]).read_bytes() == own
+    notes = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note:")]
+    names = "gpus epochs lr lr_step_size log_interval num_workers master_port local_rank checkpoint".split()
+    assert sorted(note.split()[1] for note in notes) == sorted(f"--{name}" for name in names)
+    assert "note: --lr is accepted and ignored: keys are fitted by clustering, without gradients" in "\n".join(notes)
+    assert "--gpus is accepted and ignored: stage 1 runs in one process" in "\n".join(notes)
+
+
+def test_the_prototypes_configuration_shapes_the_keys(words, tmp_path, capsys):
+    config = {"weight_topk": 1, "low_rank": 3, "groups": 2, "pool_size": 24, "similarity_type": "cosine"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    del words["--top_k"], words["--rank"]
+    words["--config_path"] = tmp_path / "config.json"
+    run_main(train_prompt_key.main, *command_line(words))
+    settings = Pool.read(words["--save_path"]).settings
+    assert (settings.top_k, settings.rank, settings.groups) == (1, 3, 2)
+    told = "note: --config_path gives top_k 1, rank 3, groups 2; the task sequence says what pool_size, similarity_type"
+    assert told in capsys.readouterr().out
+    run_main(train_prompt_key.main, *command_line(words), "--rank", RANK)  # a flag goes before the file
+    assert Pool.read(words["--save_path"]).settings.rank == RANK
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [("{", "broken JSON at line 1"), ("[]", "expected a JSON object"), ('{"low_rank": "8"}', "low_rank is '8'; write")],
+)
+def test_a_broken_configuration_is_one_line(words, tmp_path, capsys, text, message):
+    (tmp_path / "config.json").write_text(text)
+    line = refusal(train_prompt_key.main, [*command_line(words), "--config_path", tmp_path / "config.json"], capsys)
+    assert message in line

@@ -54,7 +54,7 @@ def rendered(mode, *texts):
 @pytest.mark.parametrize("mode", [mode for mode in MODES if "mmtag" not in mode])
 def test_ids_equal_the_tokenizer_on_the_whole_prompt(mode, tokenizer):
     turns = [("human", QUESTION), ("gpt", ANSWER), ("human", "Where?"), ("gpt", "right lower lobe")]
-    ids, labels = conversation_ids(turns, tokenizer, mode, has_image=True)
+    ids, labels = conversation_ids(turns, tokenizer, mode, images=1)
     prompt = rendered(mode, "<image>\nIs there a fracture of the left rib?", ANSWER, "Where?", "right lower lobe")
     assert ids == whole_prompt_ids(prompt, tokenizer) == tokenizer_image_token(prompt, tokenizer)
     assert len(labels) == len(ids)
@@ -62,7 +62,7 @@ def test_ids_equal_the_tokenizer_on_the_whole_prompt(mode, tokenizer):
 
 @pytest.mark.parametrize("mode", MODES)
 def test_generation_prompt_is_the_first_part_of_the_training_sample(mode, tokenizer):
-    ids, labels = conversation_ids([("human", QUESTION), ("gpt", ANSWER)], tokenizer, mode, has_image=True)
+    ids, labels = conversation_ids([("human", QUESTION), ("gpt", ANSWER)], tokenizer, mode, images=1)
     prompt = prompt_ids(QUESTION, tokenizer, mode, has_image=True)
     assert ids[: len(prompt)] == prompt
     assert set(labels[: len(prompt)]) == {IGNORE_INDEX}
@@ -78,7 +78,7 @@ def end_mark(mode: str) -> str:
 @pytest.mark.parametrize("mode", [mode for mode in MODES if "plain" not in mode])
 def test_labels_are_the_answers_with_their_end_marks(mode, tokenizer):
     turns = [("human", QUESTION), ("gpt", ANSWER), ("human", "Where?"), ("gpt", "right lower lobe")]
-    ids, labels = conversation_ids(turns, tokenizer, mode, has_image=True)
+    ids, labels = conversation_ids(turns, tokenizer, mode, images=1)
     found = labelled_text(ids, labels, tokenizer)
     assert [re.sub(r"\s+", "", text) for text in found] == [
         "yes,theleftlung" + end_mark(mode),
@@ -87,7 +87,7 @@ def test_labels_are_the_answers_with_their_end_marks(mode, tokenizer):
 
 
 def test_caption_template_masks_only_the_picture(tokenizer):
-    ids, labels = conversation_ids([("human", QUESTION), ("gpt", "chest x-ray")], tokenizer, "plain", has_image=True)
+    ids, labels = conversation_ids([("human", QUESTION), ("gpt", "chest x-ray")], tokenizer, "plain", images=1)
     assert ids[:2] == [tokenizer.bos_token_id, IMAGE_TOKEN_INDEX]
     assert labels[:2] == [IGNORE_INDEX, IGNORE_INDEX] and labels[2:] == ids[2:]
     assert ids == whole_prompt_ids("<image>chest x-ray\n", tokenizer)
@@ -99,7 +99,7 @@ def test_caption_template_masks_only_the_picture(tokenizer):
 )
 @pytest.mark.parametrize("mode", ["v1", "llava_v0", "mistral_instruct", "chatml_direct"])
 def test_an_answer_that_holds_a_separator_keeps_all_its_labels(mode, answer, tokenizer):
-    ids, labels = conversation_ids([("human", QUESTION), ("gpt", answer)], tokenizer, mode, has_image=True)
+    ids, labels = conversation_ids([("human", QUESTION), ("gpt", answer)], tokenizer, mode, images=1)
     prompt = prompt_ids(QUESTION, tokenizer, mode, has_image=True)
     assert ids[: len(prompt)] == prompt and labels[len(prompt) :] == ids[len(prompt) :]
     assert ids.count(IMAGE_TOKEN_INDEX) == 1
@@ -135,7 +135,7 @@ def test_odd_texts_never_break_prompt_or_labels(mode, tokenizer):
     for _ in range(100):
         question, answer = random_text(source) + "?", random_text(source) + "."
         prompt = prompt_ids(question, tokenizer, mode, has_image=True)
-        ids, labels = conversation_ids([("human", question), ("gpt", answer)], tokenizer, mode, has_image=True)
+        ids, labels = conversation_ids([("human", question), ("gpt", answer)], tokenizer, mode, images=1)
         assert ids[: len(prompt)] == prompt, (question, answer)
         assert labels == [IGNORE_INDEX] * len(prompt) + ids[len(prompt) :], (question, answer)
         assert len(ids) > len(prompt)
@@ -143,20 +143,20 @@ def test_odd_texts_never_break_prompt_or_labels(mode, tokenizer):
 
 def test_second_turn_prompt_is_a_prefix_too(tokenizer):
     turns = [("human", QUESTION), ("gpt", ANSWER), ("human", "Where?"), ("gpt", "lung")]
-    ids, labels = conversation_ids(turns, tokenizer, "v1", has_image=True)
-    prompt, open_labels = conversation_ids(turns[:3], tokenizer, "v1", has_image=True)
+    ids, labels = conversation_ids(turns, tokenizer, "v1", images=1)
+    prompt, open_labels = conversation_ids(turns[:3], tokenizer, "v1", images=1)
     assert ids[: len(prompt)] == prompt and labels[: len(prompt)] == open_labels
     assert labels[len(prompt) :] == ids[len(prompt) :]
 
 
 def test_text_only_equals_the_tokenizer(tokenizer):
-    ids, labels = conversation_ids([("human", "Where?"), ("gpt", "lung")], tokenizer, "v1", has_image=False)
+    ids, labels = conversation_ids([("human", "Where?"), ("gpt", "lung")], tokenizer, "v1", images=0)
     assert ids == tokenizer(rendered("v1", "Where?", "lung"))["input_ids"]
     assert has_labels(labels)
 
 
 def test_empty_answer_leaves_no_label(tokenizer):
-    _, labels = conversation_ids([("human", "Where?"), ("gpt", "")], tokenizer, "v1", has_image=False)
+    _, labels = conversation_ids([("human", "Where?"), ("gpt", "")], tokenizer, "v1", images=0)
     assert not has_labels(labels)
 
 
@@ -164,7 +164,63 @@ def test_picture_goes_in_front_wherever_it_stood():
     tokenizer = tokenizer_zoo.build("llama")
     forms = [prompt_ids(text, tokenizer, "v1", True) for text in ("Q?\n<image>", "<image>\nQ?", "Q?", " <image> Q? ")]
     assert all(form == forms[0] for form in forms)
-    assert place_image("a <image> b <image>", 2) == "<image>\n<image>\na  b"
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_pictures_together_go_in_front_wherever_they_stood(mode):
+    tokenizer = tokenizer_zoo.build("llama")
+    forms = ("Q?\n<image>\n<image>", "<image>\n<image>\nQ?", "Q?", " <image><image> Q? ")
+    found = [conversation_ids([("human", text)], tokenizer, mode, images=2) for text in forms]
+    assert all(form == found[0] for form in found) and found[0][0].count(IMAGE_TOKEN_INDEX) == 2
+
+
+def test_pictures_with_words_between_them_stay_where_they_are():
+    text = " Frontal: <image>\nLateral: <image>\nWhat is seen? "
+    assert place_image(text, 2) == text.strip()
+    assert place_image("Q?\n<image>\n<image>", 2) == "<image>\n<image>\nQ?"
+
+
+@pytest.mark.parametrize("mode", [mode for mode in MODES if "plain" not in mode])
+def test_labels_of_a_row_with_pictures_in_several_turns(mode, tokenizer):
+    turns = [("human", "Prior: <image>\nCurrent: <image>\nWorse?"), ("gpt", ANSWER)]
+    turns += [("human", "And <image> here?"), ("gpt", "right lower lobe")]
+    ids, labels = conversation_ids(turns, tokenizer, mode, images=3)
+    prompt, none = conversation_ids(turns[:1], tokenizer, mode, images=2)
+    assert ids[: len(prompt)] == prompt and set(none) == {IGNORE_INDEX}
+    assert ids.count(IMAGE_TOKEN_INDEX) == 3 and prompt.count(IMAGE_TOKEN_INDEX) == 2
+    assert [re.sub(r"\s+", "", text) for text in labelled_text(ids, labels, tokenizer)] == [
+        "yes,theleftlung" + end_mark(mode),
+        "rightlowerlobe" + end_mark(mode),
+    ]
+    if "mmtag" not in mode:
+        shown = ["Prior: <image>\nCurrent: <image>\nWorse?", ANSWER, "<image>\nAnd  here?", "right lower lobe"]
+        assert ids == whole_prompt_ids(rendered(mode, *shown), tokenizer)
+
+
+SYSTEM = "You are a radiologist. Answer in one word."
+
+
+@pytest.mark.parametrize("mode", [mode for mode in MODES if conv_templates[mode].system])
+def test_a_system_text_replaces_the_templates_own_and_carries_no_label(mode, tokenizer):
+    turns = [("human", QUESTION), ("gpt", ANSWER)]
+    ids, labels = conversation_ids(turns, tokenizer, mode, images=1, system=SYSTEM)
+    own, own_labels = conversation_ids(turns, tokenizer, mode, images=1)
+    wanted = conv_templates[mode].copy()
+    mark = "<|im_start|>system\n" if wanted.system.startswith("<|im_start|>system\n") else ""
+    wanted.system = mark + SYSTEM
+    wanted.append_message(wanted.roles[0], "<image>\nIs there a fracture of the left rib?")
+    wanted.append_message(wanted.roles[1], ANSWER)
+    if "mmtag" not in mode:
+        assert ids == whole_prompt_ids(wanted.get_prompt(), tokenizer)
+    assert [label for label in labels if label != IGNORE_INDEX] == [x for x in own_labels if x != IGNORE_INDEX]
+    assert ids[ids.index(IMAGE_TOKEN_INDEX) :] == own[own.index(IMAGE_TOKEN_INDEX) :] and ids != own
+
+
+@pytest.mark.parametrize("mode", [mode for mode in MODES if not conv_templates[mode].system])
+def test_a_template_without_a_place_for_a_system_text_refuses_one(mode):
+    turns = [("human", QUESTION), ("gpt", ANSWER)]
+    with pytest.raises(UserError, match=f"template '{mode}' has no place for a system turn"):
+        conversation_ids(turns, tokenizer_zoo.build("llama"), mode, images=1, system=SYSTEM)
 
 
 def test_marks_around_the_picture():
@@ -186,7 +242,7 @@ def test_image_mark_without_an_image_is_refused():
 
 def test_turns_out_of_order_are_refused():
     with pytest.raises(UserError, match="turn 2 is 'human'"):
-        conversation_ids([("human", "a"), ("human", "b")], tokenizer_zoo.build("llama"), "v1", has_image=False)
+        conversation_ids([("human", "a"), ("human", "b")], tokenizer_zoo.build("llama"), "v1", images=0)
 
 
 @pytest.mark.parametrize("legacy", [True, False])

@@ -128,9 +128,10 @@ def test_training_and_answering_give_the_same_question(folder, tokenizer, templa
     answer = tokenizer.decode(trained.input_ids[length:])
     assert trained.labels[length:] == trained.input_ids[length:] and "left lung" in answer
     assert SUFFIX in tokenizer.decode([token for token in asked.input_ids if token >= 0])
-    assert torch.equal(trained.pixels, asked.pixels) and trained.size == asked.size == (40, 20)
+    ((pixels, size),) = asked.pictures
+    assert torch.equal(trained.pictures[0][0], pixels) and trained.pictures[0][1] == size == (40, 20)
     view = SimpleNamespace(image_aspect_ratio=mode, image_grid_pinpoints=PINPOINTS)
-    assert torch.equal(asked.pixels, process_images([Image.open(folder / "a.png")], PROCESSOR, view)[0])
+    assert torch.equal(pixels, process_images([Image.open(folder / "a.png")], PROCESSOR, view)[0])
 
 
 def test_picture_modes_differ(folder):
@@ -141,7 +142,7 @@ def test_picture_modes_differ(folder):
 
 def test_the_suffix_follows_each_question_of_a_chat(tokenizer):
     encoder = PromptEncoder(Prompt("v1", SUFFIX), tokenizer, PROCESSOR, config())
-    ids, _ = encoder.conversation([("human", "Where?"), ("gpt", "here"), ("human", "Which side?")], False)
+    ids, _ = encoder.conversation([("human", "Where?"), ("gpt", "here"), ("human", "Which side?")], 0)
     assert tokenizer.decode(ids).count(SUFFIX) == 2
 
 
@@ -154,7 +155,7 @@ def test_only_training_is_cut_to_the_length(folder, tokenizer):
 
 def test_a_question_without_a_picture_and_a_model_without_a_tower(tokenizer):
     encoder = PromptEncoder(Prompt("v1"), tokenizer, None, config())
-    assert encoder.encode(row(image=None), answer=False)[2:] == (None, None)
+    assert encoder.encode(row(image=None), answer=False).pictures == []
     with pytest.raises(UserError, match="row 1: it has a picture but the model has no vision tower"):
         encoder.encode(row(), answer=False)
 

@@ -187,9 +187,9 @@ def test_a_missing_torn_foreign_or_double_chunk_is_refused(tmp_path):
         merge_answers(ROWS, [*paths, tmp_path / "gone.jsonl"])
     with pytest.raises(UserError, match="2 of 7 questions have no answer, the first is question_id 0"):
         merge_answers(ROWS, paths[1:])
-    with pytest.raises(UserError, match="question_id '6' is answered but not in the question file"):
+    with pytest.raises(UserError, match="answers to questions that the question file lacks: 6"):
         merge_answers(ROWS[:6], paths)
-    with pytest.raises(UserError, match="answered in two chunks"):
+    with pytest.raises(UserError, match="question_id 0 is answered twice, but one row has it"):
         merge_answers(ROWS, [*paths, paths[0]])
     write_jsonl(paths[1], answers([ROWS[i] for i in split_evenly(7, 3)[1]], run="r2"))
     with pytest.raises(UserError, match="different runs"):

@@ -104,6 +104,75 @@ def test_prototype_rows_are_read(tmp_path, questions):
         run(questions, path)
 
 
+MED_DOMAINS = ("chest_xray", "mri", "ct_scan", "histology", "gross")
+
+
+def med_rows(*domains):
+    """Rows as LLaVA-Med's own evaluation file has them."""
+    return [
+        {
+            "question_id": number,
+            "image": f"{number}.jpg",
+            "pair_id": str(number),
+            "text": f"What is seen in {number}?\n<image>",
+            "gpt4_answer": "yes",
+            "fig_caption": "A figure.",
+            "in_text_mention": None,
+            "domain": {name: name in true for name in MED_DOMAINS},
+            "type": "conversation",
+            "fig_label": "Fig. 1",
+        }
+        for number, true in enumerate(domains)
+    ]
+
+
+def test_llava_meds_own_file_is_scored_and_what_counts_twice_is_said(tmp_path, capsys):
+    questions = tmp_path / "qa.jsonl"
+    write_jsonl(questions, med_rows(("histology", "gross"), ("mri",), ("gross",), ()))
+    run(
+        questions,
+        write_answers(tmp_path / "a.jsonl", ["yes", "no", "no", "yes"]),
+        more=["--train-file", str(questions)],
+    )
+    printed = capsys.readouterr().out
+    assert "rows of several domains, counted under each and overall once: 1" in printed
+    assert "rows of no domain, counted overall alone: 1" in printed
+    groups = json.loads((tmp_path / "scores.json").read_text())["groups"]
+    found = {name: (group["rows"], group["figures"]["exact_match"]["value"]) for name, group in groups.items()}
+    assert found == {"overall": (4, 0.5), "gross": (2, 0.5), "histology": (1, 1.0), "mri": (1, 0.0)}
+    rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    assert [row["domain"] for row in rows] == [None, "mri", "gross", None]
+    assert [set(row.get("scores_by_domain", ())) for row in rows] == [{"histology", "gross"}, set(), set(), set()]
+    assert rows[3]["scores"]["exact_match"] == rows[0]["scores"]["exact_match"] == 1.0
+
+
+def repeated(tmp_path):
+    """A question file in which pictures are ids: three rows of one, one of another."""
+    path = tmp_path / "mme.jsonl"
+    names = ("a.jpg", "a.jpg", "b.jpg", "a.jpg")
+    rows = [
+        {"question_id": name, "image": name, "text": f"Is it {number}?\n<image>", "gpt4_answer": text}
+        for number, (name, text) in enumerate(zip(names, ANSWERS, strict=True))
+    ]
+    write_jsonl(path, rows)
+    return path, [row["question_id"] for row in rows]
+
+
+def test_rows_that_share_an_id_are_scored_each_against_its_own_answer(tmp_path, capsys):
+    questions, ids = repeated(tmp_path)
+    path = write_answers(tmp_path / "a.jsonl", ids=ids)  # as LLaVA's own loader leaves them: no position
+    run(questions, path)
+    groups = json.loads((tmp_path / "scores.json").read_text())["groups"]
+    assert (groups["overall"]["rows"], groups["overall"]["figures"]["exact_match"]["value"]) == (4, 1.0)
+    rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    assert [row.get("position") for row in rows] == [0, 1, None, 3]
+    write_answers(path, ANSWERS[:3], ids=ids[:3])
+    with pytest.raises(UserError, match=r"without an answer: a.jpg \(position 3\) .*a.jpg has fewer answers than rows"):
+        run(questions, path)
+    run(questions, path, more=["--allow-partial"])
+    assert "a.jpg has fewer answers than rows, and they name no position" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("ids", "texts", "message"),
     [
@@ -210,3 +279,51 @@ def test_the_public_floor_of_vqa_rad(tmp_path):
     assert closed["n"] == 272
     assert groups["overall"]["figures"]["majority_closed_accuracy"]["value"] == closed["value"]
     assert [groups[name]["rows"] for name in ("overall", "abd", "chest", "head")] == [451, 158, 174, 119]
+
+
+# -- the prototype's command line --------------------------------------------------------------------------------------
+
+
+def prototype_answers(path):
+    rows = [{"question_id": n, "pred_response": text, "gt_response": text} for n, text in enumerate(ANSWERS)]
+    write_jsonl(path, rows)
+    return path
+
+
+def test_the_prototypes_flags_score_as_ours_and_write_its_file(tmp_path, questions, capsys):
+    answers = prototype_answers(tmp_path / "merged_predictions.jsonl")
+    scores = tmp_path / "nlp_metrics_scores.json"
+    words = ["--pred-path", answers, "--gt-file", questions, "--output-json", scores, "--no-java", "--draws", 50]
+    eval_video_qa.main([*map(str, words)])
+    own = json.loads((tmp_path / "scores.json").read_text())["groups"]
+    theirs = json.loads(scores.read_text())
+    names = ["Bleu_1", "Bleu_2", "Bleu_3", "Bleu_4", "ROUGE_L", "CIDEr"]  # METEOR needs Java
+    assert list(theirs) == ["overall", "abd", "chest"] and all(list(found) == names for found in theirs.values())
+    for group, found in theirs.items():
+        for name, value in found.items():
+            assert value == own[group]["figures"][name.lower()]["value"]
+    assert theirs["overall"]["ROUGE_L"] == 1.0
+    assert f"wrote {scores}" in capsys.readouterr().out
+    scores.unlink()
+    eval_video_qa.main([*map(str, words)])  # scored already: the file is written all the same
+    assert json.loads(scores.read_text()) == theirs and "is up to date" in capsys.readouterr().out
+
+
+def test_the_prototypes_command_runs_as_a_file(tmp_path, questions):
+    """``python llava/eval/eval_video_qa.py`` puts the package's own folder on the path, where other names lie."""
+    answers = prototype_answers(tmp_path / "merged_predictions.jsonl")
+    words = ["--pred-path", answers, "--gt-file", questions, "--output-json", tmp_path / "s.json", "--no-java"]
+    command = [sys.executable, "llava/eval/eval_video_qa.py", *map(str, words)]
+    done = subprocess.run(
+        command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True
+    )
+    assert done.returncode == 0 and (tmp_path / "s.json").is_file(), done.stderr
+
+
+def test_one_file_for_several_answers_or_over_all_scores_is_refused(tmp_path, questions, capsys):
+    a, b = (prototype_answers(tmp_path / name) for name in ("a.jsonl", "b.jsonl"))
+    with pytest.raises(SystemExit):
+        run(questions, a, b, more=["--output-json", str(tmp_path / "s.json")])
+    assert "--output-json is one file; give one answers file" in capsys.readouterr().err
+    with pytest.raises(UserError, match="is where all scores go"):
+        run(questions, a, more=["--output-json", str(tmp_path / "scores.json")])

@@ -111,7 +111,7 @@ def test_seeds_depend_on_the_tasks_name_and_purpose_alone():
 
 
 def test_a_picture_is_held_out_with_all_of_its_rows():
-    rows = [Row(n, f"{n % 20}.png", (("human", "q"), ("gpt", "a")), "abd", None, {}) for n in range(100)]
+    rows = [Row(n, (f"{n % 20}.png",), (("human", "q"), ("gpt", "a")), ("abd",), None, {}) for n in range(100)]
     kept, held = split_by_picture(rows, 0.1, 42)
     assert len(kept) + len(held) == 100 and len(held) == 10
     assert not {rows[n].image for n in kept.tolist()} & {rows[n].image for n in held.tolist()}

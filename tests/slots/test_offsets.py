@@ -119,7 +119,7 @@ def test_logits_equal_the_dense_form(form, target):
     for row in range(4):
         dense = dense_model(model, slots[row], weights[row])
         close(logits[row], dense(ids[row : row + 1]).logits[0])
-    assert (logits - model(ids).logits).abs().amax(dim=(1, 2)).min() > 1e-3
+    assert (logits - model(ids, route="none").logits).abs().amax(dim=(1, 2)).min() > 1e-3
 
 
 def test_all_targets_at_once_equal_the_dense_form(form):
@@ -177,7 +177,8 @@ def _dense_loss(model, tensors, embeds, labels, slots, weights):
             name = next(n for n, m in dense.named_modules() if m is module)
             changed[f"{name}.weight"] = module.weight.detach() + SCALE * change
     call = torch.func.functional_call
-    return call(dense, changed, (), {"inputs_embeds": embeds[None], "labels": labels[None], "use_cache": False}).loss
+    given = {"inputs_embeds": embeds[None], "labels": labels[None], "use_cache": False, "route": "none"}
+    return call(dense, changed, (), given).loss
 
 
 def test_shared_and_gathered_form_agree(monkeypatch):
@@ -197,7 +198,7 @@ def test_untrained_slots_change_nothing_at_all(form):
     assert block.A["o_proj"].abs().max() == 0 and block.B["o_proj"].abs().min() > 0
     ids = torch.randint(3, VOCABULARY, (2, 6))
     slots, weights = a_route(2)
-    assert torch.equal(model(ids, slot_indices=slots, slot_weights=weights).logits, model(ids).logits)
+    assert torch.equal(model(ids, slot_indices=slots, slot_weights=weights).logits, model(ids, route="none").logits)
 
 
 def test_only_the_used_tasks_get_gradients():
@@ -227,9 +228,9 @@ def test_bfloat16_stays_near_float32(form):
     half.attach_adapter(half.retriever)  # a deep copy's hooks belong to the original
     assert half.retriever.pool.task("abd").A["o_proj"].dtype == torch.float32  # the slots stay exact
     logits = half(ids, slot_indices=slots, slot_weights=weights).logits
-    base = half(ids).logits
+    base = half(ids, route="none").logits
     assert logits.dtype == torch.bfloat16 and torch.isfinite(logits).all()
-    effect = full - model(ids).logits
+    effect = full - model(ids, route="none").logits
     error = ((logits - base).float() - effect).norm() / effect.norm()
     assert error < 0.1
 
@@ -244,7 +245,7 @@ def test_the_offset_survives_a_peft_wrapper_around_the_projection(form):
     wrapped = get_peft_model(model, LoraConfig(r=2, target_modules=["o_proj"]))
     assert type(model.model.layers[0].self_attn.o_proj) is not nn.Linear
     assert torch.equal(wrapped(input_ids=ids, slot_indices=slots, slot_weights=weights).logits, expected)
-    assert not torch.allclose(wrapped(input_ids=ids).logits, expected, atol=1e-3)
+    assert not torch.allclose(wrapped(input_ids=ids, route="none").logits, expected, atol=1e-3)
 
 
 def test_attaching_again_does_not_double_the_offset():
@@ -323,7 +324,6 @@ def test_the_offsets_are_gathered_once_an_answer(monkeypatch):
     monkeypatch.setattr(Pool, "_gather", lambda self, used: calls.append(used) or gather(self, used))
     model.generate(torch.randint(3, VOCABULARY, (2, 5)), text_query=torch.randn(2, 8), max_new_tokens=7, pad_token_id=0)
     assert len(calls) == 1
-    assert model._action_cache is None  # nothing is kept for the next questions
 
 
 def test_a_route_given_to_forward_acts_as_it_is_now():
@@ -334,7 +334,7 @@ def test_a_route_given_to_forward_acts_as_it_is_now():
     with torch.no_grad():
         before = model(ids, slot_indices=slots, slot_weights=weights).logits
         none = model(ids, slot_indices=slots, slot_weights=torch.zeros_like(weights)).logits
-    torch.testing.assert_close(none, model(ids).logits)
+    torch.testing.assert_close(none, model(ids, route="none").logits)
     offsets = model.retriever.pool.task("abd").A["o_proj"].requires_grad_(True)
     model(ids, slot_indices=slots, slot_weights=weights).logits.sum().backward()
     assert offsets.grad.abs().max() > 0
@@ -362,8 +362,10 @@ def test_a_question_is_needed_where_the_route_depends_on_it():
     model = make_model()
     with pytest.raises(ValueError, match="give questions"):
         model.generate(torch.ones(1, 3).long(), max_new_tokens=1)
-    with pytest.raises(ValueError, match="builds inputs_embeds itself"):
-        model.generate(inputs_embeds=torch.zeros(1, 3, HIDDEN))
+    with pytest.raises(ValueError, match="not both"):
+        model.generate(torch.ones(1, 3).long(), inputs_embeds=torch.zeros(1, 3, HIDDEN))
+    with pytest.raises(ValueError, match=r"2 question\(s\) for 1 prompt\(s\)"):
+        model.generate(torch.ones(1, 3).long(), questions=["a", "b"], max_new_tokens=1)
 
 
 @pytest.mark.slow
@@ -376,7 +378,7 @@ def test_a_compiled_model_gives_the_same_logits_for_every_route(targets):
         ids, query = torch.randint(3, VOCABULARY, (3, 6)), torch.randn(3, 8)
         with torch.no_grad():
             expected = model(input_ids=ids, text_query=query).logits
-            without = model(input_ids=ids).logits
+            without = model(input_ids=ids, route="none").logits
             found = compiled(input_ids=ids, text_query=query).logits
         assert torch.allclose(found, expected, atol=1e-5)
         assert not torch.allclose(found, without, atol=1e-2)

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 from tiny_world import refusal
 
-from llava.train.arguments import early_arguments, parse_arguments
+from llava.train.arguments import early_arguments, parse_arguments, reporters_here
 from llava.train.deepspeed_config import check_agreement, check_deepspeed_config
 from llava.utils import UserError
 
@@ -57,6 +57,17 @@ def test_ignored_flags_are_said(capsys):
     assert "--save_safetensors is accepted and ignored: it has no effect here" in out
     assert "--lazy_preprocess is accepted and ignored: rows are always" in out and "--logging_dir is accepted" in out
     assert out.count("note:") == 4
+
+
+def test_a_tracker_that_is_not_installed_is_said_and_left_out(monkeypatch, capsys):
+    """Every script of LLaVA's and the prototype's reports to wandb."""
+    monkeypatch.setattr("llava.train.arguments.get_available_reporting_integrations", lambda: ["tensorboard"])
+    assert parsed("--report_to wandb")["report_to"] == []
+    assert "note: --report_to wandb is left out: wandb is not installed" in capsys.readouterr().out
+    assert reporters_here(["wandb", "tensorboard"]) == ["tensorboard"]
+    monkeypatch.setattr("llava.train.arguments.get_available_reporting_integrations", lambda: ["wandb"])
+    capsys.readouterr()
+    assert parsed("--report_to wandb")["report_to"] == ["wandb"] and "left out" not in capsys.readouterr().out
 
 
 @dataclass

@@ -29,11 +29,6 @@ class Example:
         """The right answer."""
         return self.row.answer or ""
 
-    @property
-    def domain(self) -> str:
-        """The row's task."""
-        return self.row.domain or ""
-
     @functools.cached_property
     def closed(self) -> bool:
         """Whether the question is closed: by its ``answer_type``, else by a yes/no reference."""

@@ -6,7 +6,10 @@ from llava.eval.metrics.base import Example, Group, metric, row_metric
 from llava.eval.metrics.words import contains, matches, token_overlap
 from llava.eval.statistics import Statistic, mean_statistic
 
-ROUTE_FORMULA = "mean over rows of tasks the model knows of [most probable task = the row's domain]"
+ROUTE_FORMULA = (
+    "mean over rows of one domain, a task the model knows, of [most probable task = the row's domain]; "
+    "rows of no or of several domains are left out"
+)
 
 
 @row_metric("mean over rows of [normalised prediction = normalised reference]")

@@ -1,5 +1,7 @@
 """Scores of a set of answers: every registered metric, per domain and overall.
 
+A row of several domains counts under each of them and once in the overall figures; a row of none in the latter alone.
+
 A closed row is one whose ``answer_type`` says so; rows without the field count as closed when the reference is yes or
 no (the scores file says how many). Every figure in the scores file carries its formula.
 """
@@ -31,7 +33,7 @@ def score(
     """Score answers against question rows, overall and per domain.
 
     Args:
-        rows: the question rows, each with a reference answer and a domain, in the order of ``answers``.
+        rows: the question rows, each with a reference answer, in the order of ``answers``.
         answers: answer rows; ``text`` is the prediction.
         train_rows: training rows, for the majority baselines (absent without them).
         scorer: a running ``TextScorer`` to share; one is started and ended here otherwise.
@@ -39,10 +41,12 @@ def score(
 
     Returns:
         ``{"groups": {"overall" | domain: {"rows", "empty_answers", "figures": {metric: figure}}}, "tokenizer",
-        "per_row": {metric: [value or None per row]}, ...}``, see ``bootstrap.figure``.
+        "per_row": {metric: [value or None per row]}, "by_domain": [{domain: {metric: value}} per row], ...}``, see
+        ``statistics.figure``. ``per_row`` has a row's values in its domain, or overall where it has not just one;
+        ``by_domain`` those of rows that have several.
 
     Raises:
-        UserError: an answer for another question, a row without a domain or a reference.
+        UserError: an answer for another question, a row without a reference.
     """
     examples = [_example(row, answer) for row, answer in zip(rows, answers, strict=True)]
     if not examples:
@@ -54,32 +58,41 @@ def score(
     references, predictions = tokens[0::2], tokens[1::2]
     groups: dict[str, dict[str, Any]] = {}
     per_row: dict[str, list[float | None]] = {}
+    by_domain: list[dict[str, dict[str, float]]] = [{} for _ in examples]
     for name, members in group_members(examples).items():
         group = Group(
             [examples[i] for i in members],
-            [row for row in train_rows if name in (OVERALL, row.domain)],
+            [row for row in train_rows if name in (OVERALL, *row.domains)],
             [references[i] for i in members],
             [predictions[i] for i in members],
             scorer,
         )
         statistics = {metric.name: metric(group) for metric in METRICS}
         groups[name] = _group_scores(group, statistics, resample_weights(len(members), draws, seed))
-        if name != OVERALL:
-            _spread_per_row(per_row, statistics, members, len(examples))
+        for number, values in zip(members, _row_values(statistics, len(members)), strict=True):
+            domains = examples[number].row.domains
+            if len(domains) > 1 and name != OVERALL:
+                by_domain[number][name] = values
+            elif name == (domains[0] if len(domains) == 1 else OVERALL):
+                for column, value in values.items():
+                    per_row.setdefault(column, [None] * len(examples))[number] = value
     return {
         "groups": groups,
         "tokenizer": scorer.tokenizer,
         "answer_type_source": _answer_type_source(examples),
+        "rows_of_several_domains": sum(len(row.domains) > 1 for row in rows),
+        "rows_of_no_domain": sum(not row.domains for row in rows),
         "bootstrap": {"draws": draws, "seed": seed, "interval": "95 % percentile, rows resampled within the group"},
-        "per_row": per_row,
+        "per_row": {metric.name: per_row[metric.name] for metric in METRICS if metric.name in per_row},
+        "by_domain": by_domain,
     }
 
 
 def group_members(examples: Sequence[Example]) -> dict[str, list[int]]:
     """Row numbers per group: ``overall`` first, then the domains in alphabetical order."""
     groups = {OVERALL: list(range(len(examples)))}
-    for domain in sorted({example.domain for example in examples}):
-        groups[domain] = [number for number, example in enumerate(examples) if example.domain == domain]
+    for domain in sorted({domain for example in examples for domain in example.row.domains}):
+        groups[domain] = [number for number, example in enumerate(examples) if domain in example.row.domains]
     return groups
 
 
@@ -87,11 +100,9 @@ def _example(row: Row, answer: Mapping[str, Any]) -> Example:
     name = f"question_id {row.id!r}"
     if str(answer["question_id"]) != str(row.id):
         raise UserError(f"{name} is paired with the answer to question_id {answer['question_id']!r}")
-    if row.domain is None:
-        raise UserError(f"{name} has no domain (add 'domain' to the question row)")
     if row.answer is None:
         raise UserError(f"{name} has no reference answer (add 'gpt4_answer' to the question row)")
-    if row.domain == OVERALL:
+    if OVERALL in row.domains:
         raise UserError(f"{name}: a domain may not be called {OVERALL!r}")
     return Example(row, answer["text"], answer.get("metadata") or {})
 
@@ -113,17 +124,15 @@ def _group_scores(group: Group, statistics: Mapping[str, Statistic | str], weigh
     }
 
 
-def _spread_per_row(
-    per_row: dict[str, list], statistics: Mapping[str, Statistic | str], members: Sequence[int], total: int
-) -> None:
-    """Write a group's row values to their places among all rows (metrics that are means over rows)."""
+def _row_values(statistics: Mapping[str, Statistic | str], count: int) -> list[dict[str, float]]:
+    """For each row of a group the values of the metrics that are means over rows, where the row is in them."""
+    rows: list[dict[str, float]] = [{} for _ in range(count)]
     for name, found in statistics.items():
         values = None if isinstance(found, str) else found.per_row
-        if values is None:
-            continue
-        column = per_row.setdefault(name, [None] * total)
-        for number, value in zip(members, values, strict=True):
-            column[number] = value
+        for row, value in zip(rows, values or []):
+            if value is not None:
+                row[name] = value
+    return rows
 
 
 def _answer_type_source(examples: Sequence[Example]) -> str:

@@ -18,22 +18,21 @@ from llava.checkpoints.checkpoint import Checkpoint, Place
 from llava.checkpoints.kinds import TOWER_PREFIX
 from llava.image_io import load_image
 from llava.model.configs import llava_config
-from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower, shipped_image_processor
+from llava.model.multimodal_encoder.builder import build_vision_tower
+from llava.model.multimodal_encoder.tower import VisionTower
 from llava.utils import UserError, is_main_process
 
 
-def load_vision_tower(place: Place, device: str = "cpu") -> CLIPVisionTower:
+def load_vision_tower(place: Place, device: str = "cpu") -> VisionTower:
     """The tower of a LLaVA checkpoint without its language model, with ``image_processor`` set.
 
     Raises:
-        UserError: the tower lacks tensors, or is no CLIP tower.
+        UserError: the tower lacks tensors, or its kind is not known.
     """
     checkpoint = Checkpoint.open(place)
     config = llava_config(checkpoint)
-    shipped = getattr(config, "vision_config", None)
-    name = getattr(config, "mm_vision_tower", None) or ""
-    tower = CLIPVisionTower(name, args=config, vision_config=shipped, delay_load=True)
-    if shipped is None:
+    tower = build_vision_tower(config, delay_load=True)
+    if not tower.is_loaded:
         tower.load_model()
         return tower.to(device).eval()
     state: dict[str, torch.Tensor] = {}
@@ -45,14 +44,14 @@ def load_vision_tower(place: Place, device: str = "cpu") -> CLIPVisionTower:
     unexpected = [key for key in unexpected if not key.endswith("position_ids")]
     if missing or unexpected:
         raise UserError(f"{checkpoint}: vision tower weights do not fit; missing {missing}, unexpected {unexpected}")
-    tower.image_processor = shipped_image_processor(checkpoint.folder, tower.config)
+    tower.image_processor = tower.shipped_processor(checkpoint.folder, tower.config)
     return tower.to(device).eval()
 
 
 @torch.no_grad()
 def tower_features(
     names: list[str],
-    tower: CLIPVisionTower,
+    tower: VisionTower,
     image_folder: str | Path,
     preprocess: Callable[[list[Image.Image]], Tensor | list[Tensor]],
     batch_size: int = 16,

@@ -8,7 +8,7 @@ from transformers import PretrainedConfig
 
 from llava.checkpoints.checkpoint import Checkpoint
 from llava.checkpoints.kinds import TOWER_PREFIX
-from llava.model.multimodal_encoder.clip_encoder import named_tower_config
+from llava.model.multimodal_encoder.builder import named_tower_config
 from llava.utils import rank0_print
 
 HEAD_WIDTH = 64

@@ -15,8 +15,8 @@ from transformers import (
     CLIPModel,
     CLIPVisionConfig,
     CLIPVisionModel,
-    SiglipVisionConfig,
-    SiglipVisionModel,
+    ViTConfig,
+    ViTModel,
 )
 
 from llava.model.builder import load_pretrained_model, load_vision_tower
@@ -111,9 +111,10 @@ def test_tensors_of_another_shape(bare, whole):
 
 @pytest.mark.parametrize("alone", [False, True])
 def test_another_kind_of_tower_is_named(bare, tmp_path, alone):
-    SiglipVisionModel(SiglipVisionConfig(**SHAPE)).save_pretrained(tmp_path / "siglip")
-    folder = bare(tmp_path / "siglip")
-    with pytest.raises(UserError, match=r"siglip' is a 'siglip_vision_model', and CLIP towers are known"):
+    ViTModel(ViTConfig(**SHAPE)).save_pretrained(tmp_path / "vit")
+    folder = bare(tmp_path / "vit")
+    known = "clip, dinov2, dinov2_with_registers, efficientnet_lite, siglip"
+    with pytest.raises(UserError, match=rf"vit' is a 'vit', and the towers known are {known}; name one"):
         features(folder, alone)
 
 

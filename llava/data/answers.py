@@ -1,0 +1,35 @@
+"""The definition of answer rows: one object a line with ``question_id`` and ``text``, the rest optional."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from llava.data.jsonl import identifier_of, json_values, kind_of, text_of
+from llava.utils import UserError, require_file
+
+
+def read_answers(path: str | Path, partial_last_line: bool = False) -> list[dict[str, Any]]:
+    """Read an answer file: one object a line with ``question_id`` and ``text`` (the prediction), the rest optional.
+
+    Args:
+        path: the file.
+        partial_last_line: the writer may have been killed: leave out a last line that lacks its newline (it counts
+            as not written; rewrite the file before appending to it), and accept an empty file.
+
+    Raises:
+        UserError: as ``read_rows``. Which row an answer is for is not looked at, see ``llava.eval.answer_match``.
+    """
+    source = require_file(path, "answer file", "check the path, or run the evaluation first")
+    answers: list[dict[str, Any]] = []
+    for where, value in json_values(source, partial_last_line):
+        if not isinstance(value, dict):
+            raise UserError(f"{where}: expected a JSON object, found {kind_of(value)}")
+        identifier_of(value.get("question_id"), f"{where}: field 'question_id'")
+        text_of(value.get("text"), f"{where}: field 'text'")
+        if not isinstance(value.get("metadata", {}), dict):
+            raise UserError(f"{where}: field 'metadata': expected an object, found {kind_of(value['metadata'])}")
+        answers.append(value)
+    if not answers and not partial_last_line:
+        raise UserError(f"{source}: the file holds no answers")
+    return answers

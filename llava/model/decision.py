@@ -1,0 +1,217 @@
+"""Routes that outlive the call that decided them, so that no later call is the base model by mistake.
+
+A route is decided once, at a prompt's prefill. What comes later has no question any more:
+
+- **a decoding step** has a cache: the prefill leaves its ``Decision`` and its padding on the cache object, which takes
+  them along through beams and deep copies;
+- **the second of two steps** (``prepare_inputs_labels_for_multimodal``, then ``model(inputs_embeds=...)``) has
+  embeddings: ``EmbeddingRoutes`` knows the routes of those that were handed out, by their content, so that a clone, a
+  cast to a wider type, a row of the batch or a leaf of another graph is known too.
+
+Nothing here belongs to a call or a thread that can be mistaken for another.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llava.slots.adapter import Action, Adapter
+from llava.slots.route import Route
+
+NO_ROUTE = "none"
+"""Given as ``route``: the base model answers, whatever adapter is attached."""
+_REMEMBERED_ROWS = 4096
+_CARRIED = "_llava_prefill"
+
+
+class Decision:
+    """A route as it holds from prefill to the last step; without one the base model answers.
+
+    Args:
+        route: of each question. adapter: that decided it, and acts on it.
+    """
+
+    def __init__(self, route: Route | None, adapter: Adapter | None) -> None:
+        self.route, self.adapter = route, adapter
+        self._ready: dict[tuple[int, torch.dtype], Action] = {}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Decision:
+        return self  # of a copied cache: the adapter, a part of the model, is not copied with it
+
+    def action(self, rows: int, dtype: torch.dtype) -> Action:
+        """What the route does to ``rows`` rows: its own number, or a multiple where each question has several beams.
+
+        Worked out once, but with gradients at every call.
+
+        Raises:
+            ValueError: another number of rows.
+        """
+        if self.route is None or self.adapter is None:
+            return Action()
+        found = self._ready.get((rows, dtype))
+        if found is None:
+            found = self.adapter.act(self._of(self.route, rows), dtype)
+            if not torch.is_grad_enabled():
+                self._ready = {(rows, dtype): found}
+        return found
+
+    def _of(self, route: Route, rows: int) -> Route:
+        if rows == len(route.slot_indices):
+            return route
+        times = beams(rows, len(route.slot_indices), "a route")
+        return Route(route.slot_indices.repeat_interleave(times, 0), route.slot_weights.repeat_interleave(times, 0))
+
+
+def beams(rows: int, questions: int, what: str) -> int:
+    """How often each of ``questions`` stands in ``rows`` rows; ``ValueError`` where that is no whole number."""
+    if rows < questions or rows % questions:
+        raise ValueError(f"{what} of {questions} question(s) does not fit a batch of {rows} row(s)")
+    return rows // questions
+
+
+# -- caches ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Prefill:
+    """What a cache carries to its later steps: the decision, and which of the first positions are no padding."""
+
+    decision: Decision
+    mask: Tensor | None
+
+
+def cached_length(cache: Any) -> int:
+    """Positions in a cache; 0 for none and for an empty one, which is what a prefill is given."""
+    return int(cache.get_seq_length()) if hasattr(cache, "get_seq_length") else 0
+
+
+def carry(cache: Any, prefill: Prefill) -> None:
+    """Leave on a cache what its later steps need."""
+    if cache is not None:
+        setattr(cache, _CARRIED, prefill)
+
+
+def carried(cache: Any) -> Prefill | None:
+    """What the prefill left on a cache; ``None`` where another program filled it."""
+    found: Prefill | None = getattr(cache, _CARRIED, None)
+    return found
+
+
+def cache_of(out: Any, given: Any) -> Any:
+    """The cache of a forward pass: the one that it was given, or that its output holds."""
+    if given is not None:
+        return given
+    if isinstance(out, tuple):
+        return next((part for part in out if hasattr(part, "get_seq_length")), None)
+    return getattr(out, "past_key_values", None)
+
+
+def continue_mask(
+    before: Tensor, rows: int, new: int, mask: Tensor | None, positions: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Mask ``[rows, all]`` and positions ``[rows, new]`` of a step after a prefill with pictures.
+
+    Args:
+        before: ``[questions, length]`` of the cached positions, pictures' features included.
+        mask, positions: the caller's. They are believed where they count the pictures' features too.
+    """
+    times = beams(rows, len(before), "the mask of a cache")
+    before = before.repeat_interleave(times, 0)
+    if mask is None or mask.shape[1] != before.shape[1] + new:
+        fresh = before.new_ones(rows, new) if mask is None else mask[:, -new:].to(before)
+        positions = None if mask is not None else positions
+        mask = torch.cat([before, fresh], 1)
+    if positions is None:
+        positions = (mask.long().cumsum(1) - 1).clamp(min=0)[:, -new:]
+    return mask, positions
+
+
+# -- embeddings --------------------------------------------------------------------------------------------------------
+
+
+class EmbeddingRoutes:
+    """Routes by the content of the rows of embeddings; the oldest are forgotten. Safe to use from several threads."""
+
+    def __init__(self) -> None:
+        self._rows: OrderedDict[tuple[int, ...], tuple[Route | None, int]] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> EmbeddingRoutes:
+        return EmbeddingRoutes()  # those of another model
+
+    def __reduce__(self) -> tuple[type[EmbeddingRoutes], tuple[()]]:
+        return EmbeddingRoutes, ()
+
+    def forget(self) -> None:
+        """Know no embeddings any more."""
+        with self._lock:
+            self._rows.clear()
+
+    def remember(self, embeds: Tensor, route: Route | None) -> None:
+        """Know the rows of ``embeds`` ``[batch, length, hidden]`` as routed by ``route``."""
+        marks = [_fingerprint(row) for row in embeds]
+        with self._lock:
+            for number, mark in enumerate(marks):
+                self._rows[mark] = (route, number)
+                self._rows.move_to_end(mark)
+            while len(self._rows) > _REMEMBERED_ROWS:
+                self._rows.popitem(last=False)
+
+    def find(self, embeds: Tensor) -> Route | None:
+        """The route of ``embeds``, row by row.
+
+        Raises:
+            KeyError: a row is not known, or some rows have a route and others none.
+        """
+        marks = [_fingerprint(row) for row in embeds]
+        with self._lock:
+            found = [self._rows[mark] for mark in marks]
+        routes = [(route, number) for route, number in found if route is not None]
+        if not routes:
+            return None
+        if len(routes) < len(found):
+            raise KeyError("some rows have a route and others none")
+        return Route(
+            torch.stack([route.slot_indices[number] for route, number in routes]),
+            torch.stack([route.slot_weights[number] for route, number in routes]),
+        )
+
+
+def _fingerprint(row: Tensor) -> tuple[int, ...]:
+    """Integers that tell the content of a row ``[length, hidden]``, wherever it is padded with zeros.
+
+    Sums of whole numbers, which are the same on every device and in every order of addition.
+    """
+    row = row.detach().float()
+    filled = row.ne(0).any(-1).nonzero().flatten()
+    if len(filled):
+        row = row[int(filled[0]) : int(filled[-1]) + 1]
+    bits = row.contiguous().view(torch.int32).flatten().long()
+    place = torch.arange(1, len(bits) + 1, device=bits.device)
+    sums = [(bits * (place * odd ^ (place >> 7))).sum() for odd in (0x9E3779B1, 0x85EBCA77)]
+    return (len(row), *torch.stack(sums).tolist())
+
+
+# -- threads -----------------------------------------------------------------------------------------------------------
+
+
+class LastRoute(threading.local):
+    """The route of this thread's latest questions. ``known`` says whether it has asked any."""
+
+    route: Route | None = None
+    known = False
+
+    def set(self, route: Route | None) -> None:
+        self.route, self.known = route, True
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> LastRoute:
+        return LastRoute()
+
+    def __reduce__(self) -> tuple[type[LastRoute], tuple[()]]:
+        return LastRoute, ()

@@ -1,0 +1,171 @@
+"""What a model does about routes: it holds the adapter, and settles for each call which decision holds.
+
+At a prefill the question decides: the one that is given, or the one that stands in the prompt (``llava.model.asked``).
+Later steps and embeddings made before keep the decision of their prefill (``llava.model.decision``). Where neither is
+known the call is refused: the base model answers only where ``route="none"`` says so, or no adapter is attached.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from llava.model.asked import QuestionReader
+from llava.model.decision import NO_ROUTE, Decision, EmbeddingRoutes, LastRoute, Prefill
+from llava.slots.adapter import Adapter
+from llava.slots.offsets import install_offset_hooks
+from llava.slots.queries import Query
+from llava.slots.route import Route
+
+_HOW = 'give questions=[...] (or text_query), a route decided before (route=model.last_route), or route="none"'
+
+
+@dataclass
+class Asked:
+    """What a caller says of the questions, as ``forward`` and ``generate`` take it."""
+
+    questions: Sequence[str] | None = None
+    text_query: Tensor | None = None
+    image_query: Tensor | None = None
+    tasks: Sequence[str | None] | None = None
+    route: Route | Decision | str | None = None
+
+
+class Routed:
+    """Mix-in of a causal language model: an adapter, and the decisions of its calls."""
+
+    retriever: Adapter | None
+    tokenizer: Any
+    config: Any
+    device: Any
+
+    def init_routing(self) -> None:
+        """Called by the back-end's ``__init__``: no adapter yet."""
+        self.retriever = None
+        self._question_reader: QuestionReader | None = None
+        self._last, self._latest = LastRoute(), None
+        self._embedding_routes = EmbeddingRoutes()
+        self._offset_hooks: list = []
+
+    @property
+    def last_route(self) -> Route | None:
+        """The route of this thread's latest ``generate`` or ``prepare_inputs_labels_for_multimodal``, ``None`` where
+        the base model answered; in a thread that has called neither, of the latest call of all."""
+        return self._last.route if self._last.known else self._latest
+
+    def attach_adapter(self, adapter: Adapter) -> None:
+        """Let ``adapter`` act from the next forward pass on, instead of the one before."""
+        self.detach_adapter()
+        adapter.to(self.device)
+        self.retriever = adapter
+        self.config.retriever = adapter.settings.to_dict()
+        self._offset_hooks = install_offset_hooks(self.get_model().layers, adapter.settings.targets)
+
+    def detach_adapter(self) -> None:
+        """Be the base model again: no hook and no entry in the config is left."""
+        for hook in self._offset_hooks:
+            hook.remove()
+        self._offset_hooks = []
+        self.retriever = None
+        self._settle(None)
+        self._embedding_routes.forget()
+        vars(self.config).pop("retriever", None)
+
+    def route(self, text_query: Tensor | None, image_query: Tensor | None, tasks=None) -> Route | None:
+        """The route of each sample, or ``None`` when no slot may be selected (the base model answers)."""
+        if self.retriever is None or not self.retriever.active:
+            return None
+        text_query = None if text_query is None else text_query.to(self.device)
+        image_query = None if image_query is None else image_query.to(self.device)
+        return self.retriever.decide(Query(text_query, image_query), tasks)
+
+    # -- decisions -------------------------------------------------------------------------------------------------
+
+    def _settle(self, route: Route | None) -> None:
+        self._last.set(route)
+        self._latest = route
+
+    def _given(self, asked: Asked) -> Decision | None:
+        """The decision that needs no question: one that the caller gives, or that there is nothing to decide."""
+        if isinstance(asked.route, Decision):
+            return asked.route
+        if isinstance(asked.route, Route):
+            return Decision(asked.route, self.retriever)
+        if asked.route not in (None, NO_ROUTE):
+            raise ValueError(f"route is {asked.route!r}; give a Route, or {NO_ROUTE!r} for the base model's answer")
+        if asked.route == NO_ROUTE or self.retriever is None or not self.retriever.active:
+            return Decision(None, self.retriever)
+        return None
+
+    def _continued(self, asked: Asked, before: Prefill | None) -> Decision:
+        """The decision of a step whose cache is filled: the prefill's, unless a route is given.
+
+        Raises:
+            ValueError: another program filled the cache, or it was filled under another adapter.
+        """
+        if (given := self._given(asked)) is not None:
+            return given
+        if before is None or before.decision.adapter is not self.retriever:
+            raise ValueError(f"nothing is known of the route that filled this cache: {_HOW}")
+        return before.decision
+
+    def _begun(
+        self,
+        asked: Asked,
+        input_ids: Tensor | None,
+        inputs_embeds: Tensor | None,
+        attention_mask: Tensor | None,
+        labels: Tensor | None,
+        features: list[list[Tensor]] | None,
+        images: Any,
+    ) -> Decision:
+        """The decision of a prefill: by what is given, by the prompt, or by where the embeddings come from.
+
+        Raises:
+            ValueError: none of these tells it, or there are not as many questions as rows.
+        """
+        if (given := self._given(asked)) is not None:
+            return given
+        adapter = self.retriever
+        assert adapter is not None  # _given
+        settings = adapter.settings
+        text_known = asked.questions is not None or asked.text_query is not None or not settings.uses_text
+        picture_known = asked.image_query is not None or features is not None or not settings.uses_images
+        if input_ids is None and not (text_known and picture_known):
+            return Decision(self._route_of(inputs_embeds), adapter)
+        rows = len(inputs_embeds if input_ids is None else input_ids)  # type: ignore[arg-type]
+        text_query, questions = asked.text_query, asked.questions
+        if text_query is None and settings.uses_text:
+            if questions is None:
+                questions = self._read_questions(input_ids, attention_mask, labels)
+            if len(questions) != rows:
+                raise ValueError(f"{len(questions)} question(s) for {rows} prompt(s)")
+            text_query = adapter.encode_questions(questions)
+        image_query = asked.image_query
+        if image_query is None:
+            image_query = self.image_query([[] for _ in range(rows)] if features is None else features, images)
+        return Decision(self.route(text_query, image_query, asked.tasks), adapter)
+
+    def _read_questions(self, input_ids: Tensor | None, attention_mask: Tensor | None, labels: Tensor | None):
+        if self.tokenizer is None or input_ids is None:
+            raise ValueError(f"this model routes on the question's text and knows no tokenizer to read it with: {_HOW}")
+        prompt = {"conv_mode": getattr(self.config, "conversation_version", None)}
+        prompt |= getattr(self.config, "prompt", None) or {}
+        pad = getattr(self.config, "pad_token_id", None)
+        if self._question_reader is None or self._question_reader.tokenizer is not self.tokenizer:
+            self._question_reader = QuestionReader(self.tokenizer)
+        return self._question_reader.read(input_ids, attention_mask, labels, prompt, pad)
+
+    def _route_of(self, inputs_embeds: Tensor | None) -> Route | None:
+        try:
+            if inputs_embeds is None:
+                raise KeyError("there are none")
+            return self._embedding_routes.find(inputs_embeds)
+        except KeyError as error:
+            raise ValueError(
+                "the route of these inputs_embeds is not known: they are not, row by row, what this model's "
+                f"prepare_inputs_labels_for_multimodal gave; {_HOW}"
+            ) from error

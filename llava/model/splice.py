@@ -1,0 +1,121 @@
+"""Text and pictures in one run of embeddings: the features of a picture take the place of its ``<image>``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
+from llava.padding import Side, pad
+from llava.truncation import kept_tokens
+from llava.utils import UserError
+
+Embed = Callable[[Tensor], Tensor]
+
+
+class Spliced(NamedTuple):
+    """Embeddings ``[batch, length, hidden]``; mask, positions and labels ``[batch, length]``; tokens cut per row."""
+
+    embeds: Tensor
+    mask: Tensor
+    positions: Tensor
+    labels: Tensor
+    cut: list[int]
+
+
+class Row(NamedTuple):
+    """A row without its padding: ids and labels ``[tokens]``, its pictures ``[tokens, hidden]`` each."""
+
+    ids: Tensor
+    labels: Tensor
+    pictures: list[Tensor]
+
+
+def count_placeholders(input_ids: Tensor, attention_mask: Tensor | None) -> list[int]:
+    """How many ``<image>`` each row of ``[batch, tokens]`` has, outside of its padding."""
+    marks = input_ids == IMAGE_TOKEN_INDEX
+    if attention_mask is not None and attention_mask.shape == input_ids.shape:
+        marks = marks & attention_mask.bool()
+    return marks.sum(dim=1).tolist()
+
+
+def splice(
+    embed: Embed,
+    input_ids: Tensor,
+    attention_mask: Tensor | None,
+    labels: Tensor | None,
+    features: list[list[Tensor]],
+    side: Side = "right",
+    limit: int | None = None,
+    prefix: Tensor | None = None,
+) -> Spliced:
+    """Put the pictures in their places.
+
+    Args:
+        embed: token ids to embeddings.
+        input_ids, attention_mask, labels: ``[batch, tokens]``; the last two may be ``None``.
+        features: per row its pictures, ``[tokens, hidden]`` each.
+        side: where shorter rows are padded.
+        limit: embeddings of a row at most, the prefix not counted. A longer row loses the tokens that it would lose in
+            training (``llava.truncation``): a prompt keeps its end, where the answer begins.
+        prefix: ``[batch, prefix length, hidden]``, in front of each row, behind its padding.
+
+    Raises:
+        ValueError: a row's pictures are not as many as its placeholders.
+        UserError: a row's pictures leave no room for an answer within ``limit``.
+    """
+    keep = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+    rows, row_labels, cut = [], [], []
+    for index, pictures in enumerate(features):
+        ids = input_ids[index][keep[index]]
+        row_label = torch.full_like(ids, IGNORE_INDEX) if labels is None else labels[index][keep[index]]
+        places = (ids == IMAGE_TOKEN_INDEX).nonzero().flatten().tolist()
+        if len(places) != len(pictures):
+            raise ValueError(
+                f"row {index} of the batch has {len(places)} <image> placeholder(s) but {len(pictures)} picture(s)"
+            )
+        row, lost = _within(limit, Row(ids, row_label, pictures), places)
+        if lost and not len(row.ids):
+            raise UserError(
+                f"row {index} of the batch: pictures of {sum(map(len, pictures))} positions leave no room for an "
+                f"answer in the model's window of {limit} (give fewer, or a larger tokenizer_model_max_length)"
+            )
+        embeds, spliced = splice_row(embed, row)
+        if prefix is not None:
+            embeds = torch.cat([prefix[index].to(embeds.dtype), embeds])
+            spliced = torch.cat([spliced.new_full((prefix.shape[1],), IGNORE_INDEX), spliced])
+        rows.append(embeds)
+        row_labels.append(spliced)
+        cut.append(lost)
+    embeds, mask = pad(rows, side)
+    positions = (mask.cumsum(1) - 1) * mask  # counted from each row's own start; 0 on padding
+    return Spliced(embeds, mask, positions, pad(row_labels, side, IGNORE_INDEX)[0], cut)
+
+
+def _within(limit: int | None, row: Row, places: list[int]) -> tuple[Row, int]:
+    """The row shortened to ``limit`` positions, and how many tokens it lost; ``places`` are those of its pictures."""
+    if limit is None or len(row.ids) - len(places) + sum(map(len, row.pictures)) <= limit:
+        return row, 0
+    pictures = dict(zip(places, row.pictures, strict=True))
+    lengths = [len(pictures[place]) if place in pictures else 1 for place in range(len(row.ids))]
+    kept = kept_tokens(lengths, (row.labels != IGNORE_INDEX).tolist(), pictures, limit)
+    chosen = torch.tensor(kept, dtype=torch.long, device=row.ids.device)
+    left = [pictures[place] for place in kept if place in pictures]
+    return Row(row.ids[chosen], row.labels[chosen], left), len(row.ids) - len(kept)
+
+
+def splice_row(embed: Embed, row: Row) -> tuple[Tensor, Tensor]:
+    """Embeddings ``[length, hidden]`` and labels ``[length]`` of a row with as many pictures as placeholders."""
+    places = (row.ids == IMAGE_TOKEN_INDEX).nonzero().flatten().tolist()
+    pieces, piece_labels, start = [], [], 0
+    for place, picture in zip([*places, len(row.ids)], [*row.pictures, None], strict=True):
+        pieces.append(embed(row.ids[start:place]))
+        piece_labels.append(row.labels[start:place])
+        if picture is not None:
+            pieces.append(picture.to(pieces[0].dtype))
+            piece_labels.append(row.labels.new_full((len(picture),), IGNORE_INDEX))
+        start = place + 1
+    return torch.cat(pieces), torch.cat(piece_labels)

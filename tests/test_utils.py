@@ -1,0 +1,45 @@
+"""The names that LLaVA's workers import from ``llava.utils``."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import sys
+
+import pytest
+
+from llava import utils
+from llava.utils import StreamToLogger, UserError
+
+
+def test_a_workers_imports_are_there():
+    assert utils.server_error_msg and utils.moderation_msg and "NETWORK" not in utils.server_error_msg
+    logger = utils.build_logger(logger_name="llava.test_worker", logger_filename=None)
+    assert logger is utils.build_logger("llava.test_worker") and len(logger.handlers) == 1
+    assert utils.disable_torch_init() is None
+
+
+def test_a_semaphore_is_put_in_words():
+    assert utils.pretty_print_semaphore(None) == "None"
+    assert utils.pretty_print_semaphore(asyncio.Semaphore(2)) == "Semaphore(value=2, locked=False)"
+    assert utils.pretty_print_semaphore(asyncio.Semaphore(0)) == "Semaphore(value=0, locked=True)"
+
+
+def test_what_is_printed_goes_to_the_logger_line_by_line(caplog, monkeypatch):
+    stream = StreamToLogger(logging.getLogger("llava.test_stream"), logging.WARNING)
+    monkeypatch.setattr(sys, "stdout", stream)
+    with caplog.at_level(logging.INFO):
+        print("one")
+        print("two", end="  \nthr")
+        assert [record.getMessage() for record in caplog.records] == ["one", "two"]
+        print("ee", end="")
+        stream.flush()
+        stream.flush()
+    assert [record.getMessage() for record in caplog.records] == ["one", "two", "three"]
+    assert {record.levelno for record in caplog.records} == {logging.WARNING}
+    assert stream.isatty() == stream.terminal.isatty()
+
+
+def test_no_text_is_sent_to_a_moderation_service():
+    with pytest.raises(UserError, match="not sent.*--moderate"):
+        utils.violates_moderation("a patient's question")
