@@ -20,7 +20,7 @@ from PIL import Image
 from tiny_llava import write_base
 from tiny_world import PICTURES, World, fit, merge, refusal, write_sequence
 
-from llava.constants import IGNORE_INDEX
+from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava.data.rows import read_rows, write_jsonl
 from llava.data.samples import TrainingSamples
 from llava.eval import model_vqa_loader, run_llava
@@ -221,6 +221,49 @@ def test_one_question_and_a_chat_are_asked_so_too(worlds, tmp_path, monkeypatch)
         assert seen.trained[row.id]["input_ids"][: len(ids)].equal(ids)
     assert len(batches) == 2
     assert seen.pixels <= expected_pixels(world, "square")
+
+
+# -- several pictures, a system text -----------------------------------------------------------------------------------
+
+
+def of_several_pictures(folder):
+    """A file of world's rows of ``abd``: a third with two pictures, a third with a system text, a third as they are."""
+    rows = [row.raw for row in read_rows(folder / "train_abd.jsonl")]
+    for number, row in enumerate(rows):
+        question, image = row["text"].replace("<image>", "").strip(), row["image"]
+        if number % 3 == 0:
+            row["image"] = [image, f"abd{(number + 1) % PICTURES}.png"]
+            row["text"] = f"Prior: <image>\nCurrent: <image>\n{question}" if number % 2 else question
+        if number % 3 == 1:
+            said = [
+                ("system", "You are a radiologist."),
+                ("human", f"<image>\n{question}"),
+                ("gpt", row["gpt4_answer"]),
+            ]
+            turns = [{"from": who, "value": text} for who, text in said]
+            rows[number] = {"id": row["question_id"], "image": image, "conversations": turns}
+    (folder / "several.json").write_text(json.dumps(rows))
+    return folder / "several.json"
+
+
+@pytest.mark.parametrize("cached", ["4096", "0"])
+def test_rows_with_several_pictures_and_with_a_system_text_are_asked_as_they_were_trained(
+    worlds, tmp_path, monkeypatch, cached
+):
+    world, stage = worlds["llama"], tmp_path / "llava-tiny_abd"
+    questions = of_several_pictures(world.folder)
+    fit(tmp_path, world.base, world.sequence, "abd", "--data_paths", questions)
+    seen = Seen(monkeypatch)
+    world.train("abd", stage, None, *OWN, "--feature_cache_mb", cached, "--data_path", questions)
+    answer(world, stage, tmp_path / "answers.jsonl", "--question-file", questions)
+    assert same_questions(seen)
+    _, model, processor, _ = load_pretrained_model(str(stage), str(world.base), device="cpu")
+    for row in read_rows(questions)[:4]:
+        opened = [load_image(world.folder / "images" / name) for name in row.images]
+        pixels = [list(process_images(opened, processor, model.config))]
+        query = model.image_query(model.vision_features(pixels), pixels)[0]
+        torch.testing.assert_close(query, seen.trained[row.id]["image_query"])
+        assert (seen.trained[row.id]["input_ids"] == IMAGE_TOKEN_INDEX).sum() == len(row.images)
 
 
 # -- picture modes -----------------------------------------------------------------------------------------------------

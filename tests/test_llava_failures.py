@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import importlib
 import subprocess
 import sys
 from pathlib import Path
@@ -55,30 +54,3 @@ def test_llavas_public_names_can_be_imported():
     assert LlavaMistralForCausalLM.config_class is LlavaMistralConfig
     with pytest.raises(ImportError):
         from llava.model import LlavaMptForCausalLM  # noqa: F401
-
-
-PUBLIC = {
-    "llava.constants": "IGNORE_INDEX IMAGE_TOKEN_INDEX DEFAULT_IMAGE_TOKEN IMAGE_PLACEHOLDER LOGDIR",
-    "llava.conversation": "SeparatorStyle Conversation conv_templates default_conversation",
-    "llava.mm_utils": "select_best_resolution resize_and_pad_image divide_to_patches get_anyres_image_grid_shape "
-    "process_anyres_image load_image_from_base64 expand2square process_images tokenizer_image_token "
-    "get_model_name_from_path KeywordsStoppingCriteria",
-    "llava.utils": "build_logger disable_torch_init",
-    "llava.model.builder": "load_pretrained_model",
-    "llava.model.llava_arch": "LlavaMetaModel LlavaMetaForCausalLM unpad_image",
-    "llava.model.language_model.llava_llama": "LlavaConfig LlavaLlamaModel LlavaLlamaForCausalLM",
-    "llava.model.language_model.llava_mistral": "LlavaMistralConfig LlavaMistralModel LlavaMistralForCausalLM",
-    "llava.model.multimodal_encoder.builder": "build_vision_tower",
-    "llava.model.multimodal_encoder.clip_encoder": "CLIPVisionTower",
-    "llava.model.multimodal_projector.builder": "build_vision_projector IdentityMap",
-    "llava.train.train": "DataArguments TrainingArguments LazySupervisedDataset DataCollatorForSupervisedDataset train",
-    "llava.train.arguments": "ModelArguments DataArguments TrainingArguments",
-    "llava.train.llava_trainer": "LLaVATrainer",
-    "llava.eval.run_llava": "eval_model",
-}
-
-
-@pytest.mark.parametrize("module", PUBLIC)
-def test_llavas_modules_have_its_public_names(module):
-    found = importlib.import_module(module)
-    assert not [name for name in PUBLIC[module].split() if not hasattr(found, name)]

@@ -27,7 +27,7 @@ TASKS = ("chest", "abd", "head")
 KEYS = """-g 8 --epochs 3 --lr_step_size 1 --log_interval 50 --lr 1e-3 --batch_size 128 --num_workers 4
 --master_port 8889 --local-rank -1"""
 
-TRAIN = """--version v1 --vision_tower /llava/output/clip-vit-large-patch14-336 --mm_projector_type mlp2x_gelu
+TRAIN = """--version v1 --vision_tower output/clip-vit-large-patch14-336 --mm_projector_type mlp2x_gelu
 --mm_vision_select_layer -2 --mm_use_im_start_end False --mm_use_im_patch_token False --image_aspect_ratio pad
 --group_by_modality_length True --bf16 True --num_train_epochs 1 --per_device_train_batch_size 4
 --per_device_eval_batch_size 4 --gradient_accumulation_steps 1 --evaluation_strategy no --save_strategy steps

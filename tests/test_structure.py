@@ -124,6 +124,7 @@ ACCELERATORS = re.compile(r"(cuda|hip|rocm|mps|npu|xpu|hpu|tpu)(:\d+)?")
 DEVICE_NAMES_STAY = {
     "llava/devices.py": "the one place that chooses",
     "llava/model/builder.py": "load_pretrained_model's signature is LLaVA's own: device='cuda'",
+    "llava/model/loading.py": "and so are its flags",
 }
 
 

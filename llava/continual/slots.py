@@ -5,6 +5,7 @@
     python -m llava.continual.slots remove output/llava-vqa-rad_abd_chest chest --output output/llava-vqa-rad_abd
     python -m llava.continual.slots rename merged.pth abd abdomen
     python -m llava.continual.slots export-peft output/llava-vqa-rad_abd abd --output output/abd-lora
+    python -m llava.continual.slots export-peft STAGE abd --output output/abd-hf --layout hf --model-base BASE-HF
     python -m llava.continual.slots import-prototype CHECKPOINT --tasks abd chest --model-base BASE --output a.pth
     python -m llava.continual.slots verify output/llava-vqa-rad_abd --model-base BASE
 
@@ -66,6 +67,12 @@ class Export:
     task: str = word()
     output: str = flag(help="folder of the adapter")
     weights: list[float] | None = flag(None, "one per slot (default: the task's mean weights)")
+    layout: str = flag(
+        "llava",
+        "class it fits: llava, or hf for LlavaForConditionalGeneration and serving engines",
+        choices=("llava", "hf"),
+    )
+    model_base: str | None = flag(None, "base that the adapter names (default: the slots' own)")
 
 
 @dataclass(kw_only=True)
@@ -143,10 +150,13 @@ def do_rename(args: Rename) -> None:
 
 
 def do_export(args: Export) -> None:
+    from llava.slots.card import write_export_card
     from llava.slots.edit import read_place
     from llava.slots.peft_export import export_peft
 
-    mixture = export_peft(read_place(args.place), args.task, args.output, args.weights)
+    pool = read_place(args.place)
+    mixture = export_peft(pool, args.task, args.output, args.weights, args.layout, args.model_base)
+    write_export_card(Path(args.output), pool, args.task, mixture, args.model_base)
     parts = ", ".join(f"{weight:.4f} of slot {slot}" for slot, weight in mixture.items())
     print(f"task {args.task}: {parts}; adapter written to {args.output}")
 

@@ -329,8 +329,8 @@ def score_table(scores: Mapping[str, Any]) -> str:
     tokenizer = scores["tokenizer"].split(" (")[0]
     title = f"\n{scores['model_id']}  (95 % bootstrap interval in brackets; tokenizer: {tokenizer})"
     several, none = scores.get("rows_of_several_domains"), scores.get("rows_of_no_domain")
-    reasons = [f"{several} rows are of several domains: counted under each, overall once"] if several else []
-    reasons += [f"{none} rows are of no domain: counted overall alone"] if none else []
+    reasons = [f"rows of several domains, counted under each and overall once: {several}"] if several else []
+    reasons += [f"rows of no domain, counted overall alone: {none}"] if none else []
     reasons += [
         f"{metric}: missing, {figure['reason']}"
         for metric, figure in groups[OVERALL]["figures"].items()

@@ -12,7 +12,6 @@ from safetensors import SafetensorError
 from transformers import (
     AutoModelForCausalLM,
     BaseImageProcessor,
-    BitsAndBytesConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -26,6 +25,7 @@ from llava.conversation import conv_mode_for
 from llava.mm_utils import get_model_name_from_path
 from llava.model.adapters import adapter_base, apply_adapter, load_extra_tensors
 from llava.model.configs import FAMILIES, Config, Model, llava_config
+from llava.model.loading import known_dtype, loading_options
 from llava.model.saving import refuse_lost_slots
 from llava.model.vision.features import load_vision_tower
 from llava.slots.adapter import ADAPTERS, RETRIEVER, read_memory
@@ -50,7 +50,11 @@ def load_pretrained_model(
     device: str = "cuda",
     use_flash_attn: bool = False,
     attn_implementation: str | None = None,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
+    torch_dtype: torch.dtype | str | None = None,
+    overwrite_config: Mapping[str, Any] | None = None,
+    multimodal: bool | None = None,
+    use_flash_attention_2: bool = False,
     **kwargs: Any,
 ) -> tuple[PreTrainedTokenizerBase, PreTrainedModel, BaseImageProcessor | None, int]:
     """Load a model for inference.
@@ -60,28 +64,35 @@ def load_pretrained_model(
         model_name: decides only where the content allows two readings (default: the folder's name).
         load_8bit, load_4bit: quantise the base with bitsandbytes; slots, projector and tower keep full precision.
         device_map, device: ``device_map`` is used on GPUs; on ``cpu`` everything is float32 on the CPU.
-        dtype: of the weights; default: the checkpoint's own on a GPU, float32 on the CPU.
+        dtype, torch_dtype: of the weights, also as ``"float16"`` or ``"auto"`` (the checkpoint's own); default: the
+            checkpoint's own on a GPU, float32 on the CPU.
+        overwrite_config: LLaVA-NeXT's: fields that replace the checkpoint's config, and a stage's prompt.
+        multimodal: LLaVA-NeXT's; the content decides. use_flash_attention_2: another name of ``use_flash_attn``.
+        kwargs: for ``from_pretrained``.
 
     Returns:
         ``(tokenizer, model, image_processor, context_len)``; ``image_processor`` is ``None`` for a text-only model.
 
     Raises:
-        UserError: the folder is missing, is no checkpoint, needs a base, or does not fit its base.
+        UserError: the folder is missing, is no checkpoint, needs a base, or does not fit its base; an unknown dtype.
     """
+    dtype = known_dtype(torch_dtype if dtype is None else dtype)
     checkpoint = Checkpoint.open(model_path, model_name)
     kind, folder = checkpoint.kind, checkpoint.folder
     slots = Pool.read(folder / SLOTS_FILE) if kind == "stage" else None
     base = _base_of(checkpoint, slots, model_base, model_name)
     over_base = f" over base {base}" if base.folder != folder else ""
     rank0_print(f"{folder}: {_DESCRIPTION[kind]}{over_base} ({checkpoint.rule})")
-    options = loading_options(load_8bit, load_4bit, device_map, device, use_flash_attn, attn_implementation, dtype)
+    flash = use_flash_attn or use_flash_attention_2
+    options = loading_options(load_8bit, load_4bit, device_map, device, flash, attn_implementation, dtype)
+    options |= {"overwrite_config": overwrite_config, **kwargs}
     over = checkpoint if kind in ("lora", "projector") else None
     if slots is not None:
-        model, tokenizer, image_processor = _load_stage(checkpoint, slots, base, model_base, {**options, **kwargs})
+        model, tokenizer, image_processor = _load_stage(checkpoint, slots, base, model_base, options)
     else:
         if checkpoint.has_weights:
             refuse_lost_slots(checkpoint.config, folder)
-        model, tokenizer, image_processor = load_base(base, config_from=over, **options, **kwargs)
+        model, tokenizer, image_processor = load_base(base, config_from=over, **options)
         if kind == "lora":
             model = _with_lora(model, folder, options)
     context = getattr(model.config, "max_sequence_length", None) or DEFAULT_CONTEXT
@@ -106,7 +117,8 @@ def _load_stage(
     if stage.has(ADAPTER_CONFIG):
         model = _with_lora(model, stage.folder, options)
     attach_slots(cast(Model, model), slots, base, read_memory(stage.folder))
-    tell_prompt(model.config, slots, model_base or slots.base.get("path") or str(base))
+    base_name = model_base or slots.base.get("path") or str(base)
+    tell_prompt(model.config, slots, base_name, options.get("overwrite_config"))
     return model, tokenizer, image_processor
 
 
@@ -143,63 +155,17 @@ def _base_of(checkpoint: Checkpoint, slots: Pool | None, model_base: str | None,
     return Checkpoint.open(model_base, name)
 
 
-def loading_options(
-    load_8bit: bool = False,
-    load_4bit: bool = False,
-    device_map: str | dict[str, Any] | None = "auto",
-    device: str = "cuda",
-    use_flash_attn: bool = False,
-    attn_implementation: str | None = None,
-    dtype: torch.dtype | None = None,
-) -> dict[str, Any]:
-    """Keyword arguments for ``from_pretrained`` from LLaVA's loading flags."""
-    options: dict[str, Any] = {"attn_implementation": attention(attn_implementation, use_flash_attn)}
-    if load_8bit and load_4bit:
-        raise UserError("choose one of --load-8bit and --load-4bit")
-    if load_8bit or load_4bit:
-        compute = dtype or (torch.float32 if device == "cpu" else torch.float16)
-        options["quantization_config"] = quantization_config(8 if load_8bit else 4, compute)
-    if device == "cpu":
-        return {
-            **options,
-            "dtype": dtype or torch.float32,
-            "device_map": {"": "cpu"} if load_8bit or load_4bit else None,
-        }
-    return {**options, "dtype": dtype or "auto", "device_map": device_map if device == "cuda" else {"": device}}
-
-
-def quantization_config(
-    bits: int, compute: torch.dtype, double_quant: bool = True, quant_type: str = "nf4"
-) -> BitsAndBytesConfig:
-    """Bitsandbytes settings for the decoder; head, projector, tower and slots keep their precision."""
-    return BitsAndBytesConfig(
-        load_in_8bit=bits == 8,
-        load_in_4bit=bits == 4,
-        bnb_4bit_quant_type=quant_type,
-        bnb_4bit_use_double_quant=double_quant,
-        bnb_4bit_compute_dtype=compute,
-        llm_int8_skip_modules=["lm_head", "model.mm_projector", "model.vision_tower", "retriever"],
-    )
-
-
-def attention(wanted: str | None, use_flash_attn: bool = False) -> str:
-    """The attention implementation: SDPA unless another is asked for; FlashAttention only where it is installed."""
-    from transformers.utils import is_flash_attn_2_available
-
-    wanted = wanted or ("flash_attention_2" if use_flash_attn else "sdpa")
-    if wanted == "flash_attention_2" and not is_flash_attn_2_available():
-        rank0_print("FlashAttention is not installed or finds no GPU; using SDPA instead")
-        return "sdpa"
-    return wanted
-
-
 def load_base(
-    place: Place, config_from: Checkpoint | None = None, **options: Any
+    place: Place,
+    config_from: Checkpoint | None = None,
+    overwrite_config: Mapping[str, Any] | None = None,
+    **options: Any,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, BaseImageProcessor | None]:
     """A checkpoint with full weights: ``(model, tokenizer, image_processor)``.
 
     Args:
         config_from: a projector's or LoRA's folder: its config and its tensors go over the base's.
+        overwrite_config: fields that go over both.
         options: for ``from_pretrained``.
 
     Raises:
@@ -211,9 +177,11 @@ def load_base(
         raise UserError(f"{checkpoint} is itself no full model ({described}); give the base it was trained on")
     tokenizer = load_tokenizer(checkpoint.folder)
     if checkpoint.kind == "plain" and config_from is None:
+        options = {**options, **(overwrite_config or {})}
         return AutoModelForCausalLM.from_pretrained(checkpoint.folder, **options), tokenizer, None
     configured = _configured(checkpoint, config_from)
     config = llava_config(configured, weights=checkpoint)
+    config.update(dict(overwrite_config or {}))
     if config_from is not None:
         config.vocab_size = checkpoint.vocab_size  # a longer one is in the tensors beside the adapter
     model, report = _from_pretrained(FAMILIES[configured.family], checkpoint, config, options)
@@ -281,7 +249,7 @@ def _ready_tower(model: Model, checkpoint: Checkpoint) -> BaseImageProcessor | N
     else:
         tower.load_model()
         tower.to(device=model.device, dtype=model.get_input_embeddings().weight.dtype)
-    model.config.mm_patches_per_side = tower.num_patches_per_side
+    model.config.mm_patches_per_side, model.config.mm_leading_tokens = tower.num_patches_per_side, tower.leading_tokens
     return tower.image_processor
 
 
@@ -336,14 +304,18 @@ def attach_slots(
     model.stage_memory = dict(memory or {})
 
 
-def tell_prompt(config, slots: Pool, base_name: str) -> None:
+def tell_prompt(config, slots: Pool, base_name: str, overwrite: Mapping[str, Any] | None = None) -> None:
     """Put the stage's prompt into the model's config, so that whoever asks it finds it there.
 
-    A stage of an older version keeps none: it is asked as its base is, whose name ``base_name`` ends with.
+    A stage of an older version keeps none: it is asked as its base is, whose name ``base_name`` ends with. What
+    ``overwrite`` says of the config's template and picture mode goes over the stage's.
     """
     known = slots.prompt or {"conv_mode": conv_mode_for(config, get_model_name_from_path(base_name))}
-    config.prompt = dict(known)
-    for field, name in (("conv_mode", "conversation_version"), ("aspect_ratio", "image_aspect_ratio")):
+    names = {"conv_mode": "conversation_version", "aspect_ratio": "image_aspect_ratio"}
+    overwritten = {field: overwrite[name] for field, name in names.items() if overwrite and name in overwrite}
+    known = {**known, **overwritten}
+    config.prompt = known
+    for field, name in names.items():
         if field in known:
             setattr(config, name, known[field])
 

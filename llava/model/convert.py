@@ -18,13 +18,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import BaseImageProcessor, PretrainedConfig, PreTrainedTokenizerBase
 
+from llava.checkpoints.card import CARD_FILE, NOT_CLINICAL, PIPELINE, TAGS, licence_section, public_name, write_card
 from llava.checkpoints.checkpoint import Checkpoint
 from llava.checkpoints.hf_layout import TO_HF, TO_LLAVA, config_to_hf, renamed
-from llava.checkpoints.kinds import TOWER_PREFIX
+from llava.checkpoints.kinds import SLOTS_FILE, TOWER_PREFIX
 from llava.checkpoints.tokenizer import load_tokenizer
 from llava.checkpoints.weights import load_bin
 from llava.constants import DEFAULT_IMAGE_TOKEN
+from llava.conversation import conv_mode_for
 from llava.files import atomic_folder, atomic_write
+from llava.model.chat_template import faithful_template
 from llava.model.configs import llava_config
 from llava.model.multimodal_encoder.builder import build_vision_tower
 from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower
@@ -33,7 +36,8 @@ from llava.utils import UserError, rank0_print
 
 FROM_HF, TO_HF_DIRECTION = "from_hf", "to_hf"
 VOCABULARY_TENSORS = ("model.embed_tokens.weight", "lm_head.weight")
-COPIED = ("generation_config.json", "preprocessor_config.json", "chat_template.json", "chat_template.jinja")
+COPIED = ("generation_config.json", "preprocessor_config.json")
+CHAT_TEMPLATES = ("chat_template.json", "chat_template.jinja")
 
 
 def convert(source: Path, target: Path, direction: str) -> None:
@@ -50,14 +54,34 @@ def convert(source: Path, target: Path, direction: str) -> None:
     if checkpoint.is_hf != (direction == FROM_HF):
         found = "Hugging Face's" if direction == TO_HF_DIRECTION else "LLaVA's"
         raise UserError(f"{source} has {found} layout already, or is no LLaVA checkpoint; nothing to convert")
+    if direction == TO_HF_DIRECTION and checkpoint.has(SLOTS_FILE):
+        raise UserError(
+            f"{source} holds slots, which Hugging Face's classes don't know: convert its base, and export each task "
+            "with python -m llava.continual.slots export-peft --layout hf"
+        )
     if not checkpoint.has_weights:
         raise UserError(f"{source} holds no full weights; merge the adapter first (scripts/merge_lora_weights.py)")
     with atomic_folder(target) as partial:
-        for name in COPIED:
+        for name in (*COPIED, *CHAT_TEMPLATES) if direction == FROM_HF else COPIED:
             if checkpoint.has(name):
                 shutil.copyfile(source / name, partial / name)
         (_from_hf if direction == FROM_HF else _to_hf)(checkpoint, partial)
+        _write_card(checkpoint, partial, target.name, direction)
     rank0_print(f"{source} converted ({direction}) to {target}")
+
+
+def _write_card(source: Checkpoint, folder: Path, name: str, direction: str) -> None:
+    """The source's model card goes along; what was done to the weights is a section of its own."""
+    library, layout = ("llava", "LLaVA's") if direction == FROM_HF else ("transformers", "Hugging Face's")
+    is_new = not source.has(CARD_FILE)
+    if not is_new:
+        shutil.copyfile(source.folder / CARD_FILE, folder / CARD_FILE)
+    base = public_name(source.folder)
+    text = f"`{base}` (fingerprint `{source.fingerprint}`) in {layout} layout: its tensors renamed, not changed."
+    text = f"# {name}\n\n{text}\n\n{NOT_CLINICAL}" if is_new else f"## Conversion\n\n{text}"
+    front = {"base_model": base, "library_name": library, "pipeline_tag": PIPELINE, "tags": list(TAGS)}
+    licence = {"licence": licence_section(base, "")} if is_new else {}
+    write_card(folder, front, {"conversion": text, **licence})
 
 
 def _from_hf(source: Checkpoint, target: Path) -> None:
@@ -77,6 +101,7 @@ def _to_hf(source: Checkpoint, target: Path) -> None:
             f"the checkpoint's vision tower is {kind.name}; only CLIP towers are written to Hugging Face's layout"
         )
     image_token = _image_token(tokenizer)
+    _set_chat_template(tokenizer, conv_mode_for(config, source.name), config)
     config.vocab_size = max(config.vocab_size, image_token + 1)
     _write_json(target / "config.json", config_to_hf(_plain_values(config), vision, image_token))
     write_shards(target, _hf_shards(source, config.vocab_size, tower))
@@ -114,6 +139,13 @@ def _image_token(tokenizer: PreTrainedTokenizerBase) -> int:
     if DEFAULT_IMAGE_TOKEN not in tokenizer.get_vocab():
         tokenizer.add_tokens([DEFAULT_IMAGE_TOKEN], special_tokens=True)
     return tokenizer.get_vocab()[DEFAULT_IMAGE_TOKEN]
+
+
+def _set_chat_template(tokenizer: PreTrainedTokenizerBase, conv_mode: str, config: PretrainedConfig) -> None:
+    """What the tokenizer brought is the language model's, and not how this checkpoint is asked."""
+    tokenizer.chat_template = faithful_template(tokenizer, conv_mode, getattr(config, "mm_use_im_start_end", False))
+    if tokenizer.chat_template is None:
+        rank0_print(f"note: no chat template is written: with this tokenizer none gives the ids of {conv_mode}")
 
 
 def _write_processor(

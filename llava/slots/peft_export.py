@@ -5,6 +5,11 @@ A route adds ``scale * sum_p w[p] A[p]^T B[p]`` to a projection. For fixed weigh
     lora_A = [B[p] for p]  [k r, in],    lora_B = [scale * w[p] * A[p] for p]^T  [out, k r],    scaling 1
 
 so an answer with the adapter equals an answer whose every question is routed to that mixture.
+
+Two layouts, for the two classes that a base can be loaded by: ``llava`` fits this package's (and LLaVA's own), ``hf``
+fits ``LlavaForConditionalGeneration``. The latter is written as serving engines read adapters: a plain list of last
+names in ``target_modules`` (SGLang takes each name's last part and knows no patterns), one rank for all layers, no
+``modules_to_save`` (vLLM refuses it), and tensor names as the checkpoint has them in transformers (vLLM maps those).
 """
 
 from __future__ import annotations
@@ -25,6 +30,10 @@ from llava.slots.task_slots import TaskSlots
 from llava.utils import UserError
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+DECODERS = {"llava": "model.layers", "hf": "model.language_model.layers"}
+"""Layouts, and where the decoder's layers are in the class that each fits."""
+NOT_DECODER = r".*(vision_tower|multi_modal_projector).*"
+"""A list of last names would fit projections of the vision tower too."""
 
 
 def fixed_mixture(pool: Pool, task: TaskSlots, weights: list[float] | None = None) -> dict[int, float]:
@@ -49,14 +58,14 @@ def fixed_mixture(pool: Pool, task: TaskSlots, weights: list[float] | None = Non
     return {slot: mean[slot] / total for slot in sorted(heaviest)}
 
 
-def adapter_tensors(pool: Pool, task: TaskSlots, mixture: dict[int, float]) -> dict[str, Tensor]:
+def adapter_tensors(pool: Pool, task: TaskSlots, mixture: dict[int, float], layout: str = "llava") -> dict[str, Tensor]:
     """The adapter's weights under the names that PEFT expects, float32."""
     chosen = list(mixture)
     weight = torch.tensor([mixture[slot] * pool.settings.scale for slot in chosen])[:, None, None]
     tensors = {}
     for target in pool.settings.targets:
         for layer in range(pool.settings.num_layers):
-            name = f"base_model.model.{_module(layer, target)}"
+            name = f"base_model.model.{DECODERS[layout]}.{layer}.{_part(target)}"
             down = task.B[target][chosen, layer].float()  # [k, rank, in]
             up = task.A[target][chosen, layer].float() * weight  # [k, rank, out]
             tensors[f"{name}.lora_A.weight"] = down.flatten(0, 1).contiguous()  # [k rank, in]
@@ -64,15 +73,27 @@ def adapter_tensors(pool: Pool, task: TaskSlots, mixture: dict[int, float]) -> d
     return tensors
 
 
-def export_peft(pool: Pool, task_name: str, folder: str | Path, weights: list[float] | None = None) -> dict[int, float]:
+def export_peft(
+    pool: Pool,
+    task_name: str,
+    folder: str | Path,
+    weights: list[float] | None = None,
+    layout: str = "llava",
+    base: str | None = None,
+) -> dict[int, float]:
     """Write ``adapter_config.json`` and ``adapter_model.safetensors``; returns the mixture that was folded in.
 
+    Args:
+        layout: a key of ``DECODERS``. base: what the adapter names as its base (default: the slots' own).
+
     Raises:
-        UserError: an unknown or untrained task, or unusable weights.
+        UserError: an unknown or untrained task, unusable weights, or an unknown layout.
     """
     from peft import LoraConfig
 
     refuse_more_than_slots("the stage", pool, "exported")
+    if layout not in DECODERS:
+        raise UserError(f"unknown layout {layout!r}; choose {' or '.join(DECODERS)}")
     task = pool.task(task_name)
     if not task.trained:
         raise UserError(f"task {task_name!r} is not trained yet, so its adapter would change nothing; train it first")
@@ -80,28 +101,29 @@ def export_peft(pool: Pool, task_name: str, folder: str | Path, weights: list[fl
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     rank = len(mixture) * pool.settings.rank
+    targets = pool.settings.targets
     config = LoraConfig(
         task_type="CAUSAL_LM",
-        base_model_name_or_path=pool.base.get("path"),
+        base_model_name_or_path=base or pool.base.get("path"),
         r=rank,
         lora_alpha=rank,  # scaling 1: scale and weights are folded into lora_B
-        target_modules=_pattern(pool.settings.targets),
+        target_modules=_pattern(targets) if layout == "llava" else list(targets),
+        exclude_modules=None if layout == "llava" else NOT_DECODER,
         inference_mode=True,
     )
     with tempfile.TemporaryDirectory(dir=folder, prefix=".partial.") as partial:
-        save_file(adapter_tensors(pool, task, mixture), Path(partial) / WEIGHTS, metadata={"format": "pt"})
+        save_file(adapter_tensors(pool, task, mixture, layout), Path(partial) / WEIGHTS, metadata={"format": "pt"})
         config.save_pretrained(partial)
         for name in (WEIGHTS, CONFIG):
             os.replace(Path(partial) / name, folder / name)
     return mixture
 
 
-def _module(layer: int, target: str) -> str:
+def _part(target: str) -> str:
     part = "self_attn" if target in ATTENTION_TARGETS else "mlp"
-    return f"model.layers.{layer}.{part}.{target}"
+    return f"{part}.{target}"
 
 
 def _pattern(targets: tuple[str, ...]) -> str:
     """A pattern for the decoder's projections alone: a vision tower calls some of its own the same."""
-    names = [re.escape(_module(0, target)).replace(r"\.0\.", r"\.\d+\.") for target in targets]
-    return "|".join(names)
+    return "|".join(rf"{re.escape(DECODERS['llava'])}\.\d+\.{re.escape(_part(target))}" for target in targets)

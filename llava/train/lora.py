@@ -23,7 +23,7 @@ from torch import nn
 from llava.checkpoints.kinds import ADAPTER_CONFIG
 from llava.devices import default_device
 from llava.model.adapters import PEFT_PREFIX, apply_adapter
-from llava.model.builder import quantization_config
+from llava.model.loading import quantization_config
 from llava.train.arguments import TrainingArguments
 from llava.train.states import find_all_linear_names
 from llava.utils import UserError, rank0_print

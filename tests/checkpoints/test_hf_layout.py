@@ -12,9 +12,10 @@ import torch
 from hf_llava import PINPOINTS, TOKENS, hf_ids, pad, write_hf_model
 from PIL import Image
 from safetensors.torch import load_file
-from tiny_llava import write_base
+from tiny_llava import write_base, write_stage
 from tiny_world import TASKS, World, fit, merge, write_sequence
 from transformers import (
+    AutoProcessor,
     AutoTokenizer,
     LlavaForConditionalGeneration,
     LlavaImageProcessorPil,
@@ -25,6 +26,7 @@ from transformers import (
 
 from llava.checkpoints.checkpoint import Checkpoint
 from llava.checkpoints.hf_layout import config_from_hf
+from llava.data.labels import prompt_ids
 from llava.mm_utils import process_images, tokenizer_image_token
 from llava.model.builder import load_pretrained_model
 from llava.model.convert import convert, grown
@@ -208,6 +210,14 @@ def test_an_anyres_checkpoint_opens_in_transformers_again(anyres, tmp_path):
     assert again.config.image_grid_pinpoints == theirs.config.image_grid_pinpoints
     expected = theirs.state_dict()
     assert all(torch.equal(value, expected[key]) for key, value in again.state_dict().items())
+    picture = Image.radial_gradient("L").resize((32, 20)).convert("RGB")
+    content = [{"type": "image", "image": picture}, {"type": "text", "text": "is there a lesion"}]
+    processor = AutoProcessor.from_pretrained(tmp_path / "theirs")
+    options = {"tokenize": True, "return_dict": True, "add_generation_prompt": True}
+    ids = processor.apply_chat_template([{"role": "user", "content": content}], **options)["input_ids"][0]
+    wanted = prompt_ids("is there a lesion", tokenizer, "mistral_instruct", True)
+    tokens = ids.count(again.config.image_token_index)
+    assert tokens > TOKENS and ids == hf_ids(wanted, again.config.image_token_index, tokens)
 
 
 def test_head_rows_added_for_the_image_token_never_win():
@@ -264,6 +274,16 @@ def test_what_the_other_layout_has_no_word_for_is_refused(tmp_path):
     (tmp_path / "ours" / "config.json").write_text(json.dumps({**config, "mm_projector_type": "linear"}))
     with pytest.raises(UserError, match="mlp2x_gelu only"):
         convert(tmp_path / "ours", tmp_path / "theirs", "to_hf")
+
+
+def test_slots_are_not_lost_on_the_way(tmp_path):
+    base = write_base(tmp_path / "base")
+    load_pretrained_model(str(write_stage(tmp_path / "llava-s", base)), None, device="cpu")[1].save_pretrained(
+        tmp_path / "whole"
+    )
+    for folder in ("llava-s", "whole"):
+        with pytest.raises(UserError, match="export each task|no config"):
+            convert(tmp_path / folder, tmp_path / "hf", "to_hf")
 
 
 def test_the_whole_pipeline_runs_on_their_layout(written, tmp_path):

@@ -15,7 +15,7 @@ from llava.data import prompt as module
 from llava.data.labels import expanded_length, image_token_count, prompt_ids
 from llava.data.prompt import Prompt, PromptEncoder
 from llava.data.rows import parse_row
-from llava.data.samples import DataCollatorForSupervisedDataset, TrainingSamples
+from llava.data.samples import DataCollatorForSupervisedDataset, TrainingSamples, picture_groups
 from llava.utils import UserError
 
 CONFIG = SimpleNamespace(image_aspect_ratio="pad", vision_config={"image_size": 32, "patch_size": 8})
@@ -81,6 +81,68 @@ def test_text_only_row_does_not_shift_its_neighbours(folder, tokenizer):
     assert batch["images"][1] is None and batch["image_sizes"] == [(40, 20), None, (20, 30)]
     assert batch["images"][2].equal(data[2]["image"])
     assert [int((ids == IMAGE_TOKEN_INDEX).sum()) for ids in batch["input_ids"]] == [1, 0, 1]
+
+
+def pair(number, text="Is it worse?", images=("a.png", "b.png")):
+    return parse_row({"question_id": number, "text": text, "gpt4_answer": "yes", "image": list(images)})
+
+
+def test_a_row_with_two_pictures_has_a_list_of_them_beside_its_neighbours(folder, tokenizer):
+    data = build([pair(1), row(2, None), row(3, "b.png")], folder, tokenizer)
+    samples = [data[index] for index in range(3)]
+    assert [tuple(image.shape) for image in samples[0]["image"]] == [(3, 32, 32)] * 2
+    assert samples[0]["image"][1].equal(samples[2]["image"]) and samples[0]["image_size"] == [(40, 20), (20, 30)]
+    batch = DataCollatorForSupervisedDataset(tokenizer)(samples)
+    assert [int((ids == IMAGE_TOKEN_INDEX).sum()) for ids in batch["input_ids"]] == [2, 0, 1]
+    assert batch["image_sizes"] == [[(40, 20), (20, 30)], None, (20, 30)]
+    assert len(batch["images"][0]) == 2 and batch["images"][1] is None
+    assert data.lengths[0] == len(samples[0]["input_ids"]) - 2 + 2 * 16
+    assert data.modality_lengths[0] == data.lengths[0]
+    features = {name: (torch.full((1, 16, 8), float(place)), (1, 1)) for place, name in enumerate(("a.png", "b.png"))}
+    batch = DataCollatorForSupervisedDataset(tokenizer)([data.add(features=features)[index] for index in range(3)])
+    assert [[float(one[0, 0, 0]) for one in sample] for sample in batch["image_features"]] == [[0, 1], [], [1]]
+
+
+def test_pictures_of_turns_that_are_cut_off_are_left_out(folder, tokenizer):
+    turns = [("human", "<image> What is this?"), ("gpt", "A rib."), ("human", "And <image>?"), ("gpt", "A lung.")]
+    value = {"id": 1, "image": ["a.png", "b.png"]}
+    value["conversations"] = [{"from": who, "value": text} for who, text in turns]
+    whole = build([parse_row(value)], folder, tokenizer)
+    cut = build([parse_row(value)], folder, tokenizer, max_length=whole.lengths[0] - 16)
+    assert len(whole[0]["image"]) == 2
+    assert cut[0]["input_ids"].eq(IMAGE_TOKEN_INDEX).sum() == 1 and cut[0]["image_size"] == (40, 20)
+    asked = whole.encoder.encode(whole.rows[0], answer=False)
+    assert [size for _, size in asked.pictures] == [(40, 20)]
+
+
+def test_any_of_several_missing_pictures_is_named(folder, tokenizer):
+    with pytest.raises(UserError, match="row 4: image file not found: .*gone.png"):
+        build([pair(4, images=("a.png", "gone.png"))], folder, tokenizer)
+    with pytest.raises(
+        UserError, match="row 4: model_max_length 40 leaves no room for an answer beside 48 image tokens"
+    ):
+        build([pair(4, images=("a.png", "b.png", "a.png"))], folder, tokenizer, max_length=40)
+
+
+def test_rows_that_share_a_picture_are_one_group():
+    rows = [row(1), row(2, "b.png"), row(3, None), row(4, "c.png"), pair(5, images=("d.png", "e.png"))]
+    assert picture_groups(rows) == ["a.png", "b.png", "row 3", "c.png", "d.png"]
+    joined = picture_groups([*rows, pair(6, images=("b.png", "c.png")), row(7, "e.png")])
+    assert joined[1] == joined[3] == joined[5] and joined[4] == joined[6]
+    assert len(set(joined)) == 4
+
+
+def test_a_system_turn_is_learned_from_and_carries_no_label(folder, tokenizer):
+    turns = [{"from": "human", "value": "Normal?"}, {"from": "gpt", "value": "yes"}]
+    rows = [{"id": number, "conversations": turns} for number in range(2)]
+    rows[1]["conversations"] = [{"from": "system", "value": "You are a radiologist."}, *turns]
+    own, said = (build([parse_row(value)], folder, tokenizer)[0] for value in rows)
+    assert "You are a radiologist." in tokenizer.decode(said["input_ids"])
+    learned = [sample["labels"][sample["labels"] != IGNORE_INDEX].tolist() for sample in (own, said)]
+    assert learned[0] == learned[1]
+    encoder = PromptEncoder(Prompt("mistral_instruct"), tokenizer, PROCESSOR, CONFIG, folder)
+    with pytest.raises(UserError, match="row 1: template 'mistral_instruct' has no place for a system turn"):
+        TrainingSamples([parse_row(rows[1])], encoder)
 
 
 def test_anyres_pictures_keep_their_tiles(folder, tokenizer):

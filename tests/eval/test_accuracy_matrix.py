@@ -66,6 +66,27 @@ def test_by_hand(tmp_path, scores, capsys):
     assert "BWT               -0.500" in printed
 
 
+def test_a_row_of_two_tasks_stands_in_both_columns_with_its_interval(tmp_path):
+    questions = tmp_path / "q.jsonl"
+    domains = [{"abd": True}, {"abd": True, "chest": True}, {"chest": True}, {"abd": False}]
+    rows = [
+        {"question_id": n, "text": "q?", "gpt4_answer": "yes", "domain": domain} for n, domain in enumerate(domains)
+    ]
+    write_jsonl(questions, rows)
+    scores = []
+    for model, texts in (("m1", "yes no no yes"), ("m2", "no yes yes yes")):
+        answers = [{"question_id": n, "text": text, "model_id": model} for n, text in enumerate(texts.split())]
+        write_jsonl(tmp_path / model / "answers.jsonl", answers)
+        files = ["--question-file", questions, "--answers-file", tmp_path / model / "answers.jsonl"]
+        eval_video_qa.main([*map(str, files), "--no-java", "--draws", "50", "--train-file", str(questions)])
+        scores.append(str(tmp_path / model / "scores.json"))
+    result = run(tmp_path, [scores[0], *scores], "--metrics", "exact_match", "majority_exact_match", zero_shot=False)
+    exact = result["metrics"]["exact_match"]
+    assert exact["matrix"] == [[0.5, 0.0], [0.5, 1.0]] and exact["n"] == [2, 2]
+    assert exact["summary"]["bwt"] == {"value": 0.0, "ci95": [-1.0, 1.0]}
+    assert result["metrics"]["majority_exact_match"]["matrix"] == [[1.0, 1.0], [1.0, 1.0]]
+
+
 def test_one_stage_has_no_transfer(tmp_path, scores):
     result = run(tmp_path, scores[1:2] * 2, zero_shot=False, tasks=["abd"])
     exact = result["metrics"]["exact_match"]

@@ -104,6 +104,75 @@ def test_prototype_rows_are_read(tmp_path, questions):
         run(questions, path)
 
 
+MED_DOMAINS = ("chest_xray", "mri", "ct_scan", "histology", "gross")
+
+
+def med_rows(*domains):
+    """Rows as LLaVA-Med's own evaluation file has them."""
+    return [
+        {
+            "question_id": number,
+            "image": f"{number}.jpg",
+            "pair_id": str(number),
+            "text": f"What is seen in {number}?\n<image>",
+            "gpt4_answer": "yes",
+            "fig_caption": "A figure.",
+            "in_text_mention": None,
+            "domain": {name: name in true for name in MED_DOMAINS},
+            "type": "conversation",
+            "fig_label": "Fig. 1",
+        }
+        for number, true in enumerate(domains)
+    ]
+
+
+def test_llava_meds_own_file_is_scored_and_what_counts_twice_is_said(tmp_path, capsys):
+    questions = tmp_path / "qa.jsonl"
+    write_jsonl(questions, med_rows(("histology", "gross"), ("mri",), ("gross",), ()))
+    run(
+        questions,
+        write_answers(tmp_path / "a.jsonl", ["yes", "no", "no", "yes"]),
+        more=["--train-file", str(questions)],
+    )
+    printed = capsys.readouterr().out
+    assert "rows of several domains, counted under each and overall once: 1" in printed
+    assert "rows of no domain, counted overall alone: 1" in printed
+    groups = json.loads((tmp_path / "scores.json").read_text())["groups"]
+    found = {name: (group["rows"], group["figures"]["exact_match"]["value"]) for name, group in groups.items()}
+    assert found == {"overall": (4, 0.5), "gross": (2, 0.5), "histology": (1, 1.0), "mri": (1, 0.0)}
+    rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    assert [row["domain"] for row in rows] == [None, "mri", "gross", None]
+    assert [set(row.get("scores_by_domain", ())) for row in rows] == [{"histology", "gross"}, set(), set(), set()]
+    assert rows[3]["scores"]["exact_match"] == rows[0]["scores"]["exact_match"] == 1.0
+
+
+def repeated(tmp_path):
+    """A question file in which pictures are ids: three rows of one, one of another."""
+    path = tmp_path / "mme.jsonl"
+    names = ("a.jpg", "a.jpg", "b.jpg", "a.jpg")
+    rows = [
+        {"question_id": name, "image": name, "text": f"Is it {number}?\n<image>", "gpt4_answer": text}
+        for number, (name, text) in enumerate(zip(names, ANSWERS, strict=True))
+    ]
+    write_jsonl(path, rows)
+    return path, [row["question_id"] for row in rows]
+
+
+def test_rows_that_share_an_id_are_scored_each_against_its_own_answer(tmp_path, capsys):
+    questions, ids = repeated(tmp_path)
+    path = write_answers(tmp_path / "a.jsonl", ids=ids)  # as LLaVA's own loader leaves them: no position
+    run(questions, path)
+    groups = json.loads((tmp_path / "scores.json").read_text())["groups"]
+    assert (groups["overall"]["rows"], groups["overall"]["figures"]["exact_match"]["value"]) == (4, 1.0)
+    rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    assert [row.get("position") for row in rows] == [0, 1, None, 3]
+    write_answers(path, ANSWERS[:3], ids=ids[:3])
+    with pytest.raises(UserError, match=r"without an answer: a.jpg \(position 3\) .*a.jpg has fewer answers than rows"):
+        run(questions, path)
+    run(questions, path, more=["--allow-partial"])
+    assert "a.jpg has fewer answers than rows, and they name no position" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("ids", "texts", "message"),
     [

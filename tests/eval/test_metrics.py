@@ -5,6 +5,8 @@ from contextlib import closing
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from llava.data.metric_names import METRIC_NAMES, METRICS, metric_names
 from llava.data.rows import parse_row, question_row
@@ -280,6 +282,56 @@ def test_score_by_hand():
     assert scores["per_row"]["exact_match"] == [1.0, 0.0, 0.0, 0.0]
     assert scores["per_row"]["open_recall"] == [None, 0.5, None, None]
     assert overall["figures"]["closed_accuracy"]["n"] == 3
+
+
+DOMAIN_SETS = st.sets(st.sampled_from(["abd", "chest", "head"]))
+
+
+@settings(deadline=None, max_examples=25)
+@given(
+    st.lists(st.tuples(DOMAIN_SETS, st.sampled_from(["yes", "no", "left lung"]), st.booleans()), min_size=1, max_size=8)
+)
+def test_a_row_counts_under_each_of_its_domains_and_overall_once(drawn):
+    rows, answers = [], []
+    for number, (domains, reference, right) in enumerate(drawn):
+        value = {"question_id": number, "text": "q?", "gpt4_answer": reference}
+        rows.append(parse_row({**value, "domain": {name: name in domains for name in ("abd", "chest", "head")}}))
+        answers.append(make_answer(rows[-1], reference if right else "wrong"))
+    with closing(TextScorer(use_java=False)) as scorer:
+        found = score(rows, answers, rows, scorer, draws=5)
+        alone = {
+            name: score([rows[n] for n in mine], [answers[n] for n in mine], [rows[n] for n in mine], scorer, draws=5)
+            for name in ("abd", "chest", "head")
+            if (mine := [number for number, (domains, *_) in enumerate(drawn) if name in domains])
+        }
+    assert list(found["groups"]) == [OVERALL, *sorted(alone)]
+    overall = found["groups"][OVERALL]
+    assert overall["rows"] == len(rows) and overall["figures"]["exact_match"]["n"] == len(rows)
+    assert overall["figures"]["exact_match"]["value"] == pytest.approx(sum(right for *_, right in drawn) / len(rows))
+    assert found["rows_of_several_domains"] == sum(len(domains) > 1 for domains, *_ in drawn)
+    assert found["rows_of_no_domain"] == sum(not domains for domains, *_ in drawn)
+    for name, only in alone.items():  # the figures of a domain are those of its rows scored by themselves
+        assert found["groups"][name] == only["groups"][OVERALL]
+    for number, (domains, *_) in enumerate(drawn):
+        assert set(found["by_domain"][number]) == (domains if len(domains) > 1 else set())
+        assert found["per_row"]["exact_match"][number] == float(drawn[number][2])
+        for values in found["by_domain"][number].values():
+            assert values["exact_match"] == float(drawn[number][2])
+
+
+def test_rows_of_no_or_several_domains_are_left_out_of_the_route_accuracy():
+    route = {"task_posterior": {"abd": 0.9, "chest": 0.1}}
+    domains = [{"abd": True}, {"chest": True}, {"abd": True, "chest": True}, {"abd": False}]
+    rows = [
+        parse_row({"question_id": number, "text": "q?", "gpt4_answer": "yes", "domain": domain})
+        for number, domain in enumerate(domains)
+    ]
+    with closing(TextScorer(use_java=False)) as scorer:
+        found = score(rows, [make_answer(row, "yes", route=route) for row in rows], scorer=scorer, draws=5)
+    figure = found["groups"][OVERALL]["figures"]["route_accuracy"]
+    assert (figure["value"], figure["n"]) == (0.5, 2)
+    assert "rows of no or of several domains are left out" in figure["formula"]
+    assert found["groups"]["abd"]["figures"]["route_accuracy"]["n"] == 1
 
 
 def test_a_given_task_is_no_routing_accuracy():

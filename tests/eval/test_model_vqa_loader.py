@@ -7,12 +7,15 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from tiny_llava import write_base, write_images, write_stage
 
+from llava.data.prompt import Prompt, PromptEncoder
 from llava.data.rows import question_row, read_rows, write_jsonl
-from llava.eval import model_vqa_loader
+from llava.eval import eval_video_qa, model_vqa_loader
 from llava.eval.answer_file import merge_answers
 from llava.eval.answerer import Answerer
+from llava.model.builder import load_pretrained_model
 from llava.slots.routers import ROUTERS
 from llava.utils import UserError
 
@@ -152,6 +155,123 @@ def test_a_resumed_run_ends_with_the_same_bytes(place, tmp_path, monkeypatch):
         assert target.read_bytes() == data
     monkeypatch.setattr(Answerer, "use", lambda *_: pytest.fail("a finished file needs no model"))
     run(place, target, "--batch-size", 4)
+
+
+def pictures_as_ids(folder):
+    """Rows whose id is their picture's, as in MME and TextVQA; the first two ask the same of two pictures."""
+    asked = [("0.png", "1.png", "normal?"), ("0.png", "2.png", "normal?"), ("1.png", "1.png", "what side?")]
+    asked += [("0.png", "0.png", "is there a lesion?"), ("1.png", "3.png", "where is the lesion in the image?")]
+    rows = [
+        {"question_id": name, "image": image, "text": f"{question}\n<image>", "gpt4_answer": "yes"}
+        for name, image, question in asked
+    ]
+    write_jsonl(folder / "mme.jsonl", rows)
+    return "--question-file", folder / "mme.jsonl"
+
+
+def test_rows_that_share_an_id_are_answered_in_full_resumed_merged_and_scored(place, tmp_path, capsys):
+    asked = pictures_as_ids(tmp_path)
+    whole = run(place, tmp_path / "whole.jsonl", *asked, "--batch-size", 2)
+    assert "5 of 5 rows share their question_id with others" in capsys.readouterr().out
+    assert [answer["question_id"] for answer in whole] == ["0.png", "0.png", "1.png", "0.png", "1.png"]
+    assert [answer["metadata"]["position"] for answer in whole] == list(range(5))
+    assert len({answer["answer_id"] for answer in whole}) == 5
+    data = (tmp_path / "whole.jsonl").read_bytes()
+    for kept in (1, 3, 5):
+        (tmp_path / "cut.jsonl").write_bytes(b"".join(data.splitlines(keepends=True)[:kept]) + b'{"question_id": "0')
+        run(place, tmp_path / "cut.jsonl", *asked, "--batch-size", 2)
+        assert (tmp_path / "cut.jsonl").read_bytes() == data
+    chunks = [tmp_path / f"3_{index}.jsonl" for index in range(3)]
+    for index, path in enumerate(chunks):
+        run(place, path, *asked, "--batch-size", 2, "--num-chunks", 3, "--chunk-idx", index)
+    merged = merge_answers(read_rows(tmp_path / "mme.jsonl"), chunks[::-1])
+    assert [answer["text"] for answer in merged] == [answer["text"] for answer in whole]
+    with pytest.raises(UserError, match="question_id 0.png .position 0.") as caught:
+        merge_answers(read_rows(tmp_path / "mme.jsonl"), chunks[1:])
+    assert "1 of 5 questions have no answer" in str(caught.value)
+    words = ["--question-file", str(tmp_path / "mme.jsonl"), "--answers-file", str(tmp_path / "whole.jsonl")]
+    eval_video_qa.main([*words, "--no-java", "--draws", "20"])
+    assert json.loads((tmp_path / "scores.json").read_text())["groups"]["overall"]["rows"] == 5
+
+
+def test_another_chunk_of_rows_that_ask_the_same_is_not_taken_for_this_one(place, tmp_path):
+    row = {"question_id": "a", "text": "normal?\n<image>"}
+    write_jsonl(tmp_path / "q.jsonl", [{**row, "image": f"{number}.png"} for number in range(4)])
+    words = ("--question-file", tmp_path / "q.jsonl", "--num-chunks", 2)
+    run(place, tmp_path / "a.jsonl", *words, "--chunk-idx", 0)
+    with pytest.raises(UserError, match="answers question_id 'a' of another question file or chunk"):
+        run(place, tmp_path / "a.jsonl", *words, "--chunk-idx", 1)
+
+
+def test_llava_meds_own_file_is_answered_but_the_oracle_needs_one_domain_a_row(place, tmp_path, monkeypatch):
+    rows = [json.loads(line) for line in (place / "questions.jsonl").read_text().splitlines()][:3]
+    rows[1]["domain"], rows[2]["domain"] = {"abd": True, "chest": True}, {"abd": False, "chest": False}
+    write_jsonl(tmp_path / "med.jsonl", rows)
+    assert len(run(place, tmp_path / "a.jsonl", "--question-file", tmp_path / "med.jsonl")) == 3
+    assert len(run(place, tmp_path / "t.jsonl", "--question-file", tmp_path / "med.jsonl", "--task-id", "abd")) == 3
+    monkeypatch.setattr("llava.eval.answerer.load_pretrained_model", lambda *_, **__: pytest.fail("found out too late"))
+    with pytest.raises(UserError, match=r"one domain; question_id 1 has several \(abd, chest\)"):
+        run(place, tmp_path / "o.jsonl", "--question-file", tmp_path / "med.jsonl", "--route", "oracle")
+    assert not (tmp_path / "o.jsonl").exists()
+
+
+def two_pictures(number, text="is it worse?\n<image>\n<image>", images=("0.png", "1.png")):
+    return {"question_id": number, "image": list(images), "text": text, "gpt4_answer": "yes"}
+
+
+def test_rows_with_two_pictures_are_answered_as_the_model_itself_answers_them(place, tmp_path):
+    rows = [
+        two_pictures(0),
+        two_pictures(1, "is it worse?"),
+        two_pictures(2, images=("1.png", "0.png")),
+        two_pictures(3, "Prior: <image>\nCurrent: <image>\nis it worse?"),
+        {"question_id": 4, "image": "0.png", "text": "is it worse?\n<image>"},
+        {"question_id": 5, "image": ["0.png"], "text": "is it worse?\n<image>"},
+        {"question_id": 6, "text": "is it worse?"},
+    ]
+    write_jsonl(tmp_path / "q.jsonl", rows)
+    words = ("--question-file", tmp_path / "q.jsonl")
+    answers = run(place, tmp_path / "together.jsonl", *words, "--batch-size", 7)
+    alone = run(place, tmp_path / "alone.jsonl", *words, "--batch-size", 1)
+
+    def essence(answer):
+        return answer["text"], answer["metadata"]["route"]["slots"], answer["metadata"]["route"]["weights"]
+
+    assert [answer["text"] for answer in answers] == [answer["text"] for answer in alone]
+    assert essence(answers[0]) == essence(answers[1]) and essence(answers[4]) == essence(answers[5])
+    assert answers[0]["metadata"]["route"]["weights"] != answers[4]["metadata"]["route"]["weights"]
+    stage, base = place / "llava-tiny_abd_chest", place / "tiny-base"
+    tokenizer, model, processor, _ = load_pretrained_model(str(stage), str(base), "llava-tiny", device="cpu")
+    prompt = Prompt.of(model.config, "llava-tiny")
+    encoder = PromptEncoder(prompt, tokenizer, processor, model.config, place / "images")
+    for row, answer in zip(read_rows(tmp_path / "q.jsonl"), answers, strict=True):
+        sample = encoder.encode(row, answer=False)
+        pixels = [pixels for pixels, _ in sample.pictures]
+        for questions in ([row.question], None):  # given, or read back from the prompt
+            options = {"questions": questions, "max_new_tokens": 6, "do_sample": False}
+            output = model.generate(torch.tensor([sample.input_ids]), images=[pixels or None], **options)
+            assert tokenizer.decode(output[0], skip_special_tokens=True).strip() == answer["text"]
+            route = model.last_route.describe(0)
+            assert (route["slots"], route["weights"]) == essence(answer)[1:]
+
+
+def test_counts_that_do_not_fit_are_refused_naming_the_row(place, tmp_path):
+    write_jsonl(tmp_path / "q.jsonl", [two_pictures(0), two_pictures(1, "<image> is it worse?")])
+    with pytest.raises(UserError, match=r"q.jsonl line 2: 1 times <image> for 2 images"):
+        run(place, tmp_path / "a.jsonl", "--question-file", tmp_path / "q.jsonl")
+
+
+def test_a_system_turn_is_asked_with_or_refused_naming_the_row(place, tmp_path):
+    turns = [{"from": "human", "value": "<image>\nis there a lesion?"}]
+    spoken = [{"from": "system", "value": "You are a radiologist."}, *turns]
+    rows = [{"id": name, "image": "0.png", "conversations": said} for name, said in (("own", turns), ("said", spoken))]
+    (tmp_path / "q.json").write_text(json.dumps(rows))
+    own, said = run(place, tmp_path / "a.jsonl", "--question-file", tmp_path / "q.json", "--max_new_tokens", 12)
+    assert own["metadata"] == said["metadata"]  # routed by the question alone
+    assert own["text"] != said["text"]
+    with pytest.raises(UserError, match="row 'said': template 'mistral_instruct' has no place for a system turn"):
+        more = ("--conv-mode", "mistral_instruct")
+        run(place, tmp_path / "b.jsonl", "--question-file", tmp_path / "q.json", *more)
 
 
 def test_sampled_answers_survive_a_resume(place, tmp_path):

@@ -2,11 +2,13 @@
 
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
 from tiny_world import TASKS, make_world, run_main
 
+from llava.data.rows import write_jsonl
 from llava.eval import route_picture
 from llava.eval.route_picture import principal_plane
 from llava.eval.route_report import main
@@ -129,6 +131,21 @@ def test_rows_of_other_domains_measure_unknown_inputs(world, tmp_path):
     novelty = found["routers"]["gaussian"]["novelty"]
     assert novelty["detected_unknown"]["n"] > 0 and 0 <= novelty["auroc"] <= 1
     assert set(found["routers"]["gaussian"]["confusion"]) == set(TASKS)
+
+
+def test_rows_of_no_or_several_domains_are_left_out_and_it_is_said(world, tmp_path, capsys):
+    rows = [json.loads(line) for line in Path(json.loads(world.sequence.read_text())["test"]).read_text().splitlines()]
+    whole = report(world, tmp_path / "whole", "--routers", "keys")["routers"]["keys"]["accuracy"]["n"]
+    rows[0]["domain"] = dict.fromkeys(TASKS, True)
+    rows[1]["domain"] = dict.fromkeys(TASKS, False)
+    write_jsonl(tmp_path / "q.jsonl", rows)
+    capsys.readouterr()
+    found = report(world, tmp_path / "route", "--question-file", tmp_path / "q.jsonl", "--routers", "keys")
+    assert found["routers"]["keys"]["accuracy"]["n"] == whole - 2
+    assert f"2 of {len(rows)} rows have no domain, or several: left out" in capsys.readouterr().out
+    write_jsonl(tmp_path / "q.jsonl", rows[:2])
+    with pytest.raises(UserError, match="no row has one domain"):
+        report(world, tmp_path / "route", "--question-file", tmp_path / "q.jsonl")
 
 
 def test_without_matplotlib_the_figures_are_still_written(world, tmp_path, monkeypatch, capsys):

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from tiny_llava import LAYERS, write_base, write_stage
+from tiny_llava import FAMILIES, LAYERS, write_base, write_stage
 from tiny_world import same
 
 from llava.model.builder import load_pretrained_model
@@ -153,3 +153,52 @@ def test_a_self_contained_stage_needs_no_base(world, place, tmp_path):
 def test_4bit_and_8bit_at_once_is_refused(place):
     with pytest.raises(UserError, match="choose one of"):
         load_pretrained_model(str(place / "tiny-llava-base"), None, load_4bit=True, load_8bit=True, device="cpu")
+
+
+# -- LLaVA-NeXT's and evaluation suites' keyword arguments -------------------------------------------------------------
+
+
+@pytest.fixture(scope="module", params=[(family, kind) for family in sorted(FAMILIES) for kind in ("base", "stage")])
+def model_path(request, tmp_path_factory):
+    """A base, or a stage over one, of each family."""
+    family, kind = request.param
+    folder = tmp_path_factory.mktemp("next")
+    base = write_base(folder / "tiny-llava-base", family=family)
+    return str(base if kind == "base" else write_stage(folder / "llava-stage", base))
+
+
+@pytest.mark.parametrize("dtype", ["float16", torch.float16, "torch.bfloat16", "auto", None])
+def test_the_asked_dtype_is_the_weights(model_path, dtype):
+    names = {"float16": torch.float16, "torch.bfloat16": torch.bfloat16, "auto": torch.float32, None: torch.float32}
+    expected = names.get(dtype, dtype)
+    more = {"multimodal": True, "attn_implementation": "sdpa", "use_flash_attention_2": False}
+    _, model, _, _ = load_pretrained_model(model_path, None, "llava-x", device="cpu", torch_dtype=dtype, **more)
+    parts = (model.lm_head, model.get_model().mm_projector[0], model.get_model().layers[0].mlp.up_proj)
+    assert all(part.weight.dtype == expected for part in parts) and model.get_vision_tower().dtype == expected
+    assert answer((None, model, None, None))[0].dtype in (expected, torch.float32)
+    if dtype is not None:
+        _, again, _, _ = load_pretrained_model(model_path, None, device="cpu", dtype=dtype)
+        assert again.dtype == model.dtype
+
+
+def test_an_unknown_dtype_is_named(model_path):
+    with pytest.raises(UserError, match=r"torch_dtype 'float12' is not known; choose from auto, float16"):
+        load_pretrained_model(model_path, None, device="cpu", torch_dtype="float12")
+
+
+def test_the_overwritten_config_holds(model_path):
+    changes = {"image_aspect_ratio": "square", "tokenizer_model_max_length": 77, "mm_spatial_pool_stride": 2}
+    tokenizer, model, processor, _ = load_pretrained_model(model_path, None, device="cpu", overwrite_config=changes)
+    config = model.config
+    assert {name: getattr(config, name) for name in changes} == changes
+    if model.retriever is not None:
+        assert config.prompt["aspect_ratio"] == "square"
+    untouched = load_pretrained_model(model_path, None, device="cpu")[1].config
+    assert untouched.image_aspect_ratio == "pad" and not hasattr(untouched, "mm_spatial_pool_stride")
+
+
+def test_what_from_pretrained_takes_goes_there(model_path, tmp_path):
+    more = {"low_cpu_mem_usage": True, "cache_dir": str(tmp_path)}
+    assert load_pretrained_model(model_path, None, device="cpu", **more)[1].dtype == torch.float32
+    with pytest.raises(TypeError, match="no_such_argument"):
+        load_pretrained_model(model_path, None, device="cpu", no_such_argument=1)

@@ -19,8 +19,9 @@ from llava.checkpoints.checkpoint import Checkpoint
 from llava.checkpoints.kinds import language_family
 from llava.checkpoints.tokenizer import load_tokenizer
 from llava.mm_utils import tokenizer_image_token
-from llava.model.builder import attention, load_pretrained_model
+from llava.model.builder import load_pretrained_model
 from llava.model.configs import llava_config
+from llava.model.loading import attention
 from llava.model.saving import save_whole_model
 from llava.utils import UserError
 
@@ -341,10 +342,10 @@ def test_a_folder_without_tokenizer_says_which_files_to_copy(tmp_path):
 
 def test_attention_is_sdpa_and_falls_back_with_a_message(monkeypatch, capsys):
     assert attention(None) == "sdpa" and attention("eager") == "eager"
-    monkeypatch.setattr("transformers.utils.is_flash_attn_2_available", lambda: False)
+    monkeypatch.setattr("llava.model.loading.is_flash_attn_2_available", lambda: False)
     assert attention(None, use_flash_attn=True) == "sdpa"
     assert "using SDPA" in capsys.readouterr().out
-    monkeypatch.setattr("transformers.utils.is_flash_attn_2_available", lambda: True)
+    monkeypatch.setattr("llava.model.loading.is_flash_attn_2_available", lambda: True)
     assert attention("flash_attention_2") == "flash_attention_2"
 
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from PIL import Image
 from tiny_llava import FAMILIES, HIDDEN, PIXELS, write_base, write_stage
 
 from llava.constants import IGNORE_INDEX
+from llava.mm_utils import process_images
 from llava.model.builder import load_pretrained_model
 from llava.utils import UserError
 
@@ -54,7 +56,7 @@ def logits(model, rows, images, **more):
 
 def answer(model, rows, images, **more):
     output = model.generate(
-        **batch(*rows), images=images, max_new_tokens=4, do_sample=False, pad_token_id=0, eos_token_id=None,
+        **batch(*rows), images=images, max_new_tokens=2, do_sample=False, pad_token_id=0, eos_token_id=None,
         output_logits=True, return_dict_in_generate=True, **queries(model, len(rows)), **more,
     )  # fmt: skip
     return output.sequences.tolist(), torch.stack(output.logits), model.last_route
@@ -68,7 +70,7 @@ def same_answers(one, other):
 
 
 STACK = torch.stack
-FORMS = {
+FORMS = {  # rows, an entry per row, and other forms of the same
     "one prompt, one picture": ([ONE], [A], [A[None], [A], [A[None]], [[A]], A, A[None, None]]),
     "one prompt, two pictures": ([TWO], [[A, B]], [STACK([A, B]), [A, B], [STACK([A, B])], STACK([A, B])[None]]),
     "a picture each": ([ONE, ONE], [A, B], [STACK([A, B]), [A[None], B[None]], [[A], [B]], STACK([A, B])[:, None]]),
@@ -91,30 +93,26 @@ def test_every_form_gives_the_answer_of_an_entry_per_row(model, name):
     for images in forms:
         assert torch.equal(logits(model, rows, images), wanted)
         same_answers(answer(model, rows, images), generated)
-        same_answers(answer(model, rows, images, image_sizes=[], modalities=["image"]), generated)
 
 
 def test_each_row_of_a_batch_answers_as_alone(model):
     """A dummy changes neither the answer of its row nor its route, and no row sees another's picture."""
     rows = [TEXT, TWO, ONE]
     together = answer(model, rows, [DUMMY, A, B, C])
-    text = answer(model, [TEXT], None) if model.retriever is None else None
+    text = answer(model, [TEXT], None)
     for images in ([A, B, C], [None, [A, B], C], [DUMMY, STACK([A, B]), C]):
         same_answers(answer(model, rows, images), together)
-    if text is not None:
-        assert together[0][0] == text[0][0]
-    assert logits(model, rows, [None, [A, B], C]).shape[0] == 3
+    assert together[0][0] == text[0][0]
     changed = answer(model, rows, [DUMMY, A, D, C])[1]
     torch.testing.assert_close(changed[:, [0, 2]], together[1][:, [0, 2]])
     assert not torch.allclose(changed[:, 1], together[1][:, 1])
 
 
 def test_a_dummy_is_not_in_the_image_query(model):
-    if model.retriever is None:
-        pytest.skip("a base routes nothing")
     images, _ = model.hand_out(**batch(TEXT, ONE), images=[A, B])
+    assert [len(row) for row in images] == [0, 1]
     query = model.image_query(model.vision_features(images), images)
-    assert not query[0].any() and query[1].any()
+    assert query is None if model.retriever is None else not query[0].any() and query[1].any()
 
 
 @pytest.mark.parametrize(
@@ -223,3 +221,62 @@ def test_the_splice_by_itself_leaves_alone_what_it_has_nothing_for(model):
         assert found[0] is given and found[1:] == (None,) * 5
     embeds = model.prepare_inputs_labels_for_multimodal(ids, None, None, None, None, [DUMMY])[4]
     assert torch.equal(embeds, model.get_input_embeddings()(ids))
+
+
+# -- any-resolution tiles ----------------------------------------------------------------------------------------------
+
+
+SIZES = [(40, 20), (20, 40), (30, 30)]
+ANYRES = {
+    "image_aspect_ratio": "anyres",
+    "image_grid_pinpoints": [[32, 16], [16, 32], [32, 32]],
+    "mm_patch_merge_type": "spatial",
+}
+
+
+@pytest.fixture(scope="module", params=sorted(FAMILIES))
+def tiled(request, tmp_path_factory):
+    """A stage that sees tiles, and three pictures as LLaVA's ``process_images`` gives them."""
+    folder = tmp_path_factory.mktemp("tiled")
+    base = write_base(folder / "llava-base", family=request.param)
+    stage = write_stage(folder / "llava-stage", base)
+    _, model, processor, _ = load_pretrained_model(str(stage), None, device="cpu", overwrite_config=ANYRES)
+    noise = [torch.randint(0, 255, (height, width, 3), dtype=torch.uint8).numpy() for width, height in SIZES]
+    pictures = process_images([Image.fromarray(pixels) for pixels in noise], processor, model.config)
+    assert [len(picture) for picture in pictures] == [3, 3, 5]
+    return model, pictures
+
+
+def test_tiles_in_every_form(tiled):
+    model, (wide, high, square) = tiled
+    one, two = SIZES[:2]
+    dummy = torch.zeros(1, 3, PIXELS, PIXELS)
+    rows = [ONE, ONE]
+    wanted = answer(model, rows, [[wide], [high]], image_sizes=[[one], [two]])
+    for images, sizes in [
+        ([wide, high], [one, two]),  # LLaVA's own call
+        (torch.stack([wide, high]), [list(one), list(two)]),
+        (torch.stack([wide, high]), torch.tensor([one, two])),
+        ([[wide], [high]], [one, two]),
+    ]:
+        same_answers(answer(model, rows, images, image_sizes=sizes, modalities=["image"]), wanted)
+    rows, wanted = [TWO, TEXT, ONE], None
+    for images, sizes in [
+        ([[wide, high], None, square], [[one, two], None, SIZES[2]]),
+        ([wide, high, square], SIZES),
+        ([wide, high, dummy, square], [one, two, (PIXELS, PIXELS), SIZES[2]]),
+        ([[wide, high], dummy, [square]], [[one, two], [(PIXELS, PIXELS)], [SIZES[2]]]),
+    ]:
+        found = answer(model, rows, images, image_sizes=sizes)
+        wanted = wanted or found
+        same_answers(found, wanted)
+
+
+def test_tiles_without_sizes_are_refused(tiled):
+    model, (wide, high, _) = tiled
+    with pytest.raises(ValueError, match="needs its original size in image_sizes"):
+        answer(model, [ONE], [wide])
+    with pytest.raises(ValueError, match="image_sizes hold 2 sizes for 1 pictures"):
+        answer(model, [ONE], [wide], image_sizes=SIZES[:2])
+    with pytest.raises(ValueError, match="row 0 .* 1 <image> .* 2 picture"):
+        answer(model, [ONE], [wide, high], image_sizes=SIZES[:2])

@@ -5,7 +5,7 @@ import torch
 from tiny_llava import GROUPS, HIDDEN, SLOTS, VISION, write_base, write_stage
 
 from llava.model.builder import load_pretrained_model
-from llava.slots.picture_query import PICTURE_DIM, describe_picture, image_queries, image_query_dim
+from llava.slots.picture_query import PICTURE_DIM, describe_picture, image_queries, image_query_dim, joined_query
 from llava.slots.pool import Pool
 from llava.slots.queries import TaskStatistics
 
@@ -43,7 +43,25 @@ def test_each_sample_is_described_by_itself_and_a_missing_picture_gives_zeros(ki
         assert torch.equal(image_queries(kind, [features[number]], [pixels[number]], dim)[0], found[number])
 
 
+@pytest.mark.parametrize("kind", ["tower", "picture", "tower+picture"])
+def test_two_pictures_are_the_mean_of_theirs_with_each_part_of_unit_length(kind):
+    pixels = [picture(seed)[None] for seed in (1, 2)]
+    features = [torch.rand(1, 4, 5, generator=torch.Generator().manual_seed(seed)) for seed in (3, 4)]
+    dim = image_query_dim(kind, 5)
+    each = [image_queries(kind, [[one]], [[tiles]], dim)[0] for one, tiles in zip(features, pixels, strict=True)]
+    both = image_queries(kind, [features, features[:1], []], [pixels, pixels[:1], []], dim)
+    assert torch.equal(both[0], joined_query(kind, each)) and torch.equal(both[1], each[0]) and not both[2].any()
+    assert torch.equal(both[0], image_queries(kind, [features[::-1]], [pixels[::-1]], dim)[0])
+    parts = {"tower": [], "picture": [both[0]], "tower+picture": [both[0][:5], both[0][5:]]}[kind]
+    for part in parts:
+        assert part.norm().item() == pytest.approx(1, abs=1e-6)
+    if kind == "tower":
+        torch.testing.assert_close(both[0], torch.stack(each).mean(0))
+
+
 def test_missing_pixels_are_refused_by_name():
+    with pytest.raises(ValueError, match="need the pictures' pixels"):
+        image_queries("picture", [[torch.zeros(1, 4, 5)] * 2], [[]], PICTURE_DIM)
     with pytest.raises(ValueError, match="need the pictures' pixels"):
         image_queries("picture", [[torch.zeros(1, 4, 5)]], [[]], PICTURE_DIM)
 

@@ -30,8 +30,8 @@ class VisionTower(nn.Module):
         vision_tower: name or path of the tower; also found as ``mm_vision_tower`` in LLaVA's configs.
         args: object with ``mm_vision_select_layer`` (default -2) and ``mm_vision_select_feature`` (``patch`` drops the
             class token, ``cls_patch`` keeps it).
-        vision_config: dict of the tower's config; given when the checkpoint ships the tower's weights.
         delay_load: do not read weights from ``vision_tower`` yet.
+        vision_config: dict of the tower's config; given when the checkpoint ships the tower's weights.
 
     Raises:
         UserError: a feature selection that this tower does not have.
@@ -46,7 +46,7 @@ class VisionTower(nn.Module):
     processor_class: ClassVar[Any]
 
     def __init__(
-        self, vision_tower: str, args: object, vision_config: dict[str, Any] | None = None, delay_load: bool = False
+        self, vision_tower: str, args: object, delay_load: bool = False, vision_config: dict[str, Any] | None = None
     ) -> None:
         super().__init__()
         self.vision_tower_name = vision_tower
@@ -154,24 +154,20 @@ class VisionTower(nn.Module):
         """Tokens in front of the patches, such as the class token."""
         return 1
 
-    def hidden_layer(self, images: Tensor) -> Tensor:
-        """The chosen layer ``[images, leading + patches, mm_hidden_size]`` of pixels on the tower's device."""
-        layers: Any = self.vision_tower(images, output_hidden_states=True).hidden_states
-        # A language model that was once asked for its own layers has made transformers note each of these again.
-        layers = [layers[0], *layers[1 :: max((len(layers) - 1) // self.config.num_hidden_layers, 1)]]
-        chosen: Tensor = layers[self.select_layer]
-        return chosen
-
-    def feature_select(self, layer: Tensor) -> Tensor:
-        """A hidden layer with or without the tokens in front of its patches."""
+    def feature_select(self, image_forward_outs: Any) -> Tensor:
+        """The chosen hidden layer of the tower's outputs, with or without the tokens in front of its patches."""
+        layers, depth = image_forward_outs.hidden_states, getattr(self.config, "num_hidden_layers", None)
+        if depth:  # a language model once asked for its own layers has made transformers note each of these again
+            layers = [layers[0], *layers[1 :: max((len(layers) - 1) // depth, 1)]]
+        layer: Tensor = layers[self.select_layer]  # [images, leading + patches, hidden]
         return layer[:, self.leading_tokens :] if self.select_feature == "patch" else layer
 
     def forward(self, images: Tensor | list[Tensor]) -> Tensor | list[Tensor]:
         if isinstance(images, list):
             return [self.forward(image.unsqueeze(0))[0] for image in images]
         with torch.set_grad_enabled(self.trains and torch.is_grad_enabled()):
-            layer = self.hidden_layer(images.to(device=self.device, dtype=self.dtype))
-            return self.feature_select(layer).to(images.dtype)
+            outputs: Any = self.vision_tower(images.to(device=self.device, dtype=self.dtype), output_hidden_states=True)
+            return self.feature_select(outputs).to(images.dtype)
 
     @property
     def trains(self) -> bool:
