@@ -145,7 +145,7 @@ def _base_of(checkpoint: Checkpoint, slots: Pool | None, model_base: str | None,
         recorded = slots.base.get("path")
         if not model_base and not recorded:
             raise UserError(f"{checkpoint} holds only slots; give the base model they were trained on as --model-base")
-        model_base = model_base or resolve_recorded(recorded, checkpoint.folder)
+        model_base = model_base or resolve_recorded(str(recorded), checkpoint.folder)
     elif checkpoint.kind == "lora":
         model_base = adapter_base(checkpoint.folder, model_base)
     elif checkpoint.kind == "projector":
