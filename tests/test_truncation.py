@@ -10,7 +10,7 @@ from llava.truncation import KEPT_BEFORE_REPLY, kept_tokens, reply_runs
 TURN = st.tuples(st.integers(1, 25), st.integers(0, 8))
 
 
-@settings(deadline=None, max_examples=500)
+@settings(deadline=None, max_examples=200)
 @given(st.lists(TURN, min_size=1, max_size=3), st.sets(st.integers(1, 40), max_size=2), st.integers(1, 60), st.data())
 def test_what_stays_fits_and_holds_an_answer(turns, pictures, limit, data):
     in_reply = [False]
