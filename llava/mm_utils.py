@@ -95,8 +95,8 @@ def get_anyres_image_grid_shape(image_size: Size, grid_pinpoints: str | list[Siz
 def process_anyres_image(image: Image.Image, processor: Any, grid_pinpoints: str | list[Size]) -> torch.Tensor:
     """The whole picture squashed to one tile, then the tiles of its best resolution: ``[tiles, 3, H, W]``."""
     best = select_best_resolution(image.size, parse_grid_pinpoints(grid_pinpoints))
-    tiles = divide_to_patches(resize_and_pad_image(image, best), picture_side(processor))
     edge = processor.size.get("shortest_edge") or processor.size["height"]
+    tiles = divide_to_patches(resize_and_pad_image(image, best), picture_side(processor) or edge)
     return torch.stack([_pixels(tile, processor) for tile in [image.resize((edge, edge)), *tiles]])
 
 

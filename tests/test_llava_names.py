@@ -192,9 +192,9 @@ model.multimodal_projector.builder train.llama_flash_attn_monkey_patch train.lla
 train.llava_trainer train.train train.train_mem train.train_xformers eval.eval_gpt_review eval.eval_gpt_review_bench
 eval.eval_gpt_review_visual eval.eval_pope eval.eval_science_qa eval.eval_science_qa_gpt4
 eval.eval_science_qa_gpt4_requery eval.eval_textvqa eval.generate_webpage_data_from_table eval.m4c_evaluator
-eval.model_qa eval.model_vqa eval.model_vqa_loader eval.model_vqa_mmbench eval.model_vqa_science eval.qa_baseline_gpt35
-eval.run_llava eval.summarize_gpt_review serve.cli serve.controller serve.gradio_web_server serve.model_worker
-serve.register_worker serve.sglang_worker serve.test_message
+eval.model_qa eval.model_vqa eval.model_vqa_loader eval.model_vqa_mmbench eval.model_vqa_qbench eval.model_vqa_science
+eval.qa_baseline_gpt35 eval.run_llava eval.summarize_gpt_review serve.cli serve.controller serve.gradio_web_server
+serve.model_worker serve.register_worker serve.sglang_worker serve.test_message
 """
 """The modules of LLaVA 1.2.2 that hold anything."""
 

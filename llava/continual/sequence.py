@@ -6,13 +6,14 @@
      "tasks": [{"name": "abd", "train": "data/train_abd.jsonl"}, ...],
      "test": "data/test_vqa_rad.jsonl", "image_folder": "${VQA_RAD_DIR:-data/vqa-rad}/images",
      "slots_per_task": 8, "answer_suffix": "", "answer_style": "lower",
-     "metrics": ["exact_match", ...],
+     "metrics": ["exact_match", ...], "licence": "CC0 1.0 (VQA-RAD)",
      "keys": {"rank": 8}, "train": {"epochs": 1}, "base": {"recipe": "phantom"}}
 
 ``train`` of a task is a file or a list of files. ``answer_style`` says how answers are taught: ``as_is``, or ``lower``
-where the data mixes cases without meaning. Task ``i`` owns slots ``[i * slots_per_task, (i + 1) * slots_per_task)``.
-The blocks and their defaults stand in ``llava/continual/settings.py``; the environment overrides them, and
-``SLOTS_PER_TASK`` the slots. Relative paths mean the folder in which a command is started.
+where the data mixes cases without meaning. ``licence`` is that of the data, for model cards. Task ``i`` owns slots
+``[i * slots_per_task, (i + 1) * slots_per_task)``. The blocks and their defaults stand in
+``llava/continual/settings.py``; the environment overrides them, and ``SLOTS_PER_TASK`` the slots. Relative paths mean
+the folder in which a command is started.
 """
 
 from __future__ import annotations
@@ -71,6 +72,7 @@ class TaskSequence:
     answer_suffix: str = ""
     answer_style: str = "as_is"
     metrics: tuple[str, ...] = field(default=())
+    licence: str = ""
     keys: KeySettings = field(default_factory=KeySettings)
     train: TrainSettings = field(default_factory=TrainSettings)
     base: BaseSettings = field(default_factory=BaseSettings)
@@ -189,7 +191,10 @@ def _validated(values: Any, path: Path) -> TaskSequence:
     )
 
 
-_TEXTS = {"name": "", "dataset": "", "test": "", "image_folder": "", "answer_suffix": "", "answer_style": "as_is"}
+_TEXTS = {
+    **dict.fromkeys(("name", "dataset", "test", "image_folder", "answer_suffix", "licence"), ""),
+    "answer_style": "as_is",
+}
 
 
 def _text(values: dict[str, Any], name: str, default: str, path: Path) -> str:

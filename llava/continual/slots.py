@@ -150,10 +150,13 @@ def do_rename(args: Rename) -> None:
 
 
 def do_export(args: Export) -> None:
+    from llava.slots.card import write_export_card
     from llava.slots.edit import read_place
     from llava.slots.peft_export import export_peft
 
-    mixture = export_peft(read_place(args.place), args.task, args.output, args.weights, args.layout, args.model_base)
+    pool = read_place(args.place)
+    mixture = export_peft(pool, args.task, args.output, args.weights, args.layout, args.model_base)
+    write_export_card(Path(args.output), pool, args.task, mixture, args.model_base)
     parts = ", ".join(f"{weight:.4f} of slot {slot}" for slot, weight in mixture.items())
     print(f"task {args.task}: {parts}; adapter written to {args.output}")
 

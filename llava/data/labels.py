@@ -213,8 +213,8 @@ def expanded_length(ids: Sequence[int], image_tokens: int) -> int:
 def image_token_count(model_cfg: Any, image_processor: Any, aspect_ratio: str) -> int:
     """The most features one picture becomes, as far as the config tells; 1 where it tells nothing.
 
-    A loaded tower has told its patches (``mm_patches_per_side``); else their size comes from ``vision_config``, or
-    from the tower's name (``…-patch14-336``).
+    A loaded tower has told its patches and the tokens in front of them (``mm_patches_per_side``,
+    ``mm_leading_tokens``); else their size comes from ``vision_config``, or from the tower's name (``…-patch14-336``).
     """
     vision = getattr(model_cfg, "vision_config", None) or {}
     read = vision.get if isinstance(vision, dict) else lambda name: getattr(vision, name, None)
@@ -223,8 +223,9 @@ def image_token_count(model_cfg: Any, image_processor: Any, aspect_ratio: str) -
     size, told = read("image_size") or picture_side(image_processor), getattr(model_cfg, "mm_patches_per_side", None)
     if not size or not (patch or told):
         return 1
-    side = told or int(size) // int(patch)
-    base = side * side + (getattr(model_cfg, "mm_vision_select_feature", "patch") == "cls_patch")
+    side: int = told or int(size) // int(patch or size)
+    leading: int = getattr(model_cfg, "mm_leading_tokens", 1)
+    base = side * side + (leading if getattr(model_cfg, "mm_vision_select_feature", "patch") == "cls_patch" else 0)
     if aspect_ratio != "anyres":
         return base
     grids = [(width // size, height // size) for width, height in parse_grid_pinpoints(model_cfg.image_grid_pinpoints)]

@@ -132,11 +132,8 @@ def parse_row(value: Any, where: str = "row") -> Row:
         raise UserError(
             f"{where}: field 'text' is missing (a question row has 'text', an instruct row 'conversations')"
         )
-    system, conversations = None, ()
-    if key is None:
-        conversations = _question_turns(value, where)
-    else:
-        system, conversations = _conversations(value[key], f"{where}: field '{key}'")
+    turns = _conversations(value[key], f"{where}: field '{key}'") if key else (None, _question_turns(value, where))
+    system, conversations = turns
     images = _images(value.get("image"), f"{where}: field 'image'")
     _check_placeholders(conversations, len(images), where)
     return Row(
@@ -216,7 +213,7 @@ def _conversations(turns: Any, where: str) -> tuple[str | None, tuple[tuple[str,
     """The system text and the turns as tuples; a first turn by the model is left out, as LLaVA does."""
     if not isinstance(turns, list) or not turns:
         raise UserError(f"{where}: expected a list of {{from, value}}, found {kind_of(turns)}")
-    pairs = []
+    pairs: list[tuple[str, str]] = []
     for number, turn in enumerate(turns, start=1):
         known = (HUMAN, GPT) if pairs else (HUMAN, GPT, SYSTEM)
         if not isinstance(turn, dict) or turn.get("from") not in known:

@@ -89,8 +89,11 @@ def write_matrix(
     zero_shot: str | Path | None = None,
     draws: int = DRAWS,
     seed: int = SEED,
-) -> None:
+) -> dict[str, Any]:
     """Print the matrix of the stages' score files, and write it to ``folder`` as numbers and as a picture.
+
+    Returns:
+        what ``accuracy_matrix.json`` holds.
 
     Raises:
         UserError: as ``load_stage`` and ``build``.
@@ -107,6 +110,7 @@ def write_matrix(
         print(f"wrote {folder / PICTURE_NAME}")
     else:
         print("no heat map: matplotlib is not installed (pip install matplotlib)")
+    return result
 
 
 @dataclass(kw_only=True)

@@ -200,7 +200,7 @@ def _mismatch(answers: Sequence[Mapping[str, Any]], rows: Sequence[Row], model_i
     return None
 
 
-def merge_answers(rows: Sequence[Row], chunks: Sequence[str | Path]) -> list[Mapping[str, Any]]:
+def merge_answers(rows: Sequence[Row], chunks: Sequence[str | Path]) -> list[dict[str, Any]]:
     """The chunks' answers in the questions' order.
 
     Raises:

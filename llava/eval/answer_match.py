@@ -7,16 +7,16 @@ answer to an id is taken for the first row that has it, and so on, as such files
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
-from llava.constants import DEFAULT_IMAGE_TOKEN
+from llava.conversation import plain_question
 from llava.data.rows import Row
 from llava.utils import UserError
 
-Answer = Mapping[str, Any]
+Answer = TypeVar("Answer", bound=Mapping[str, Any])
 
 
-def position_of(answer: Answer) -> int | None:
+def position_of(answer: Mapping[str, Any]) -> int | None:
     """The place in the question file that an answer names, or None."""
     found = (answer.get("metadata") or {}).get("position")
     return found if type(found) is int else None
@@ -58,7 +58,7 @@ def answers_of(
     return found
 
 
-def _places(rows: Mapping[int, Row], answers: Sequence[Answer], where: str, by_order: bool) -> list[int]:
+def _places(rows: Mapping[int, Row], answers: Sequence[Mapping[str, Any]], where: str, by_order: bool) -> list[int]:
     """Places of the rows, which share one id, that the answers are for."""
     if len(rows) == 1:
         return list(rows)
@@ -78,7 +78,7 @@ def _places(rows: Mapping[int, Row], answers: Sequence[Answer], where: str, by_o
     return [known[position] for position in positions]
 
 
-def _by_order(rows: Mapping[int, Row], answers: Sequence[Answer], where: str) -> list[int]:
+def _by_order(rows: Mapping[int, Row], answers: Sequence[Mapping[str, Any]], where: str) -> list[int]:
     """The next row for each answer; a ``prompt`` that is one of the rows' questions says how many were passed over."""
     asked = {place: _bare(row.conversations[0][1]) for place, row in rows.items()}
     left, chosen = list(rows), []
@@ -93,10 +93,10 @@ def _by_order(rows: Mapping[int, Row], answers: Sequence[Answer], where: str) ->
 
 
 def _bare(text: Any) -> str:
-    return text.replace(DEFAULT_IMAGE_TOKEN, "").strip() if isinstance(text, str) else ""
+    return plain_question(text) if isinstance(text, str) else ""
 
 
-def missing_rows(rows: Sequence[Row], found: Sequence[Answer | None]) -> list[str]:
+def missing_rows(rows: Sequence[Row], found: Sequence[Mapping[str, Any] | None]) -> list[str]:
     """The rows without an answer, in words: their id, and their position where others have it too."""
     return [
         str(row.id) if row.position is None else f"{row.id} (position {row.position})"
@@ -105,7 +105,7 @@ def missing_rows(rows: Sequence[Row], found: Sequence[Answer | None]) -> list[st
     ]
 
 
-def taken_by_order(rows: Sequence[Row], found: Sequence[Answer | None]) -> str | None:
+def taken_by_order(rows: Sequence[Row], found: Sequence[Mapping[str, Any] | None]) -> str | None:
     """What must be said of an incomplete file whose answers to one id were told apart by their order alone."""
     unsure = {str(row.id) for row, answer in zip(rows, found, strict=True) if row.position is not None and not answer}
     unsure &= {str(answer["question_id"]) for answer in found if answer and position_of(answer) is None}

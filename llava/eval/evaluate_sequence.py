@@ -7,7 +7,7 @@ its chunks of the test questions with the base alone and with one stage after th
 and killed work goes on where it stopped and ends with the same bytes: give the same command again.
 
 Under ``output/eval/<sequence>[-<method>][-<route>]``, for ``zero-shot`` and each stage: ``chunks/``, ``answers.jsonl``,
-``scores.json``, ``rows.jsonl``; and ``accuracy_matrix.json`` with its picture.
+``scores.json``, ``rows.jsonl``; and ``accuracy_matrix.json`` with its picture. Each stage's model card shows its row.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from llava.cli import parse
+from llava.continual.model_card import refresh_figures
 from llava.data.rows import write_jsonl
 from llava.devices import restricted_to, visible_devices
 from llava.eval import eval_video_qa
@@ -57,7 +58,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     scores = {name: evaluation.folder / name / eval_video_qa.SCORES_NAME for name, _ in evaluation.models}
     zero_shot = scores.pop(evaluation.ZERO_SHOT, None)
     metrics = sequence.metrics or DEFAULT_METRICS
-    write_matrix(evaluation.folder, list(scores.values()), sequence.task_names, metrics, zero_shot)
+    matrix = write_matrix(evaluation.folder, list(scores.values()), sequence.task_names, metrics, zero_shot)
+    refresh_figures(evaluation.places.stages, matrix, evaluation.folder.name)
 
 
 def answer(evaluation: Evaluation, number: int = 0, count: int = 1) -> None:

@@ -20,7 +20,7 @@ from llava.checkpoints.checkpoint import Checkpoint, Place
 from llava.checkpoints.hf_layout import TO_LLAVA as HF_TO_LLAVA
 from llava.checkpoints.kinds import ADAPTER_CONFIG, PROJECTOR_PREFIX, SLOTS_FILE
 from llava.checkpoints.tokenizer import load_tokenizer
-from llava.checkpoints.weights import HARMLESS, first_line, lacking_tensors
+from llava.checkpoints.weights import HARMLESS, first_line, lacking_tensors, resolve_recorded
 from llava.conversation import conv_mode_for
 from llava.mm_utils import get_model_name_from_path
 from llava.model.adapters import adapter_base, apply_adapter, load_extra_tensors
@@ -143,9 +143,10 @@ _DESCRIPTION = {
 def _base_of(checkpoint: Checkpoint, slots: Pool | None, model_base: str | None, name: str | None) -> Checkpoint:
     """The checkpoint that holds the full weights: itself, or its base, which goes by the same name in ties."""
     if slots is not None and not checkpoint.has_weights:
-        model_base = model_base or slots.base.get("path")
-        if not model_base:
+        recorded = slots.base.get("path")
+        if not model_base and not recorded:
             raise UserError(f"{checkpoint} holds only slots; give the base model they were trained on as --model-base")
+        model_base = model_base or resolve_recorded(str(recorded), checkpoint.folder)
     elif checkpoint.kind == "lora":
         model_base = adapter_base(checkpoint.folder, model_base)
     elif checkpoint.kind == "projector":
@@ -253,7 +254,7 @@ def _ready_tower(model: Model, checkpoint: Checkpoint) -> BaseImageProcessor | N
     else:
         tower.load_model()
         tower.to(device=model.device, dtype=model.get_input_embeddings().weight.dtype)
-    model.config.mm_patches_per_side = tower.num_patches_per_side
+    model.config.mm_patches_per_side, model.config.mm_leading_tokens = tower.num_patches_per_side, tower.leading_tokens
     return tower.image_processor
 
 

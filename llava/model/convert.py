@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import BaseImageProcessor, PretrainedConfig, PreTrainedTokenizerBase
 
+from llava.checkpoints.card import CARD_FILE, NOT_CLINICAL, PIPELINE, TAGS, licence_section, public_name, write_card
 from llava.checkpoints.checkpoint import Checkpoint
 from llava.checkpoints.hf_layout import TO_HF, TO_LLAVA, config_to_hf, renamed
 from llava.checkpoints.kinds import SLOTS_FILE, TOWER_PREFIX
@@ -65,7 +66,22 @@ def convert(source: Path, target: Path, direction: str) -> None:
             if checkpoint.has(name):
                 shutil.copyfile(source / name, partial / name)
         (_from_hf if direction == FROM_HF else _to_hf)(checkpoint, partial)
+        _write_card(checkpoint, partial, target.name, direction)
     rank0_print(f"{source} converted ({direction}) to {target}")
+
+
+def _write_card(source: Checkpoint, folder: Path, name: str, direction: str) -> None:
+    """The source's model card goes along; what was done to the weights is a section of its own."""
+    library, layout = ("llava", "LLaVA's") if direction == FROM_HF else ("transformers", "Hugging Face's")
+    is_new = not source.has(CARD_FILE)
+    if not is_new:
+        shutil.copyfile(source.folder / CARD_FILE, folder / CARD_FILE)
+    base = public_name(source.folder)
+    text = f"`{base}` (fingerprint `{source.fingerprint}`) in {layout} layout: its tensors renamed, not changed."
+    text = f"# {name}\n\n{text}\n\n{NOT_CLINICAL}" if is_new else f"## Conversion\n\n{text}"
+    front = {"base_model": base, "library_name": library, "pipeline_tag": PIPELINE, "tags": list(TAGS)}
+    licence = {"licence": licence_section(base, "")} if is_new else {}
+    write_card(folder, front, {"conversion": text, **licence})
 
 
 def _from_hf(source: Checkpoint, target: Path) -> None:

@@ -52,7 +52,7 @@ def known_dtype(value: torch.dtype | str | None) -> torch.dtype | str | None:
     Raises:
         UserError: another name, or a type that weights do not have.
     """
-    if value is None or value == "auto" or value in DTYPES.values():
+    if value is None or value == "auto" or (isinstance(value, torch.dtype) and value.is_floating_point):
         return value
     found = DTYPES.get(str(value).lower().removeprefix("torch."))
     if found is None:

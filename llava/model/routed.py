@@ -9,12 +9,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from llava.model.asked import QuestionReader
-from llava.model.decision import NO_ROUTE, Decision, EmbeddingRoutes, LastRoute, Prefill
+from llava.model.decision import (
+    NO_ROUTE,
+    Decision,
+    EmbeddingRoutes,
+    LastRoute,
+    Prefill,
+    cached_length,
+    carried,
+    carry,
+)
 from llava.slots.adapter import Adapter
 from llava.slots.offsets import install_offset_hooks
 from llava.slots.queries import Query
@@ -46,7 +55,8 @@ class Routed:
         """Called by the back-end's ``__init__``: no adapter yet."""
         self.retriever = None
         self._question_reader: QuestionReader | None = None
-        self._last, self._latest = LastRoute(), None
+        self._last = LastRoute()
+        self._latest: Route | None = None
         self._embedding_routes = EmbeddingRoutes()
         self._offset_hooks: list = []
 
@@ -59,10 +69,13 @@ class Routed:
     def attach_adapter(self, adapter: Adapter) -> None:
         """Let ``adapter`` act from the next forward pass on, instead of the one before."""
         self.detach_adapter()
-        adapter.to(self.device)
+        cast(nn.Module, adapter).to(self.device)
         self.retriever = adapter
         self.config.retriever = adapter.settings.to_dict()
-        self._offset_hooks = install_offset_hooks(self.get_model().layers, adapter.settings.targets)
+        model: Any = self
+        decoder = model.get_model()
+        self._offset_hooks = install_offset_hooks(decoder.layers, adapter.settings.targets)
+        self._offset_hooks.append(decoder.register_forward_pre_hook(self._route_decoder, with_kwargs=True))
 
     def detach_adapter(self) -> None:
         """Be the base model again: no hook and no entry in the config is left."""
@@ -81,6 +94,24 @@ class Routed:
         text_query = None if text_query is None else text_query.to(self.device)
         image_query = None if image_query is None else image_query.to(self.device)
         return self.retriever.decide(Query(text_query, image_query), tasks)
+
+    def _route_decoder(
+        self, decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """Before the decoder runs: where it is called by itself (attribution tools do), it too follows a route."""
+        if "weight_offset" in kwargs:  # ``forward`` has seen to it
+            return None
+        asked, cache = Asked(route=kwargs.pop("route", None)), kwargs.get("past_key_values")
+        embeds = kwargs.get("inputs_embeds")
+        if cached_length(cache):
+            decision = self._continued(asked, carried(cache))
+        else:
+            decision = self._given(asked) or Decision(self._route_of(embeds), self.retriever)
+            carry(cache, Prefill(decision, None))
+        inputs = next(value for value in (embeds, kwargs.get("input_ids"), *args) if value is not None)
+        dtype = decoder.embed_tokens.weight.dtype if embeds is None else embeds.dtype
+        kwargs["weight_offset"] = decision.action(len(inputs), dtype).offset
+        return args, kwargs
 
     # -- decisions -------------------------------------------------------------------------------------------------
 
@@ -146,7 +177,8 @@ class Routed:
             text_query = adapter.encode_questions(questions)
         image_query = asked.image_query
         if image_query is None:
-            image_query = self.image_query([[] for _ in range(rows)] if features is None else features, images)
+            model: Any = self
+            image_query = model.image_query([[] for _ in range(rows)] if features is None else features, images)
         return Decision(self.route(text_query, image_query, asked.tasks), adapter)
 
     def _read_questions(self, input_ids: Tensor | None, attention_mask: Tensor | None, labels: Tensor | None):

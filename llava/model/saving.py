@@ -21,6 +21,7 @@ from transformers import BaseImageProcessor, PreTrainedModel, PreTrainedTokenize
 from llava.checkpoints.kinds import ADAPTER_CONFIG, SLOTS_FILE
 from llava.files import atomic_folder, atomic_write
 from llava.slots.adapter import MEMORY_FILE
+from llava.slots.card import write_slots_card
 from llava.slots.encoders import QUERY_TABLE_FILE, BaseEmbeddingEncoder, table_fingerprints
 from llava.slots.pool import Pool
 from llava.utils import UserError, rank0_print
@@ -225,6 +226,7 @@ def _write_slots(model: Any, folder: Path, own: dict[str, Tensor], state: dict[s
             with atomic_write(folder / QUERY_TABLE_FILE, "wb") as stream:
                 table = {"table": encoder.table.contiguous()}
                 stream.write(safetensors_bytes(table, {"fingerprint": identity["fingerprint"]}))
+    write_slots_card(folder, pool)
     pool.write(folder / SLOTS_FILE)
 
 

@@ -38,7 +38,7 @@ def count_placeholders(input_ids: Tensor, attention_mask: Tensor | None) -> list
     """How many ``<image>`` each row of ``[batch, tokens]`` has, outside of its padding."""
     marks = input_ids == IMAGE_TOKEN_INDEX
     if attention_mask is not None and attention_mask.shape == input_ids.shape:
-        marks = marks & attention_mask.bool()
+        marks = marks & attention_mask.bool().to(marks.device)
     return marks.sum(dim=1).tolist()
 
 

@@ -17,6 +17,7 @@ import torch
 from llava.checkpoints.kinds import SLOTS_FILE, TRAINING_FILE
 from llava.checkpoints.weights import fingerprint
 from llava.files import atomic_write
+from llava.slots.card import TRAINING, write_slots_card
 from llava.slots.merge import merge_pools, refuse_more_than_slots
 from llava.slots.names import check_task_name
 from llava.slots.pool import Pool
@@ -50,6 +51,7 @@ def write_place(pool: Pool, output: str | Path, like: Sequence[str | Path], done
         return target
     if (target / SLOTS_FILE).is_file():  # in place: the folder's other files stay
         pool.write(target / SLOTS_FILE)
+        write_slots_card(target, pool)
         return target / SLOTS_FILE
     folders = [Path(place) for place in like if Path(place).is_dir()]
     if not folders:
@@ -62,6 +64,7 @@ def write_place(pool: Pool, output: str | Path, like: Sequence[str | Path], done
             shutil.copyfile(file, target / file.name)
     with atomic_write(target / TRAINING_FILE) as stream:
         json.dump({"made_by": done, "tasks": pool.names}, stream, indent=1)
+    write_slots_card(target, pool, drop=[TRAINING])
     pool.write(target / SLOTS_FILE)
     return target / SLOTS_FILE
 

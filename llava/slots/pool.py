@@ -152,8 +152,9 @@ class Pool(nn.Module):
                 mask += [allowed] * task.count
                 allowed_tasks |= {task.name: task} if allowed else {}
                 start += task.count
-            selectable = torch.tensor(mask, dtype=torch.bool)
-            self._layout = _Layout(ranges, selectable, selectable.nonzero().flatten(), allowed_tasks)
+            with torch.inference_mode(False):
+                selectable = torch.tensor(mask, dtype=torch.bool)
+                self._layout = _Layout(ranges, selectable, selectable.nonzero().flatten(), allowed_tasks)
         return self._layout
 
     def slot_range(self, name: str) -> range:
@@ -209,7 +210,8 @@ class Pool(nn.Module):
         """
         name = "keys" if self.training_task else name or self.settings.router
         if name not in self._routers:
-            self._routers[name] = build_router(name, self.settings, self.selectable)
+            with torch.inference_mode(False):  # what is kept must serve later calls with gradients too
+                self._routers[name] = build_router(name, self.settings, self.selectable)
         return self._routers[name]
 
     def route(self, query: Query, tasks: Sequence[str | None] | None = None, router: str | None = None) -> Route:
@@ -260,7 +262,8 @@ class Pool(nn.Module):
         if not self._gate:
             extents = {task.name: task.extent for task in self.selectable if task.extent is not None}
             off = len(extents) < len(self.selectable) or self.training_task or not self.settings.unknown_share
-            self._gate.append(None if off else UnknownGate(extents, self.settings.unknown_share))
+            with torch.inference_mode(False):
+                self._gate.append(None if off else UnknownGate(extents, self.settings.unknown_share))
         return self._gate[0]
 
     # -- offsets ---------------------------------------------------------------------------------------------------

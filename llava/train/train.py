@@ -22,6 +22,7 @@ from accelerate.utils import set_seed
 
 from llava.checkpoints.checkpoint import Checkpoint
 from llava.continual.methods import METHODS, Context, Recipe
+from llava.continual.model_card import write_stage_card
 from llava.continual.record import VERSION, checksums, deepspeed_record, defaults, first_version, settings_record
 from llava.continual.run import Run
 from llava.continual.sequence import TaskSequence, load_sequence
@@ -304,6 +305,17 @@ def finish(recipe: Recipe, context: Context, trainer: LLaVATrainer, loss: float,
         vars(model.config).pop("quantization_config", None)  # says how this run held the base, not what the stage is
         if recipe.needs_keys:
             model.config.base_model_name_or_path = context.base_name
+            context.more_files.append(
+                partial(
+                    write_stage_card,
+                    run=run,
+                    base=context.base.folder,
+                    base_name=context.base_name,
+                    sequence=context.sequence,
+                    task=context.task,
+                    rows=len(trainer.train_dataset),
+                )
+            )
         else:
             model.config.use_cache = True  # for whoever asks the model
         recipe.write(context)

@@ -12,7 +12,7 @@ from tiny_world import SLOTS, TOP_K, refusal, same
 from llava.continual.methods import METHODS
 from llava.continual.methods.replay import without_picture
 from llava.continual.run import Run
-from llava.data.rows import read_rows
+from llava.data.rows import parse_row, read_rows
 from llava.model.builder import load_pretrained_model
 from llava.slots.edit import remove
 from llava.slots.merge import merge_pools
@@ -118,6 +118,9 @@ def test_replay_of_questions_keeps_no_picture(world, tmp_path):
     row = read_rows(world.folder / "train_abd.jsonl")[0]
     assert without_picture(row).question == row.question and without_picture(row).image is None
     assert without_picture(row).answer == row.answer
+    said = [{"from": "system", "value": "Be brief."}, {"from": "human", "value": "<image> Q?"}]
+    row = parse_row({"id": 1, "image": "a.png", "conversations": said})
+    assert without_picture(row).system == "Be brief." and without_picture(row).question == "Q?"
 
 
 # -- EWC ---------------------------------------------------------------------------------------------------------------

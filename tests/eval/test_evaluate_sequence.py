@@ -130,6 +130,19 @@ def test_killed_work_goes_on_to_the_same_bytes(evaluate, monkeypatch, tmp_path, 
     assert contents(evaluate("--chunks", 2)) == continued
 
 
+def test_rows_that_share_ids_or_have_several_domains_reach_the_matrix(place, evaluate, tmp_path):
+    rows = [{**row, "question_id": row["image"]} for row in rows_of(place)]
+    rows[1]["domain"] = dict.fromkeys(TASKS, True)
+    rows[2]["domain"] = dict.fromkeys(TASKS, False)
+    write_jsonl(tmp_path / "test.jsonl", rows)
+    folder = evaluate("--chunks", 3, sequence=write_sequence(place, "shared", test=str(tmp_path / "test.jsonl")))
+    answers = [json.loads(line) for line in (folder / "zero-shot" / "answers.jsonl").read_text().splitlines()]
+    assert [answer["metadata"]["position"] for answer in answers] == list(range(11))
+    groups = json.loads((folder / "zero-shot" / "scores.json").read_text())["groups"]
+    assert {name: group["rows"] for name, group in groups.items()} == {"overall": 11, "abd": 6, "chest": 5}
+    assert json.loads((folder / "accuracy_matrix.json").read_text())["metrics"]["exact_match"]["n"] == [6, 5]
+
+
 def test_results_have_a_folder_for_each_route(evaluate, loads, tmp_path):
     evaluate("--no_zero_shot", "--route", "oracle")
     assert sorted(path.name for path in (tmp_path / "eval").iterdir()) == ["tiny-oracle"]

@@ -136,11 +136,15 @@ def test_each_round_rotates_the_options_under_letters_that_stay(place, tmp_path,
     assert (tmp_path / rows[4]["image"]).read_bytes() == (place / "b.png").read_bytes()
 
 
-def test_a_killed_mmbench_run_goes_on(place, tmp_path, table):
-    words = ["--model-path", place / "tiny-base", "--question-file", table]
+def test_a_killed_run_of_all_rounds_goes_on(place, tmp_path, table):
+    """The rounds of a question share its id."""
+    words = ["--model-path", place / "tiny-base", "--question-file", table, "--all-rounds"]
     whole = answered(model_vqa_mmbench, tmp_path / "answers.jsonl", *words)
+    rounds = [(answer["question_id"], answer["round_id"], answer["options"][0]) for answer in whole]
+    assert rounds == [(7, 0, "left"), (7, 1, "right"), (7, 2, "head"), (8, 0, "abdomen"), (8, 1, "lung")]
+    assert whole[1]["prompt"] == "the image of the chest\nwhat side\nA. right\nB. head\nC. left"
     lines = (tmp_path / "answers.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
-    (tmp_path / "answers.jsonl").write_text(lines[0] + lines[1][:9], encoding="utf-8")
+    (tmp_path / "answers.jsonl").write_text("".join(lines[:2]) + lines[2][:9], encoding="utf-8")
     assert answered(model_vqa_mmbench, tmp_path / "answers.jsonl", *words) == whole
 
 

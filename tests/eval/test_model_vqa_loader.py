@@ -247,11 +247,12 @@ def test_rows_with_two_pictures_are_answered_as_the_model_itself_answers_them(pl
     for row, answer in zip(read_rows(tmp_path / "q.jsonl"), answers, strict=True):
         sample = encoder.encode(row, answer=False)
         pixels = [pixels for pixels, _ in sample.pictures]
-        options = {"questions": [row.question], "max_new_tokens": 6, "do_sample": False}
-        output = model.generate(torch.tensor([sample.input_ids]), images=[pixels or None], **options)
-        assert tokenizer.decode(output[0], skip_special_tokens=True).strip() == answer["text"]
-        route = model.last_route.describe(0)
-        assert (route["slots"], route["weights"]) == essence(answer)[1:]
+        for questions in ([row.question], None):  # given, or read back from the prompt
+            options = {"questions": questions, "max_new_tokens": 6, "do_sample": False}
+            output = model.generate(torch.tensor([sample.input_ids]), images=[pixels or None], **options)
+            assert tokenizer.decode(output[0], skip_special_tokens=True).strip() == answer["text"]
+            route = model.last_route.describe(0)
+            assert (route["slots"], route["weights"]) == essence(answer)[1:]
 
 
 def test_counts_that_do_not_fit_are_refused_naming_the_row(place, tmp_path):
@@ -270,7 +271,8 @@ def test_a_system_turn_is_asked_with_or_refused_naming_the_row(place, tmp_path):
     assert own["text"] != said["text"]
     with pytest.raises(UserError, match="row 'said': template 'mistral_instruct' has no place for a system turn"):
         more = ("--conv-mode", "mistral_instruct")
-        run(place, tmp_path / "b.jsonl", "--question-file", tmp_path / "q.json", *more)
+        run(place, tmp_path / "b.jsonl", "--question-file", tmp_path / "q.json", "--batch-size", 1, *more)
+    assert not (tmp_path / "b.jsonl").exists()
 
 
 def test_sampled_answers_survive_a_resume(place, tmp_path):

@@ -13,7 +13,7 @@ from typing import Any
 from llava.constants import DEFAULT_IMAGE_TOKEN
 from llava.continual.methods import METHODS, Context
 from llava.continual.methods.sequential import Sequential
-from llava.data.rows import Row, parse_row
+from llava.data.rows import SYSTEM, Row, parse_row
 from llava.utils import UserError
 
 KEPT = ("rows", "questions")
@@ -49,7 +49,8 @@ class Replay(Sequential):
 
 def without_picture(row: Row) -> Row:
     """The row's conversation alone, as an instruct row."""
-    turns: list[dict[str, Any]] = [
+    turns: list[dict[str, Any]] = [] if row.system is None else [{"from": SYSTEM, "value": row.system}]
+    turns += [
         {"from": speaker, "value": text.replace(DEFAULT_IMAGE_TOKEN, "").strip()} for speaker, text in row.conversations
     ]
     return parse_row({"id": row.id, "conversations": turns}, f"row {row.id!r}")

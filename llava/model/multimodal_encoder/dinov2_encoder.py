@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any, ClassVar
+
 from transformers import (
     BitImageProcessorPil,  # the one that needs no torchvision
     Dinov2Config,
     Dinov2Model,
     Dinov2WithRegistersConfig,
     Dinov2WithRegistersModel,
+    PretrainedConfig,
+    PreTrainedModel,
 )
 
 from llava.model.multimodal_encoder.tower import TOWERS, VisionTower
@@ -19,8 +23,8 @@ class DinoV2VisionTower(VisionTower):
 
     name = "dinov2"
     model_types = ("dinov2",)
-    config_class = Dinov2Config
-    model_class = Dinov2Model
+    config_class: ClassVar[type[PretrainedConfig]] = Dinov2Config
+    model_class: ClassVar[type[PreTrainedModel]] = Dinov2Model
     processor_class = BitImageProcessorPil
 
 
@@ -35,4 +39,5 @@ class DinoV2RegistersVisionTower(DinoV2VisionTower):
 
     @property
     def leading_tokens(self) -> int:
-        return 1 + int(self.vision_tower.config.num_register_tokens)
+        registers: Any = self.vision_tower.config.num_register_tokens
+        return 1 + int(registers)

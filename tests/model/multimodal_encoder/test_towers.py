@@ -167,6 +167,14 @@ def test_class_tokens_and_registers_are_kept_where_asked_for(kind, tower):
     assert whole(picture(PIXELS)).shape[1] == LEADING[kind] + whole.num_patches
 
 
+@pytest.mark.parametrize("kind", ["dinov2", "dinov2_with_registers"], indirect=True)
+def test_features_of_a_picture_count_the_tokens_in_front(kind, base):
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**config, "mm_vision_select_feature": "cls_patch"}))
+    _, model, processor, _ = load_pretrained_model(str(base), None, device="cpu")
+    assert image_token_count(model.config, processor, "pad") == LEADING[kind] + 4
+
+
 def test_a_tower_trains_only_where_it_is_unfrozen(kind, base):
     tower = load_pretrained_model(str(base), None, device="cpu")[1].get_vision_tower().train()
     pixels, before = picture(side_of(kind)), {key: value.clone() for key, value in tower.state_dict().items()}

@@ -55,7 +55,7 @@ def per_row(rows, draw):
     return entries
 
 
-@settings(deadline=None, max_examples=200)
+@settings(deadline=None, max_examples=100)
 @given(st.lists(st.integers(0, 3), min_size=1, max_size=4), st.data())
 def test_each_row_gets_exactly_its_pictures(placeholders, data):
     rows = expected(placeholders)
@@ -76,7 +76,7 @@ def test_each_row_gets_exactly_its_pictures(placeholders, data):
         assert numbers(hand_out(torch.stack([torch.stack(padded)]).view(len(rows), -1, 3, 2, 2), placeholders)) == rows
 
 
-@settings(deadline=None, max_examples=200)
+@settings(deadline=None, max_examples=100)
 @given(st.lists(st.integers(0, 3), min_size=1, max_size=4), st.data())
 def test_tiles_stay_one_picture(placeholders, data):
     rows = expected(placeholders)
@@ -89,7 +89,7 @@ def test_tiles_stay_one_picture(placeholders, data):
         assert [len(one) for row in handed.pictures for one in row] == [len(one) for one in flat]
 
 
-@settings(deadline=None, max_examples=200)
+@settings(deadline=None, max_examples=100)
 @given(st.lists(st.integers(0, 3), min_size=1, max_size=4), st.sampled_from([None, 2]))
 def test_sizes_follow_their_pictures(placeholders, tiles):
     rows = expected(placeholders)

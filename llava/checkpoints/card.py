@@ -1,0 +1,109 @@
+"""The model card beside a checkpoint: ``README.md`` as the Hub shows it, with sections that programs keep up to date.
+
+A section stands between two marks, and only what stands between them is ever written again; a user's own text, and the
+YAML block at the top, stay. A card names folders by their last part: it says nothing of the machine it was made on.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from llava.files import atomic_write
+from llava.utils import rank0_print
+
+CARD_FILE = "README.md"
+PIPELINE = "image-text-to-text"
+TAGS = ("llava", "medical", "visual-question-answering")
+NOT_CLINICAL = (
+    "**Not for clinical use.** This is a research model. Its answers can be wrong and have not been tested on "
+    "patients; they must not guide a diagnosis or a treatment."
+)
+_FRONT = re.compile(r"\A---\n(.*?)\n---\n", re.DOTALL)
+
+
+def write_card(folder: Path, front: Mapping[str, Any], sections: Mapping[str, str], drop: Iterable[str] = ()) -> None:
+    """Write or refresh a folder's card.
+
+    Args:
+        front: fields of the YAML block of a new card; those that are empty are left out. A card that is there keeps its
+            own.
+        sections: text of each section by its name; of one that is there the text is replaced, others come last.
+        drop: beginnings of the names of sections that are taken out.
+    """
+    path = folder / CARD_FILE
+    text = path.read_text(encoding="utf-8") if path.is_file() else _front_text(front)
+    for name in drop:
+        text = re.sub(rf"<!-- llava: {re.escape(name)}.*?<!-- llava: end -->\n*", "", text, flags=re.DOTALL)
+    for name, content in sections.items():
+        text = with_section(text, name, content)
+    with atomic_write(path) as stream:
+        stream.write(text)
+
+
+def with_section(text: str, name: str, content: str) -> str:
+    """A card's text with the section ``name`` saying ``content``."""
+    block = f"<!-- llava: {name} -->\n{content.strip()}\n<!-- llava: end -->\n"
+    there = re.compile(rf"<!-- llava: {re.escape(name)} -->\n.*?<!-- llava: end -->\n?", re.DOTALL)
+    if there.search(text):
+        return there.sub(lambda _: block, text, count=1)
+    return f"{text.rstrip()}\n\n{block}" if text.strip() else block
+
+
+def front_matter(folder: Path | None) -> dict[str, Any]:
+    """The YAML block of a folder's card; empty where there is no card, no block, or a broken one, which is said."""
+    path = None if folder is None else folder / CARD_FILE
+    if path is None or not path.is_file():
+        return {}
+    found = _FRONT.match(path.read_text(encoding="utf-8", errors="replace").replace("\r\n", "\n"))
+    try:
+        values = yaml.safe_load(found[1]) if found else None
+    except yaml.YAMLError:
+        rank0_print(f"note: {path}: the block at its top is no YAML; its licence is not read")
+        return {}
+    return values if isinstance(values, dict) else {}
+
+
+def licence_of(folder: Path | None) -> str:
+    """The licence that a checkpoint's card states, empty where it states none."""
+    values = front_matter(folder)
+    return str(values.get("license_name") or values.get("license") or "")
+
+
+def licence_section(base: str, licence: str, data: str = "") -> str:
+    """What is known of the licences of a base and of the data that was learned from."""
+    stated = f"`{licence}`, as its card states" if licence else "its folder states none; ask its publisher"
+    learned = data or "not stated; the terms of the data sets hold for what was learned from them"
+    return f"## Licence\n\n- Base `{base}`: {stated}.\n- Training data: {learned}.\n"
+
+
+def write_merged_card(folder: Path, source: Any, base: Any = None) -> None:
+    """The card of a checkpoint that was made whole from ``source``, over ``base`` where it needed one."""
+    part, over = public_name(source), public_name(base)
+    about = f"`{part}`{f' over `{over}`' if over else ''}, written as one checkpoint that needs no other."
+    front = {"base_model": over or part, "library_name": "llava", "pipeline_tag": PIPELINE, "tags": list(TAGS)}
+    known = {"about": f"# {folder.name}\n\n{about}\n\n{NOT_CLINICAL}", "licence": licence_section(over or part, "")}
+    write_card(folder, front, known)
+
+
+def public_name(place: Any) -> str:
+    """A checkpoint's name for a card: a hub name as it is, a folder's last part."""
+    text = str(place or "")
+    owner, _, name = text.partition("/")
+    is_hub = owner and name and "/" not in name and owner not in (".", "..", "~", "output", "data")
+    return text if is_hub and not Path(text).expanduser().exists() else Path(text).name
+
+
+def table(head: Sequence[Any], rows: Iterable[Sequence[Any]]) -> str:
+    """A Markdown table."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(str(cell).replace('|', '/') for cell in line)} |" for line in lines) + "\n"
+
+
+def _front_text(front: Mapping[str, Any]) -> str:
+    values = {name: value for name, value in front.items() if value}
+    return f"---\n{yaml.safe_dump(values, sort_keys=False, allow_unicode=True)}---\n"
