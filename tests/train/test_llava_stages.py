@@ -1,6 +1,7 @@
 """LLaVA's own two stages: what trains, what is written, and that it loads here and in transformers."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +14,8 @@ from llava.checkpoints.weights import load_bin
 from llava.model.builder import load_base, load_pretrained_model
 from llava.model.convert import convert
 from llava.train import llava_trainer
+from llava.train.arguments import parse_arguments
+from llava.train.flags import check_frozen_base
 from llava.train.train import train
 from llava.utils import UserError
 
@@ -260,11 +263,22 @@ def test_stage_2_refuses_what_would_change_the_base_and_takes_what_equals_it(wor
     world.train("abd", tmp_path / "llava-same", None, *same.split(), "--tune_mm_mlp_adapter", "False", "--max_steps", 1)
     for flags in (
         "--tune_mm_mlp_adapter True", "--mm_projector_lr 1e-3", "--mm_vision_select_layer -1", "--lora_bias all",
-        "--vision_tower openai/clip", "--pretrain_mm_mlp_adapter x.bin", "--unfreeze_mm_vision_tower True",
+        "--pretrain_mm_mlp_adapter x.bin", "--unfreeze_mm_vision_tower True",
         "--mm_projector_type linear", "--mm_tunable_parts mm_mlp_adapter", "--mm_use_im_patch_token True",
     ):  # fmt: skip
         with pytest.raises(UserError, match=f"^{flags.split()[0]}"):
             world.train("abd", tmp_path / "llava-other", None, *flags.split())
+
+
+def test_stage_2_takes_the_bases_tower_by_its_last_name_and_no_other(capsys):
+    words = "--task abd --model_name_or_path base --use_cpu True --vision_tower output/clip-vit-large-patch14-336"
+    groups = parse_arguments(words.split())
+    check_frozen_base(SimpleNamespace(mm_vision_tower="openai/clip-vit-large-patch14-336"), *groups)
+    assert "note" not in capsys.readouterr().out
+    with pytest.raises(UserError, match="the base's tower is openai/clip-vit-large-patch14; leave it out"):
+        check_frozen_base(SimpleNamespace(mm_vision_tower="openai/clip-vit-large-patch14"), *groups)
+    check_frozen_base(SimpleNamespace(mm_vision_tower=""), *groups)
+    assert "gives it no name; that one stays" in capsys.readouterr().out
 
 
 def test_rows_are_grouped_by_modality(parts, tmp_path, monkeypatch):
