@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -92,6 +93,17 @@ def test_the_auto_class_gives_a_light_stage_with_its_slots(world, kind):
     query = model.retriever.encode_questions(QUESTIONS[:1])
     image_query = torch.zeros(1, model.retriever.settings.image_dim)
     assert not torch.equal(model(ids, text_query=query, image_query=image_query).logits, base(ids).logits)
+
+
+def test_the_auto_class_takes_a_base_that_has_moved(world, tmp_path):
+    stage = tmp_path / "llava-moved"
+    shutil.copytree(world.folder / "llava-retrieval", stage)
+    pool = Pool.read(stage / "slots.pth")
+    pool.base["path"] = str(tmp_path / "gone")
+    pool.write(stage / "slots.pth")
+    with pytest.raises(UserError, match="gone"):
+        AutoModelForCausalLM.from_pretrained(stage)
+    assert AutoModelForCausalLM.from_pretrained(stage, model_base=str(world.base)).retriever.known_tasks
 
 
 def test_the_weights_file_holds_no_slots_and_the_slots_are_those_of_the_stage(world, tmp_path):
