@@ -7,6 +7,7 @@ cv805.sh`` and ``llava/train/train_prompt_key.py`` of the prototype: order of ta
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -131,3 +132,24 @@ def test_the_prototypes_chain_under_deepspeed(place, tmp_path):
         assert done.returncode == 0, done.stderr[-2000:]
         model = tmp_path / f"llava-{number}"
     assert Pool.read(model / "slots.pth").names == ["abd", "chest"]
+
+
+# -- the page ----------------------------------------------------------------------------------------------------------
+
+OWN = {
+    "train_prompt_key": """gpus epochs lr_step_size log_interval lr batch_size num_workers save_path checkpoint task
+    config_path data_paths master_port local_rank""",
+    "train_mem": "cl_data_clss retriever_state_dict disable_task_id dataset_type preprare_retreival_version",
+    "model_vqa_loader": """model_path model_base image_folder question_file answers_file conv_mode num_chunks chunk_idx
+    temperature top_p num_beams max_new_tokens""",
+    "eval_video_qa": "pred_path gt_file output_json",
+}
+
+
+@pytest.mark.parametrize("command", OWN)
+def test_the_page_tells_every_flag(command):
+    """All flags that the prototype's parsers declare beside LLaVA's, and all that its training script passes."""
+    page = (ROOT / "docs" / "prototype.md").read_text(encoding="utf-8")
+    told = {name.replace("-", "_") for name in re.findall(r"`--([\w-]+)`", page)}
+    passed = re.findall(r"--(\w+)", TRAIN) if command == "train_mem" else []
+    assert {*OWN[command].split(), *passed} <= told

@@ -49,6 +49,29 @@ def resolve_checkpoint(name: str | os.PathLike[str]) -> Path:
         ) from error
 
 
+def resolve_recorded(name: str, stage: Path) -> str:
+    """Where the base is that a stage names: there, else, for a relative path, in a folder above the stage.
+
+    A stage is opened from other folders than the one in which its training was started.
+
+    Raises:
+        UserError: neither.
+    """
+    folder = Path(name).expanduser()
+    if not folder.is_dir() and not folder.is_absolute():
+        above = [parent / folder for parent in stage.resolve().parents]
+        if here := next((place for place in above if place.is_dir()), None):
+            return str(here)
+    try:
+        resolve_checkpoint(name)
+    except UserError as error:
+        raise UserError(
+            f"{stage} names {name} as its base model, which is not there; give its place as --model-base, or where a "
+            "program takes none, put a link to it there"
+        ) from error
+    return name
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON file of a checkpoint; ``UserError`` if it is broken."""
     try:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from llava.checkpoints.checkpoint import Checkpoint
 from llava.checkpoints.kinds import SLOTS_FILE
-from llava.checkpoints.weights import resolve_checkpoint
+from llava.checkpoints.weights import resolve_recorded
 from llava.continual.run import Run
 from llava.continual.sequence import TaskSequence
 from llava.utils import UserError
@@ -40,17 +40,14 @@ def base_under(folder: Path, previous: str | None, sequence: TaskSequence, metho
     stage = Run.open(folder)
     _check_sequence(stage, sequence, method)
     config = Checkpoint(folder).config if (folder / "config.json").is_file() else {}
-    names = [str(name) for name in (config.get("base_model_name_or_path"), stage.pool.base.get("path")) if name]
-    here = [name for name in names if Path(name).expanduser().is_dir()]
-    found = (here or names or ["no base"])[0]
+    name = str(config.get("base_model_name_or_path") or stage.pool.base.get("path") or "no base")
     try:
-        resolve_checkpoint(found)
+        return resolve_recorded(name, folder)
     except UserError as error:
         raise UserError(
-            f"{folder} names {found} as its base model, which is not there; give the base as --model_name_or_path and "
+            f"{folder} names {name} as its base model, which is not there; give the base as --model_name_or_path and "
             f"--previous_stage {folder}"
         ) from error
-    return found
 
 
 def _check_sequence(stage: Run, sequence: TaskSequence, method: str) -> None:

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from llava.checkpoints.checkpoint import Checkpoint
 from llava.checkpoints.kinds import ADAPTER_CONFIG, SLOTS_FILE
+from llava.checkpoints.weights import resolve_recorded
 from llava.conversation import get_conversation, plain_question
 from llava.data.prompt import Prompt, PromptEncoder, check_aspect_ratio
 from llava.data.rows import Row
@@ -161,9 +162,10 @@ class Answerer:
         _check_asked(checkpoint, asked)
         if stage is not None and is_light(checkpoint):
             slots = Pool.read(checkpoint.folder / SLOTS_FILE)
-            base = self.base or slots.base.get("path")
-            if not base:
+            recorded = slots.base.get("path")
+            if not self.base and not recorded:
                 raise UserError(f"{place} holds only slots; give the base model they were trained on as --model-base")
+            base = self.base or resolve_recorded(str(recorded), checkpoint.folder)
             loaded, under = self._ready(base, None), Checkpoint.open(base)
             attach_slots(loaded.model, slots, under, read_memory(checkpoint.folder), self.cache.encoder)
             tell_prompt(loaded.model.config, slots, base)
@@ -251,6 +253,7 @@ class Answerer:
         encoder = self.encoder(image_folder)
         self.cache.look_with(self.model)
         tasks = given_tasks(rows, self._route, self._task)
+        encoder.check(rows)
         with ThreadPoolExecutor(max(generation.workers, 1)) as readers:
             for window in batches(len(rows), generation.batch_size * self._window):
                 if window.stop <= done:

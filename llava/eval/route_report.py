@@ -78,14 +78,14 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def load_pool(place: str, model_base: str | None) -> tuple[Any, Path]:
     """The pool and its base model's folder. Where no task is trained (key files), all take part."""
-    from llava.checkpoints.weights import fingerprint, resolve_checkpoint
+    from llava.checkpoints.weights import fingerprint, resolve_checkpoint, resolve_recorded
     from llava.slots.edit import read_place
 
     slots = read_place(place)
     name = model_base or slots.base.get("path")
     if not name:
         raise UserError(f"{place} names no base model; give --model-base")
-    base = resolve_checkpoint(name)
+    base = resolve_checkpoint(model_base or resolve_recorded(name, Path(place)))
     if slots.base.get("fingerprint") not in (None, fingerprint(base)):
         raise UserError(f"{place} belongs to another base than {base}; give the right --model-base")
     if not any(task.trained for task in slots.tasks):

@@ -1,6 +1,7 @@
 """The answerer on a tiny random LLaVA: several stages over one base, what they leave behind, shared pictures, order."""
 
 import random
+import shutil
 
 import pytest
 import torch
@@ -89,6 +90,20 @@ def test_what_is_taken_off_leaves_nothing_behind(place):
     assert answerer.use(None) is answerer
     assert vars(answerer.model.config) == before
     assert hooks(answerer.model) == 0 and answerer.model.retriever is None
+
+
+def test_a_stage_is_answered_from_any_folder_over_the_base_it_names(place, rows, tmp_path, monkeypatch):
+    """The base's name may be relative to where the training was started."""
+    stage = tmp_path / "output" / "llava-tiny_abd"
+    shutil.copytree(place / "llava-tiny_abd", stage)
+    shutil.copytree(place / "tiny-base", tmp_path / "output" / "base")
+    slots = Pool.read(stage / "slots.pth")
+    slots.base = {**slots.base, "path": "output/base"}
+    slots.write(stage / "slots.pth")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    alone = Answerer(None, CPU).use(str(stage))
+    assert told(alone, place, rows[:4]) == fresh(place, "llava-tiny_abd", rows[:4])
 
 
 def test_without_a_route_no_hook_and_no_entry_stays(place, rows):

@@ -71,7 +71,7 @@ def test_a_base_that_is_gone_or_no_checkpoint(place, tmp_path):
         slots.base = {"path": str(tmp_path / "gone"), "fingerprint": slots.base["fingerprint"]}
 
     stage = altered_stage(place, tmp_path / "llava-a", forget)
-    with pytest.raises(UserError, match="checkpoint folder not found: .*gone"):
+    with pytest.raises(UserError, match="llava-a names .*gone as its base model, which is not there; give its place"):
         load(stage)
     assert load(stage, place / "tiny-llava-base")[1].retriever.active
     nameless = altered_stage(place, tmp_path / "llava-b", lambda slots: slots.base.clear())
@@ -82,6 +82,21 @@ def test_a_base_that_is_gone_or_no_checkpoint(place, tmp_path):
     (tmp_path / "llava-empty").mkdir()
     with pytest.raises(UserError, match="llava-empty"):
         load(tmp_path / "llava-empty")
+
+
+def test_a_base_named_from_where_training_was_started_is_found_from_anywhere(place, tmp_path, monkeypatch):
+    """Evaluation suites run in folders of their own and give no base."""
+
+    def relative(slots):
+        slots.base = {"path": "output/base", "fingerprint": slots.base["fingerprint"]}
+
+    stage = altered_stage(place, tmp_path / "work" / "output" / "llava-a", relative)
+    shutil.copytree(place / "tiny-llava-base", tmp_path / "work" / "output" / "base")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert same(answer(load(stage)), answer(load(place / "llava-stage")))
+    with pytest.raises(UserError, match="llava-b names output/base as its base model, which is not there"):
+        load(altered_stage(place, tmp_path / "llava-b", relative))
 
 
 def test_slots_for_another_number_of_layers(place, tmp_path):
