@@ -16,6 +16,13 @@ def has_accelerator() -> bool:
     return torch.cuda.is_available()
 
 
+def cpu_has_bfloat16() -> bool:
+    """Whether the CPU multiplies bfloat16 by itself; others do it in software, many times slower than float32."""
+    import torch
+
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
 def default_device(requested: str | None = None, use_cpu: bool = False) -> str:
     """The device asked for, else the accelerator where there is one, else the CPU.
 

@@ -317,7 +317,7 @@ def test_a_mode_that_cannot_be_is_refused_before_anything_is_loaded(
     worlds, tmp_path, capsys, monkeypatch, mode, message
 ):
     world = worlds["llama"]
-    monkeypatch.setattr(train_module, "load_base", lambda *_, **__: pytest.fail("found out too late"))
+    monkeypatch.setattr(train_module, "load_for_training", lambda *_, **__: pytest.fail("found out too late"))
     monkeypatch.setattr("llava.model.builder.load_pretrained_model", lambda *_, **__: pytest.fail("too late"))
     words = world.train_arguments("abd", tmp_path / "llava-x", None, "--image_aspect_ratio", mode)
     assert message in refusal(world, capsys, words)

@@ -71,7 +71,7 @@ def write_stage_card(
         top, about = _plain_front(base_name, licence), _about_model(name, base_name)
     sections = {
         ABOUT: about,
-        TRAINING: _training(run.record, sequence, task, rows),
+        TRAINING: _training(run, sequence, task, rows),
         LICENCE: licence_section(public_name(base_name), licence, sequence.licence),
     }
     write_card(folder, top, sections)
@@ -124,10 +124,16 @@ def _about_model(name: str, base_name: str) -> str:
     return f"# {name}\n\nA LLaVA checkpoint, trained from `{public_name(base_name)}`.\n\n{NOT_CLINICAL}\n"
 
 
-def _training(record: Mapping[str, Any], sequence: TaskSequence, task: str, rows: int) -> str:
-    names = sequence.task_names
-    so_far = names[: names.index(task) + 1] if task in names else [task] * bool(task)
+def _training(run: Run, sequence: TaskSequence, task: str, rows: int) -> str:
+    record, order = run.record, sequence.task_names
+    so_far = [name for name in run.pool.names if name in order]
+    if not so_far and task in order:  # one adapter for all tasks, which does not tell them
+        so_far = order[: order.index(task) + 1]
     lines: list[list[Any]] = [["tasks so far", ", ".join(so_far)]] if so_far else []
     lines += [["training rows of this stage", rows]]
-    lines += [[name, record[name]] for name in SETTINGS if record.get(name) not in (None, "", False, -1)]
+    idle = ["num_train_epochs"] if (record.get("max_steps") or -1) > 0 else []
+    idle += [] if record.get("lora_enable") else ["lora_r", "lora_alpha"]
+    idle += ["bits"] if record.get("bits") == 16 else []
+    names = [name for name in SETTINGS if name not in idle and record.get(name) not in (None, "", False, -1)]
+    lines += [[name, record[name]] for name in names]
     return f"## Training\n\n{table(['setting', 'value'], lines)}"

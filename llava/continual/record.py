@@ -36,7 +36,7 @@ _MACHINE = "spreads the same steps over devices, memory and processes"
 IGNORED: dict[str, str] = {
     **dict.fromkeys(
         "model_name_or_path data_path image_folder sequence output_dir previous_stage retriever_state_dict cache_dir "
-        "query_cache eval_data_path resume_from_checkpoint root".split(),
+        "query_cache eval_data_path resume_from_checkpoint root vision_tower pretrain_mm_mlp_adapter".split(),
         _PLACE,
     ),
     **dict.fromkeys("version image_aspect_ratio model_max_length".split(), _PROMPT),

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -131,9 +131,9 @@ class Run:
         config: Any,
         tokenizer: Any,
         log_history: list[dict[str, Any]],
-        write_more: Callable[[Path], None] | None = None,
+        more_files: Iterable[Callable[[Path], None]] = (),
     ) -> None:
-        """Write the finished stage; ``write_more`` puts further files into its folder before it appears."""
+        """Write the finished stage; ``more_files`` put further files into its folder before it appears."""
         self.pool = pool
         record = {**self.record, SLOTS: {task.name: task.checksum() for task in pool.tasks}}
         with atomic_folder(self.folder) as partial:
@@ -147,7 +147,7 @@ class Run:
                     torch.save(self.memory, stream)
             if self.kept_rows:
                 write_jsonl(partial / KEPT_ROWS_FILE, [row.raw for row in self.kept_rows])
-            if write_more is not None:
+            for write_more in more_files:
                 write_more(partial)
             if self.has_slots:
                 pool.write(partial / SLOTS_FILE)

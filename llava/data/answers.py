@@ -27,7 +27,7 @@ def read_answers(path: str | Path, partial_last_line: bool = False) -> list[dict
             raise UserError(f"{where}: expected a JSON object, found {kind_of(value)}")
         identifier_of(value.get("question_id"), f"{where}: field 'question_id'")
         text_of(value.get("text"), f"{where}: field 'text'")
-        if not isinstance(value.get("metadata", {}), dict):
+        if not isinstance(value.get("metadata"), dict | None):
             raise UserError(f"{where}: field 'metadata': expected an object, found {kind_of(value['metadata'])}")
         answers.append(value)
     if not answers and not partial_last_line:

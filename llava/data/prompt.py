@@ -188,6 +188,12 @@ class PromptEncoder:
         """The most features one picture becomes in the language model."""
         return image_token_count(self.config, self.image_processor, self.prompt.aspect_ratio)
 
+    def check(self, rows: Sequence[Row]) -> None:
+        """``UserError`` for a row with a system turn that the template has no place for, before any is asked."""
+        spoken = next((row for row in rows if row.system is not None), None)
+        if spoken is not None:
+            self.tokens(spoken, answer=False)
+
     def encode(self, row: Row, answer: bool) -> Sample:
         """A row for training (``answer``: all its turns, with labels) or for answering (its first question, open).
 

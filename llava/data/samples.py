@@ -62,6 +62,7 @@ class TrainingSamples(Dataset):
         self.features: Features | None = None
         self._encoded: dict[int, tuple[list[int], list[int]]] = {}
         check_image_files(self.rows, encoder.image_folder)
+        encoder.check(self.rows)
         self.unlabelled = self._check_labels()
 
     def add(
@@ -179,12 +180,14 @@ def picture_groups(rows: Sequence[Row]) -> list[str]:
 
     def group(name: str) -> str:
         while leader.setdefault(name, name) != name:
+            leader[name] = leader[leader[name]]  # shortens the way for the next
             name = leader[name]
         return name
 
     for row in rows:
         for name in row.images[1:]:
-            leader[group(name)] = group(row.images[0])
+            first, second = sorted((group(row.images[0]), group(name)))  # whatever the rows' order
+            leader[second] = first
     return [group(row.images[0]) if row.images else f"row {row.id}" for row in rows]
 
 

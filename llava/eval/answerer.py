@@ -253,6 +253,7 @@ class Answerer:
         encoder = self.encoder(image_folder)
         self.cache.look_with(self.model)
         tasks = given_tasks(rows, self._route, self._task)
+        encoder.check(rows)
         with ThreadPoolExecutor(max(generation.workers, 1)) as readers:
             for window in batches(len(rows), generation.batch_size * self._window):
                 if window.stop <= done:

@@ -11,19 +11,25 @@ the LLaVA class itself, with or without LoRA layers inside.
 from __future__ import annotations
 
 import re
+import tempfile
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from llava.checkpoints.hf_layout import TO_LLAVA, renamed
 from llava.checkpoints.kinds import ADAPTER_CONFIG, NON_LORA_FILE, PROJECTOR_FILE
 from llava.checkpoints.weights import load_bin, read_json
 from llava.utils import UserError, rank0_print
 
+if TYPE_CHECKING:
+    from peft import PeftConfig
+
 PEFT_PREFIX = "base_model.model."
+HF_NAMES = re.compile(r"base_model\.model\.(model\.)?(language_model|multi_modal_projector)\.")
 NOT_DECODER = r".*(vision_tower|mm_projector|retriever|lm_head).*"
 
 
@@ -107,6 +113,10 @@ def apply_adapter(model: PreTrainedModel, folder: Path, merge: bool, trainable: 
 
     state = _adapter_tensors(folder)
     config = PeftConfig.from_pretrained(str(folder))
+    if any(HF_NAMES.match(key) for key in state):
+        with tempfile.TemporaryDirectory() as renamed_folder:
+            _write_renamed(Path(renamed_folder), state, config)
+            return apply_adapter(model, Path(renamed_folder), merge, trainable)
     if not any(re.match(NOT_DECODER, key) for key in state) and not config.exclude_modules:
         # LLaVA names layers by their last word, and the tower, which is attached here already, has a q_proj too.
         config.exclude_modules = NOT_DECODER
@@ -115,7 +125,8 @@ def apply_adapter(model: PreTrainedModel, folder: Path, merge: bool, trainable: 
     except (RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{folder}: the LoRA does not fit the base ({reason}); give the right --model-base") from error
-    places = get_peft_model_state_dict(wrapped).keys()
+    tables = any("embed_tokens" in key or "lm_head" in key for key in state)  # else PEFT guesses, by the base's config
+    places = get_peft_model_state_dict(wrapped, save_embedding_layers=tables).keys()
     odd = sorted(places ^ state.keys())
     if odd:
         raise UserError(
@@ -126,6 +137,15 @@ def apply_adapter(model: PreTrainedModel, folder: Path, merge: bool, trainable: 
         rank0_print("LoRA merged into the base")
         return cast(PreTrainedModel, wrapped.merge_and_unload())
     return cast(PreTrainedModel, wrapped.get_base_model())
+
+
+def _write_renamed(folder: Path, state: dict[str, Tensor], config: PeftConfig) -> None:
+    """A LoRA of Hugging Face's classes under LLaVA's names; its targets are the very layers that it has tensors for."""
+    named = {f"{PEFT_PREFIX}{renamed(key.removeprefix(PEFT_PREFIX), TO_LLAVA)}": value for key, value in state.items()}
+    layers = {key.removeprefix(PEFT_PREFIX).split(".lora_")[0] for key in named}
+    config.target_modules, config.exclude_modules = layers, None
+    config.save_pretrained(str(folder))
+    save_file({key: value.contiguous() for key, value in named.items()}, folder / "adapter_model.safetensors")
 
 
 def _adapter_tensors(folder: Path) -> dict[str, Tensor]:

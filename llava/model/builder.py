@@ -28,6 +28,7 @@ from llava.model.configs import FAMILIES, Config, Model, llava_config
 from llava.model.loading import known_dtype, loading_options
 from llava.model.saving import refuse_lost_slots
 from llava.model.vision.features import load_vision_tower
+from llava.model.vision.setup import add_picture_tokens
 from llava.slots.adapter import ADAPTERS, RETRIEVER, read_memory
 from llava.slots.encoders import TextEncoder, encoder_from_identity
 from llava.slots.offsets import target_features
@@ -160,6 +161,7 @@ def load_base(
     place: Place,
     config_from: Checkpoint | None = None,
     overwrite_config: Mapping[str, Any] | None = None,
+    as_llava: bool = False,
     **options: Any,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, BaseImageProcessor | None]:
     """A checkpoint with full weights: ``(model, tokenizer, image_processor)``.
@@ -167,6 +169,7 @@ def load_base(
     Args:
         config_from: a projector's or LoRA's folder: its config and its tensors go over the base's.
         overwrite_config: fields that go over both.
+        as_llava: a plain language model becomes LLaVA's class too, to which a tower and a projector can be given.
         options: for ``from_pretrained``.
 
     Raises:
@@ -177,7 +180,7 @@ def load_base(
         described = _DESCRIPTION[checkpoint.kind]
         raise UserError(f"{checkpoint} is itself no full model ({described}); give the base it was trained on")
     tokenizer = load_tokenizer(checkpoint.folder)
-    if checkpoint.kind == "plain" and config_from is None:
+    if checkpoint.kind == "plain" and config_from is None and not as_llava:
         options = {**options, **(overwrite_config or {})}
         return AutoModelForCausalLM.from_pretrained(checkpoint.folder, **options), tokenizer, None
     configured = _configured(checkpoint, config_from)
@@ -185,10 +188,11 @@ def load_base(
     config.update(dict(overwrite_config or {}))
     if config_from is not None:
         config.vocab_size = checkpoint.vocab_size  # a longer one is in the tensors beside the adapter
+        add_picture_tokens(config, tokenizer)  # the base's own has none
     model, report = _from_pretrained(FAMILIES[configured.family], checkpoint, config, options)
     lacking = _check_loading(checkpoint, report, config_from is not None)
     model.tokenizer = tokenizer
-    image_processor = _ready_tower(model, checkpoint)
+    image_processor = None if as_llava and checkpoint.kind == "plain" else _ready_tower(model, checkpoint)
     if config_from is not None:
         load_extra_tensors(model, config_from.folder, lacking)
     _sanitise_generation(model)

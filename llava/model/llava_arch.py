@@ -17,18 +17,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llava.constants import (
-    DEFAULT_IM_END_TOKEN,
-    DEFAULT_IM_START_TOKEN,
-    DEFAULT_IMAGE_PATCH_TOKEN,
-    IMAGE_TOKEN_INDEX,
-)
+from llava.constants import IMAGE_TOKEN_INDEX
 from llava.model.decision import Prefill, cache_of, cached_length, carried, carry, continue_mask
 from llava.model.multimodal_encoder.builder import build_vision_tower
-from llava.model.multimodal_projector.builder import build_vision_projector, load_projector
+from llava.model.multimodal_projector.builder import build_vision_projector
 from llava.model.pictured_text import PicturedText
 from llava.model.routed import Asked, Routed
+from llava.model.vision.blank import blank_feature, blank_needed
 from llava.model.vision.hand_out import Images, are_modalities
+from llava.model.vision.setup import initialize_vision_modules, initialize_vision_tokenizer
 from llava.model.vision.tiles import unpad_image
 from llava.slots.picture_query import image_queries
 from llava.slots.route import Route
@@ -52,21 +49,8 @@ class LlavaMetaModel:
         return getattr(self, "vision_tower", None)
 
     def initialize_vision_modules(self, model_args, fsdp=None) -> None:
-        """Give a text-only decoder the tower and projector that ``model_args`` names (LLaVA's first training stage)."""
-        config = self.config
-        config.mm_vision_tower = model_args.vision_tower
-        config.mm_vision_select_layer = model_args.mm_vision_select_layer
-        config.mm_vision_select_feature = model_args.mm_vision_select_feature
-        config.mm_projector_type = getattr(model_args, "mm_projector_type", "linear")
-        config.mm_patch_merge_type = getattr(model_args, "mm_patch_merge_type", "flat")
-        if self.get_vision_tower() is None:
-            self.vision_tower = build_vision_tower(config, delay_load=True)
-        self.vision_tower.load_model()
-        config.mm_hidden_size = self.vision_tower.hidden_size
-        if getattr(self, "mm_projector", None) is None:
-            self.mm_projector = build_vision_projector(config)
-        if getattr(model_args, "pretrain_mm_mlp_adapter", None):
-            load_projector(self.mm_projector, model_args.pretrain_mm_mlp_adapter)
+        """Give a decoder the tower and projector that ``model_args`` names; see ``vision.setup``."""
+        initialize_vision_modules(self, model_args)
 
 
 class LlavaMetaForCausalLM(Routed, PicturedText):
@@ -78,16 +62,8 @@ class LlavaMetaForCausalLM(Routed, PicturedText):
         return self.model
 
     def initialize_vision_tokenizer(self, model_args, tokenizer) -> None:
-        """Add the picture tokens that early LLaVA prompts hold; their embeddings start as the mean of the others."""
-        tokens = [DEFAULT_IMAGE_PATCH_TOKEN] if model_args.mm_use_im_patch_token else []
-        tokens += [DEFAULT_IM_START_TOKEN, DEFAULT_IM_END_TOKEN] if model_args.mm_use_im_start_end else []
-        added = tokenizer.add_tokens(tokens, special_tokens=True)
-        if not added:
-            return
-        self.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-        with torch.no_grad():
-            for table in (self.get_input_embeddings().weight, self.get_output_embeddings().weight):
-                table[-added:] = table[:-added].mean(0)
+        """Add the picture tokens that a LLaVA's prompts hold; see ``vision.setup``."""
+        initialize_vision_tokenizer(self, model_args, tokenizer)
 
     def image_query(self, features: list[list[Tensor]], images: Images | None) -> Tensor | None:
         """Image queries ``[batch, image_dim]`` from tower features and pixels; ``None`` where no slot asks for them."""
@@ -191,6 +167,7 @@ class LlavaMetaForCausalLM(Routed, PicturedText):
         Raises:
             ValueError: the route of a cache or of embeddings is not known.
         """
+        looked, embedded = image_features is not None, inputs_embeds is not None
         length = cached_length(past_key_values)
         before = carried(past_key_values) if length else None
         if length and input_ids is not None and not (input_ids == IMAGE_TOKEN_INDEX).any():
@@ -218,6 +195,9 @@ class LlavaMetaForCausalLM(Routed, PicturedText):
             )
             labels = None if labels is None else spliced
             input_ids, spliced_mask = None, attention_mask
+        if labels is not None and not (embedded or length or any(image_features or ())) and blank_needed(self):
+            embeds = self.get_model().embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+            input_ids, inputs_embeds = None, embeds + blank_feature(self, not looked).to(embeds.dtype)
         if before is not None and before.mask is not None:
             new = _first_given(input_ids, inputs_embeds).shape[1]
             attention_mask, position_ids = continue_mask(before.mask, rows, new, attention_mask, position_ids)

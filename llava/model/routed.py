@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from llava.model.asked import QuestionReader
 from llava.model.decision import (
@@ -55,7 +55,8 @@ class Routed:
         """Called by the back-end's ``__init__``: no adapter yet."""
         self.retriever = None
         self._question_reader: QuestionReader | None = None
-        self._last, self._latest = LastRoute(), None
+        self._last = LastRoute()
+        self._latest: Route | None = None
         self._embedding_routes = EmbeddingRoutes()
         self._offset_hooks: list = []
 
@@ -68,10 +69,11 @@ class Routed:
     def attach_adapter(self, adapter: Adapter) -> None:
         """Let ``adapter`` act from the next forward pass on, instead of the one before."""
         self.detach_adapter()
-        adapter.to(self.device)
+        cast(nn.Module, adapter).to(self.device)
         self.retriever = adapter
         self.config.retriever = adapter.settings.to_dict()
-        decoder = self.get_model()
+        model: Any = self
+        decoder = model.get_model()
         self._offset_hooks = install_offset_hooks(decoder.layers, adapter.settings.targets)
         self._offset_hooks.append(decoder.register_forward_pre_hook(self._route_decoder, with_kwargs=True))
 
@@ -175,7 +177,8 @@ class Routed:
             text_query = adapter.encode_questions(questions)
         image_query = asked.image_query
         if image_query is None:
-            image_query = self.image_query([[] for _ in range(rows)] if features is None else features, images)
+            model: Any = self
+            image_query = model.image_query([[] for _ in range(rows)] if features is None else features, images)
         return Decision(self.route(text_query, image_query, asked.tasks), adapter)
 
     def _read_questions(self, input_ids: Tensor | None, attention_mask: Tensor | None, labels: Tensor | None):

@@ -23,6 +23,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from llava.checkpoints.hf_layout import HF_ARCHITECTURES
+from llava.checkpoints.weights import read_config
 from llava.slots.merge import refuse_more_than_slots
 from llava.slots.offsets import ATTENTION_TARGETS
 from llava.slots.pool import Pool
@@ -102,9 +104,11 @@ def export_peft(
     folder.mkdir(parents=True, exist_ok=True)
     rank = len(mixture) * pool.settings.rank
     targets = pool.settings.targets
+    named = base or pool.base.get("path")
     config = LoraConfig(
-        task_type="CAUSAL_LM",
-        base_model_name_or_path=base or pool.base.get("path"),
+        task_type="CAUSAL_LM" if layout == "llava" else None,
+        auto_mapping=None if layout == "llava" else _hf_class(named, pool),
+        base_model_name_or_path=named,
         r=rank,
         lora_alpha=rank,  # scaling 1: scale and weights are folded into lora_B
         target_modules=_pattern(targets) if layout == "llava" else list(targets),
@@ -117,6 +121,16 @@ def export_peft(
         for name in (WEIGHTS, CONFIG):
             os.replace(Path(partial) / name, folder / name)
     return mixture
+
+
+def _hf_class(base: str | None, pool: Pool) -> dict[str, str]:
+    """Where PEFT finds the class of a base in Hugging Face's layout: no auto class for causal models knows it."""
+    config = read_config(Path(base)) if base and (Path(base) / "config.json").is_file() else {}
+    tiles = pool.prompt.get("aspect_ratio") == "anyres"
+    name = next((name for name in config.get("architectures") or [] if name in HF_ARCHITECTURES), "")
+    name = name or HF_ARCHITECTURES[tiles]
+    module = "llava_next" if "Next" in name else "llava"
+    return {"base_model_class": name, "parent_library": f"transformers.models.{module}.modeling_{module}"}
 
 
 def _part(target: str) -> str:

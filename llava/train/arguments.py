@@ -21,7 +21,10 @@ from llava.continual.chain import base_under, stage_given_as_base
 from llava.continual.places import Places
 from llava.continual.sequence import load_sequence, sequence_flag
 from llava.train.ignored_flags import ignored_beside, say_ignored
+from llava.train.machine import settle_machine
 from llava.utils import UserError, rank0_print
+
+PROJECTOR_PART = "mm_mlp_adapter"
 
 _LEAST = {
     "learning_rate": 0,
@@ -46,9 +49,14 @@ def task_field() -> Any:
     return field(default=None, metadata=about)
 
 
+def own(about: str, default: Any = None) -> Any:
+    """A flag of LLaVA's own training stages; in stage 2 it may say what the base is, and no more."""
+    return field(default=default, metadata={"help": about})
+
+
 @dataclass
 class ModelArguments:
-    """The base model. LLaVA's fields."""
+    """The base model, and what LLaVA's own training makes of it. LLaVA's fields."""
 
     model_name_or_path: str | None = field(
         default=None,
@@ -59,6 +67,18 @@ class ModelArguments:
     )
     version: str | None = field(default=None, metadata={"help": "conversation template (default: the checkpoint's)"})
     attn_implementation: str | None = field(default=None, metadata={"help": "sdpa, eager or flash_attention_2"})
+    vision_tower: str | None = own("a tower's folder or hub name; makes a LLaVA of a language model")
+    mm_vision_select_layer: int | None = own("the tower's layer to look at, from the end: -1 is the last")
+    mm_vision_select_feature: str | None = own("patch, or cls_patch with the class token")
+    mm_projector_type: str | None = own("linear, mlp2x_gelu or identity")
+    mm_patch_merge_type: str | None = own("flat, spatial or spatial_unpad")
+    mm_use_im_start_end: bool | None = own("put <im_start> and <im_end> around pictures")
+    mm_use_im_patch_token: bool | None = own("add the token <im_patch>")
+    pretrain_mm_mlp_adapter: str | None = own("projector file, mm_projector.bin")
+    tune_mm_mlp_adapter: bool = own("feature alignment: the projector alone trains", False)
+    freeze_backbone: bool = own("the decoder's layers and embeddings stay as they are", False)
+    unfreeze_mm_vision_tower: bool = own("the tower trains too", False)
+    mm_tunable_parts: str | None = own("what trains: mm_mlp_adapter, mm_vision_tower, mm_language_model, by commas")
 
 
 @dataclass
@@ -69,6 +89,12 @@ class DataArguments:
     eval_data_path: str | None = field(default=None, metadata={"help": "rows for a validation loss while training"})
     image_folder: str | None = field(default=None, metadata={"help": "picture folder (default: the sequence's)"})
     image_aspect_ratio: str | None = field(default=None, metadata={"help": "default: the checkpoint's"})
+    image_grid_pinpoints: str | None = field(
+        default=None,
+        metadata={"help": "sizes for anyres, such as '[(336, 672), (672, 336)]' (default: the checkpoint's)"},
+    )
+    lazy_preprocess: bool = field(default=True, metadata={"help": "rows are always prepared when they are needed"})
+    is_multimodal: bool | None = field(default=None, metadata={"help": "each row says whether it has a picture"})
     sequence: str = sequence_flag(aliases=spelled("dataset_type"))
     task: str | None = task_field()
 
@@ -103,7 +129,14 @@ class TrainingArguments(transformers.TrainingArguments):
     lora_r: int = 64
     lora_alpha: int = 16
     lora_dropout: float = 0.05
-    lora_bias: str = "none"
+    lora_bias: str = field(default="none", metadata={"help": "biases that train beside it: none, all or lora_only"})
+    freeze_mm_mlp_adapter: bool = own("the projector stays as it is", False)
+    mm_projector_lr: float | None = own("the projector's learning rate (default: --learning_rate)")
+    mm_vision_tower_lr: float | None = own("the tower's learning rate (default: --learning_rate)")
+    group_by_modality_length: bool = field(default=False, metadata={"help": "steps of one modality and of like length"})
+    cache_dir: str | None = field(default=None, metadata={"help": "where downloads are kept (default: HF_HOME's)"})
+    lora_weight_path: str = field(default="", metadata={"help": "refused: LLaVA never reads it"})
+    mpt_attn_impl: str | None = field(default=None, metadata={"help": "refused: there are no MPT decoders here"})
     save_full_model: bool = field(default=False, metadata={"help": "write the base's weights into the checkpoint too"})
 
 
@@ -114,15 +147,28 @@ class EarlyArguments:
     deepspeed: str | None = None
     output_dir: str | None = None
     model_name_or_path: str | None = None
+    cache_dir: str | None = None
     method: str = TrainingArguments.method
     sequence: str = sequence_flag(aliases=spelled("dataset_type"))
     task: str | None = task_field()
+    tune_mm_mlp_adapter: bool = False
+    mm_tunable_parts: str | None = None
 
 
 def early_arguments(argv: Sequence[str]) -> EarlyArguments:
-    """The few arguments above from a whole command line; nothing is started or checked."""
+    """The few arguments above from a whole command line; nothing is started or checked.
+
+    A command that names no task, no sequence and no method is one of LLaVA's own: feature alignment where the projector
+    alone is to train, else visual instruction tuning.
+    """
     parser = Parser(EarlyArguments, add_help=False, allow_abbrev=False)
-    return EarlyArguments(**vars(parser.parse_known_args(list(argv))[0]))
+    found = EarlyArguments(**vars(parser.parse_known_args(list(argv))[0]))
+    parser.set_defaults(method=None, sequence=None)
+    given = parser.parse_known_args(list(argv))[0]
+    if not (given.method or given.sequence or given.task):
+        alone = found.tune_mm_mlp_adapter or found.mm_tunable_parts == PROJECTOR_PART
+        found.method = "align" if alone else "instruct"
+    return found
 
 
 def parse_arguments(argv: Sequence[str], options: type | None = None, of_sequence: bool = True) -> tuple:
@@ -151,7 +197,8 @@ def parse_arguments(argv: Sequence[str], options: type | None = None, of_sequenc
     kinds = [*own, *([options] if options else [])]
     taken = {entry.name for kind in kinds for entry in dataclasses.fields(kind)}
     parser = Parser([*kinds, ignored_beside(taken)], prog="train_mem", allow_abbrev=False)
-    parser.set_defaults(retriever_state_dict=str(places.merged_keys), query_cache=str(places.query_cache))
+    parser.set_defaults(retriever_state_dict=str(places.merged_keys), method=early.method)
+    parser.set_defaults(query_cache=str(places.query_cache) if of_sequence else "")
     if of_sequence:
         parser.set_defaults(**sequence.train.flags(sequence.stated))
     if of_sequence and early.output_dir is None and early.task in sequence.task_names:
@@ -164,7 +211,7 @@ def parse_arguments(argv: Sequence[str], options: type | None = None, of_sequenc
     if unknown:
         raise UserError(f"unknown argument {unknown[0]}; {_nearest(unknown[0], parser)}")
     if not of_sequence and not namespace.data_path:
-        raise UserError(f"method {early.method!r} has no rows of a task; add --data_path")
+        raise UserError(f"method {early.method!r} has no rows of a task; add --data_path (or --task, for stage 2)")
     if of_sequence and not namespace.task:
         raise UserError("no task given; add --task <name>, as the task sequence names it")
     if namespace.output_dir is None:
@@ -178,6 +225,7 @@ def parse_arguments(argv: Sequence[str], options: type | None = None, of_sequenc
         namespace.model_name_or_path = base_under(chained, namespace.previous_stage, sequence, early.method)
         rank0_print(f"{chained} is a stage: it is the stage before; base model: {namespace.model_name_or_path}")
     _check_numbers(namespace)
+    settle_machine(namespace)
     namespace.report_to = reporters_here(namespace.report_to)
     try:
         *parsed, without_effect = (

@@ -12,7 +12,6 @@ from typing import Any
 
 from llava.utils import rank0_print
 
-IN_THE_BASE = "the base checkpoint's config decides"
 FIRST_QUESTION = "a row is routed by its first question (the prototype's firstq), never by an answer"
 NO_EFFECT = "it has no effect here"
 
@@ -27,24 +26,6 @@ def ignored(why: str = NO_EFFECT, **more: Any) -> Any:
 class IgnoredArguments:
     """Flags without effect."""
 
-    vision_tower: str | None = ignored(IN_THE_BASE)
-    mm_vision_select_layer: str | None = ignored(IN_THE_BASE)
-    mm_vision_select_feature: str | None = ignored(IN_THE_BASE)
-    mm_projector_type: str | None = ignored(IN_THE_BASE)
-    mm_use_im_start_end: str | None = ignored(IN_THE_BASE)
-    mm_use_im_patch_token: str | None = ignored(IN_THE_BASE)
-    mm_patch_merge_type: str | None = ignored(IN_THE_BASE)
-    mm_projector_lr: str | None = ignored(IN_THE_BASE)
-    pretrain_mm_mlp_adapter: str | None = ignored(IN_THE_BASE)
-    tune_mm_mlp_adapter: str | None = ignored()
-    freeze_mm_mlp_adapter: str | None = ignored()
-    freeze_backbone: str | None = ignored()
-    lora_weight_path: str | None = ignored()
-    group_by_modality_length: str | None = ignored()
-    mpt_attn_impl: str | None = ignored()
-    lazy_preprocess: str | None = ignored("rows are always prepared when they are needed")
-    is_multimodal: str | None = ignored("rows say themselves whether they have a picture")
-    cache_dir: str | None = ignored("HF_HOME says where downloads are kept")
     disable_task_id: str | None = ignored("a task trains its own slots; answering never sees which task it is")
     preprare_retreival_version: str | None = ignored(FIRST_QUESTION)
     prepare_retrieval_version: str | None = ignored(FIRST_QUESTION)

@@ -122,6 +122,8 @@ class LLaVATrainer(Trainer):
         if self.recipe is None:
             super().save_model(output_dir, _internal_call)
             return
+        if self.args.deepspeed and self.recipe.writes_whole(self.context):
+            return  # DeepSpeed's own checkpoint holds every trained weight already
         state = trainable_state(self.model)
         if self.args.should_save:
             Path(output_dir).mkdir(parents=True, exist_ok=True)

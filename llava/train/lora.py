@@ -1,8 +1,8 @@
-"""A LoRA beside the slots (``--lora_enable``), and quantised bases (``--bits 4`` or ``8``) in training.
+"""A LoRA on the decoder (``--lora_enable``), and quantised bases (``--bits 4`` or ``8``) in training.
 
-The LoRA is LLaVA's: on every linear layer of the decoder, with its ``lora_*`` flags. It is one for all tasks and goes
-on from stage to stage, so it learns and forgets like any fine-tuning: with it the slots keep their isolation, the model
-as a whole does not. Without the flag only slots train.
+The LoRA is LLaVA's: on every linear layer of the decoder, with its ``lora_*`` flags. Beside slots it is one for all
+tasks and goes on from stage to stage, so it learns and forgets like any fine-tuning: with it the slots keep their
+isolation, the model as a whole does not. Without the flag only slots train.
 
 The stage checkpoint then also holds ``adapter_config.json`` and ``adapter_model.safetensors``.
 """
@@ -31,7 +31,9 @@ from llava.utils import UserError, rank0_print
 ADAPTER = "default"  # PEFT's name for the only adapter of a model
 
 
-def add_lora(model: nn.Module, args: TrainingArguments, previous: Path | None, base: str) -> LoraConfig | None:
+def add_lora(
+    model: nn.Module, args: TrainingArguments, previous: Path | None, base: str, beside_slots: bool = True
+) -> LoraConfig | None:
     """Put LoRA layers into the decoder, in training; the model itself stays the object it is.
 
     Args:
@@ -56,7 +58,7 @@ def add_lora(model: nn.Module, args: TrainingArguments, previous: Path | None, b
             r=args.lora_r,
             lora_alpha=args.lora_alpha,
             lora_dropout=args.lora_dropout,
-            bias=args.lora_bias,
+            bias="none",  # biases that train are kept with what else trains in full
             target_modules=decoder_linears(model),
             task_type="CAUSAL_LM",
             base_model_name_or_path=base,
@@ -65,7 +67,8 @@ def add_lora(model: nn.Module, args: TrainingArguments, previous: Path | None, b
             torch.manual_seed(args.seed)
             get_peft_model(model, config)
     count = sum(value.numel() for name, value in model.named_parameters() if ".lora_" in name)
-    rank0_print(f"LoRA: {count:,} weights train beside the slots; they are shared by all tasks, so tasks can forget")
+    shared = " beside the slots; they are shared by all tasks, so tasks can forget" if beside_slots else ""
+    rank0_print(f"LoRA: {count:,} weights train{shared}")
     return config
 
 

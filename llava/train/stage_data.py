@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+import functools
+import os
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from llava.checkpoints.checkpoint import Checkpoint
+from llava.checkpoints.weights import fingerprint
 from llava.continual.queries import PictureSource, look_at_pictures, text_queries
 from llava.continual.query_cache import QueryCache
+from llava.continual.record import checksums
 from llava.continual.sequence import TaskSequence
 from llava.data.prompt import Prompt, PromptEncoder
 from llava.data.rows import Row, read_rows
-from llava.data.samples import TrainingSamples
+from llava.data.samples import TrainingSamples, picture_names
 from llava.devices import default_device
 from llava.mm_utils import get_model_name_from_path
-from llava.model.configs import llava_config
+from llava.model.multimodal_encoder.builder import build_vision_tower
+from llava.model.multimodal_encoder.tower import VisionTower
+from llava.model.vision.features import load_vision_tower
 from llava.slots.encoders import encoder_from_identity
 from llava.slots.settings import RetrieverSettings
 from llava.train.arguments import DataArguments, ModelArguments, TrainingArguments
@@ -31,19 +40,20 @@ def stage_prompt(
     data_args: DataArguments,
     args: TrainingArguments,
     sequence: TaskSequence,
-    base: Path,
+    config: Any,
     of_keys: dict,
 ) -> Prompt:
     """How this stage asks: the flags, else the pictures as the keys saw them, else what the base says.
 
     Args:
+        config: the model's.
         of_keys: prompt of the merged keys; empty in files of older versions.
 
     Raises:
         UserError: an unknown template or picture mode, or one that the base cannot do.
     """
     prompt = Prompt.of(
-        llava_config(base),
+        config,
         get_model_name_from_path(str(model_args.model_name_or_path)),
         conv_mode=model_args.version,
         answer_suffix=sequence.answer_suffix,
@@ -62,7 +72,7 @@ def base_dtype(args: TrainingArguments) -> torch.dtype:
 
 
 def build_dataset(
-    rows: list[Row], encoder: PromptEncoder, settings: RetrieverSettings, source: PictureSource, args: TrainingArguments
+    rows: list[Row], encoder: PromptEncoder, settings: RetrieverSettings, source: Looks, args: TrainingArguments
 ) -> TrainingSamples:
     """Training samples with their queries, and with the frozen tower's features where these fit the memory.
 
@@ -75,18 +85,68 @@ def build_dataset(
             rows, settings.encoder, lambda: encoder_from_identity(settings.encoder, source.base), cache
         )
     kind = settings.image_query if settings.uses_images else None
-    images, features = look_at_pictures(rows, source, kind, cache, args.feature_cache_mb * 2**20)
-    if features is None:
+    room = 0 if source.trains else args.feature_cache_mb * 2**20
+    if kind is None and len(picture_names(rows)) * source.least_bytes > room:
+        room = 0  # known before any picture is looked at
+    images, features = look_at_pictures(rows, source.pictures, kind, cache, room) if kind or room else (None, None)
+    if features is None and not source.trains:
         rank0_print("note: the pictures' features exceed --feature_cache_mb; the tower runs every step")
     return dataset.add(texts, images, features)
 
 
-def picture_source(model, base: Path, prompt: Prompt, image_folder: str, args: TrainingArguments) -> PictureSource:
+@dataclass(frozen=True)
+class Looks:
+    """How this stage sees pictures.
+
+    Attributes:
+        pictures: files and tower. trains: the tower changes while training, so nothing of it may be kept.
+        least_bytes: of a picture's features, where it is one tile.
+    """
+
+    pictures: PictureSource
+    trains: bool
+    least_bytes: int
+
+    @property
+    def base(self) -> Path:
+        return self.pictures.base
+
+
+def picture_source(model: Any, base: Checkpoint, prompt: Prompt, image_folder: str, args: TrainingArguments) -> Looks:
     """The pictures as this stage sees them: by the model's own tower where it is whole, else by one of its own.
 
     Under ZeRO-3 the model's weights are in parts, and beside a quantised decoder they are where accelerate puts them.
     """
     device, dtype, tower = default_device(use_cpu=args.use_cpu), base_dtype(args), model.get_vision_tower()
-    if args.bits < 16 or any(hasattr(weight, "ds_id") for weight in tower.parameters()):
-        return PictureSource.standalone(base, image_folder, prompt.aspect_ratio, device, dtype)
-    return PictureSource(base, model.config, image_folder, prompt.aspect_ratio, lambda: tower.to(device), device, dtype)
+    config = model.config
+
+    def alone() -> VisionTower:
+        if getattr(config, "vision_config", None) is None:
+            found = build_vision_tower(config)
+        else:
+            found = load_vision_tower(base, device)
+            found.select_layer, found.select_feature = tower.select_layer, tower.select_feature
+        return found.to(device=device, dtype=dtype).eval()
+
+    parted = args.bits < 16 or any(hasattr(weight, "ds_id") for weight in tower.parameters())
+    load = functools.cache(alone) if parted else (lambda: tower.to(device))
+    found = PictureSource(base.folder, config, image_folder, prompt.aspect_ratio, load, device, dtype)
+    return Looks(found, tower.trains, tower.num_patches * tower.hidden_size * dtype.itemsize)
+
+
+def parts_record(model_args: ModelArguments) -> dict[str, Any]:
+    """Checksums of a tower and a projector that the command names, for the run's record."""
+    found: dict[str, Any] = {}
+    if model_args.vision_tower:
+        folder = Path(model_args.vision_tower)
+        found["tower"] = fingerprint(folder) if (folder / "config.json").is_file() else folder.name
+    if model_args.pretrain_mm_mlp_adapter and Path(model_args.pretrain_mm_mlp_adapter).is_file():
+        (found["projector"],) = checksums([model_args.pretrain_mm_mlp_adapter])
+    return found
+
+
+def keep_downloads_in(folder: str) -> None:
+    """``--cache_dir``: models from the hub are looked for and kept there, by this process and those it starts."""
+    from huggingface_hub import constants
+
+    os.environ["HF_HUB_CACHE"] = constants.HF_HUB_CACHE = folder

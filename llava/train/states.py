@@ -32,24 +32,52 @@ def trainable_state(model: nn.Module) -> dict[str, Tensor]:
         return {name: parameter.detach().float().cpu().clone() for name, parameter in trained.items()}
 
 
-def whole_state(model: nn.Module) -> dict[str, Tensor]:
+def all_finite(model: nn.Module) -> bool:
+    """Whether every trained weight is a number; under ZeRO-3 every process must call this."""
+    finite = True
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            with gathered([parameter]):
+                finite = finite and bool(torch.isfinite(parameter).all())
+    return finite
+
+
+def whole_state(model: nn.Module, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
     """Every weight of the model but the adapter's, on the CPU of the main process; all processes must call this.
 
     One tensor at a time, so that ZeRO-3 never holds the whole model on one device.
+
+    Args:
+        dtype: of the copies; None: as they are.
     """
-    state = {}
+    state, seen = {}, set()
     for name, tensor in model.state_dict(keep_vars=True).items():
-        if name.startswith("retriever."):
+        if name.startswith("retriever.") or id(tensor) in seen:  # a tied head is the embeddings once more
             continue
+        seen.add(id(tensor))
         with gathered([tensor]):
             if is_main_process():
-                state[name] = tensor.detach().cpu().clone()
+                state[name] = tensor.detach().to("cpu", dtype).clone()
     return state
 
 
-def save_whole_state(folder: Path, model: Any, state: dict[str, Tensor]) -> None:
-    """Write the weights that ``whole_state`` gathered, so that the folder needs no base."""
+def save_whole_state(folder: Path, model: Any, state: dict[str, Tensor], dtype: torch.dtype | None = None) -> None:
+    """Write the weights that ``whole_state`` gathered, so that the folder needs no base.
+
+    Args:
+        dtype: a LLaVA that trained as a whole, in the type that its weights are written in: its tower goes along under
+            its own config, with the image processor.
+    """
+    if dtype is None:
+        model.save_pretrained(folder, state_dict=state, with_slots=False)
+        return
+    tower = model.get_vision_tower()
+    model.config.vision_config = tower.config.to_dict()
     model.save_pretrained(folder, state_dict=state, with_slots=False)
+    model.config.dtype = dtype  # of the files; in memory the weights may be finer
+    model.config.save_pretrained(folder)
+    if tower.image_processor is not None:
+        tower.image_processor.save_pretrained(folder)
 
 
 def maybe_zero_3(param: Tensor, ignore_status: bool = False, name: str | None = None) -> Tensor:

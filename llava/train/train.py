@@ -1,4 +1,4 @@
-"""Train one stage: a recipe decides what is learned on the frozen base; this loop is the same for all recipes.
+"""Train one stage: a recipe decides what is learned; this loop serves continual methods and LLaVA's own stages alike.
 
 What happens, in order: everything that can be checked is; the base is loaded and frozen; the recipe attaches its
 adapter and says what trains; transformers' trainer (on DeepSpeed, where asked for) takes the steps; the recipe writes
@@ -30,12 +30,11 @@ from llava.data.prompt import Prompt, PromptEncoder
 from llava.data.rows import Row
 from llava.data.samples import DataCollatorForSupervisedDataset, TrainingSamples, pictures_checksum
 from llava.devices import has_accelerator
-from llava.model.builder import check_slots_fit, load_base
 from llava.model.configs import llava_config
-from llava.model.loading import attention
 from llava.slots.fit import seed_of
 from llava.slots.pool import Pool
 from llava.slots.settings import RetrieverSettings
+from llava.train import align, instruct  # noqa: F401 - they register LLaVA's own stages
 from llava.train.arguments import (
     DataArguments,
     ModelArguments,
@@ -43,9 +42,11 @@ from llava.train.arguments import (
     early_arguments,
     parse_arguments,
 )
+from llava.train.base import asked_config, load_for_training
 from llava.train.deepspeed_config import check_agreement, check_deepspeed_config, prepare_cpu_deepspeed
+from llava.train.flags import check_flags, check_frozen_base
 from llava.train.llava_trainer import LLaVATrainer, last_complete_checkpoint
-from llava.train.lora import add_lora, base_options, save_lora, slots_count_as_adapters
+from llava.train.lora import add_lora, save_lora, slots_count_as_adapters
 from llava.train.preprocess import (
     LazySupervisedDataset,
     make_supervised_data_module,
@@ -57,8 +58,17 @@ from llava.train.preprocess import (
     preprocess_v1,
     smart_tokenizer_and_embedding_resize,
 )
-from llava.train.stage_data import base_dtype, build_dataset, picture_source, read_training_rows, stage_prompt
+from llava.train.stage_data import (
+    base_dtype,
+    build_dataset,
+    keep_downloads_in,
+    parts_record,
+    picture_source,
+    read_training_rows,
+    stage_prompt,
+)
 from llava.train.states import (
+    all_finite,
     find_all_linear_names,
     get_mm_adapter_state_maybe_zero_3,
     get_peft_state_maybe_zero_3,
@@ -69,7 +79,7 @@ from llava.train.states import (
     trainable_state,
     whole_state,
 )
-from llava.utils import UserError, rank0_print
+from llava.utils import UserError, rank0_print, run_cli
 
 # Beside this module's own names those that LLaVA has here, which other trainers import.
 __all__ = [
@@ -104,9 +114,12 @@ def train(attn_implementation: str | None = None) -> None:
     early = early_arguments(argv)
     if early.deepspeed:
         look_at_deepspeed(early.deepspeed)
+    if early.cache_dir:
+        keep_downloads_in(early.cache_dir)
     recipe = METHODS.get(early.method)()
     model_args, data_args, args, options = parse_arguments(argv, recipe.Options, recipe.needs_keys)
     check_agreement(args)
+    check_flags(model_args, args)
     model_args.attn_implementation = model_args.attn_implementation or attn_implementation
     transformers.logging.set_verbosity_error()
     context, prompt, rows = plan(recipe, model_args, data_args, args, options)
@@ -135,6 +148,14 @@ def title(context: Context) -> str:
     return f"task {context.task}" if context.task else context.run.folder.name
 
 
+def what_trains(recipe: Recipe, context: Context, parameters: list[torch.nn.Parameter]) -> str:
+    """How many weights train, and what does not, in words."""
+    count = sum(parameter.numel() for parameter in parameters)
+    if recipe.needs_keys:
+        return f"{count:,} weights in {context.pool.size} slots train, the base is frozen"
+    return f"{count:,} of {sum(parameter.numel() for parameter in context.model.parameters()):,} weights train"
+
+
 def look_at_deepspeed(path: str) -> None:
     """Check DeepSpeed's file before anything is loaded, and set it up on a machine without a GPU."""
     check_deepspeed_config(path)
@@ -156,7 +177,10 @@ def plan(
     data_args.image_folder = data_args.image_folder or sequence.image_folder
     files = [data_args.data_path] if data_args.data_path else recipe.files(sequence, data_args.task)
     rows = read_training_rows(files)
-    prompt = stage_prompt(model_args, data_args, args, sequence, base.folder, keys.prompt)
+    config = asked_config(base, recipe.needs_keys, model_args, data_args)
+    if recipe.needs_keys:
+        check_frozen_base(config, model_args, data_args, args)
+    prompt = stage_prompt(model_args, data_args, args, sequence, config, keys.prompt)
     if previous is not None and (changed := prompt.difference(previous.pool.prompt)):
         rank0_print(f"note: earlier tasks were trained with another prompt and will be asked with this one: {changed}")
     # A task's run does not depend on its place in the sequence, nor do its random numbers.
@@ -166,6 +190,7 @@ def plan(
     run = Run(folder, {}, defaults(*groups), first, has_slots=recipe.needs_keys)
     name = str(model_args.model_name_or_path)
     context = Context(sequence, data_args.task or "", options, seed, run, previous, keys, base, name)
+    context.model_args, context.args = model_args, args
     rows = recipe.rows(context, rows)
     run.record = {
         "record": VERSION,
@@ -173,6 +198,7 @@ def plan(
         "prompt": prompt.to_dict(),
         "base": keys.base.get("fingerprint"),
         **({"keys": checksums([args.retriever_state_dict])[0]} if recipe.needs_keys else {}),
+        **({} if recipe.needs_keys else parts_record(model_args)),
         "training_files": checksums(files),
         "pictures": pictures_checksum(rows, data_args.image_folder),
         "world_size": args.world_size,
@@ -203,29 +229,23 @@ def prepare(
     args: TrainingArguments,
 ) -> LLaVATrainer:
     """Load and freeze the base, let the recipe attach what trains, and build the trainer over the rows."""
-    options = base_options(args, base_dtype(args))
-    model, tokenizer, image_processor = load_base(
-        context.base, attn_implementation=attention(model_args.attn_implementation), **options
-    )
-    model.requires_grad_(False)
-    check_slots_fit(model.config, context.pool, context.base)
+    model, tokenizer, image_processor = load_for_training(recipe, context, prompt, model_args, data_args, args)
     context.model, context.tokenizer = model, tokenizer
     groups = list(recipe.begin(context))
     parameters = [one for group in groups for one in (group["params"] if isinstance(group, Mapping) else [group])]
     prompt.tell(model.config)
     context.pool.prompt = prompt.to_dict()
     before = None if context.previous is None else context.previous.folder
-    lora = add_lora(model, args, before, context.base_name)
+    lora = add_lora(model, args, before, context.base_name, recipe.needs_keys)
     for parameter in parameters:  # PEFT freezes whatever is not its own
         parameter.requires_grad_(True)
+        if not args.deepspeed:
+            parameter.data = parameter.data.float()  # what an optimizer adds to a half-precision weight is lost
     if lora is not None:
         context.more_files.append(lambda folder: save_lora(folder, lora, context.state))
-    rank0_print(
-        f"{title(context)}: {len(rows)} rows; {sum(p.numel() for p in parameters):,} weights"
-        f"{f' in {context.pool.size} slots' if recipe.needs_keys else ''} train, the base is frozen"
-    )
+    rank0_print(f"{title(context)}: {len(rows)} rows; {what_trains(recipe, context, parameters)}")
     encoder = PromptEncoder(prompt, tokenizer, image_processor, model.config, data_args.image_folder)
-    source = picture_source(model, context.base.folder, prompt, data_args.image_folder, args)
+    source = picture_source(model, context.base, prompt, data_args.image_folder, args)
     settings = context.pool.settings
     dataset, held_out = build_dataset(rows, encoder, settings, source, args), None
     if data_args.eval_data_path:
@@ -271,33 +291,41 @@ def finish(recipe: Recipe, context: Context, trainer: LLaVATrainer, loss: float,
         UserError: the loss or a weight is no number.
     """
     model, run = context.model, context.run
-    context.state = trainable_state(model)
-    finite = all(torch.isfinite(tensor).all() for tensor in context.state.values())
-    if not finite or not torch.isfinite(torch.tensor(loss)):
+    whole = recipe.writes_whole(context)
+    context.state = {} if whole else trainable_state(model)
+    if not all_finite(model) or not torch.isfinite(torch.tensor(loss)):
         raise UserError(f"the training loss is {loss}; lower --learning_rate, and remove {run.work}")
     model.eval()  # dropout is over, whatever the recipe works out now
     recipe.end(context, trainer.single_rows())
-    if args.save_full_model:
-        context.more_files.append(partial(save_whole_state, model=model, state=whole_state(model)))
+    if whole or args.save_full_model:
+        dtype = base_dtype(args) if whole else None
+        context.more_files.append(partial(save_whole_state, model=model, state=whole_state(model, dtype), dtype=dtype))
     context.log_history = trainer.state.log_history
     if args.should_save:
         vars(model.config).pop("quantization_config", None)  # says how this run held the base, not what the stage is
-        model.config.base_model_name_or_path = context.base_name
-        context.more_files.append(
-            partial(
-                write_stage_card,
-                run=run,
-                base=context.base.folder,
-                base_name=context.base_name,
-                sequence=context.sequence,
-                task=context.task,
-                rows=len(trainer.train_dataset),
+        if recipe.needs_keys:
+            model.config.base_model_name_or_path = context.base_name
+            context.more_files.append(
+                partial(
+                    write_stage_card,
+                    run=run,
+                    base=context.base.folder,
+                    base_name=context.base_name,
+                    sequence=context.sequence,
+                    task=context.task,
+                    rows=len(trainer.train_dataset),
+                )
             )
-        )
+        else:
+            model.config.use_cache = True  # for whoever asks the model
         recipe.write(context)
         shutil.rmtree(run.work, ignore_errors=True)
 
 
 def main() -> None:
-    """Command line of stage 2."""
+    """Command line of stage 2, and of LLaVA's own stages."""
     train()
+
+
+if __name__ == "__main__":
+    run_cli(main)

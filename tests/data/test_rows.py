@@ -289,6 +289,11 @@ def test_question_row_refuses_what_its_reader_would_refuse(arguments, words):
         question_row(*arguments)
 
 
+def test_an_answer_may_leave_its_metadata_empty(tmp_path):
+    answers = [{"question_id": number, "text": "x", "metadata": value} for number, value in enumerate(({}, None))]
+    assert read_answers(write(tmp_path / "answers.jsonl", *answers, {"question_id": 3, "text": "x"}))[:2] == answers
+
+
 def test_answers_of_a_killed_writer(tmp_path):
     answer = {"question_id": 1, "prompt": "q", "text": "", "answer_id": "x", "model_id": "m", "metadata": {}}
     path = write(tmp_path / "answers.jsonl", answer, '{"question_id": 2, "te')

@@ -2,10 +2,11 @@
 
 import json
 import threading
+from dataclasses import replace
 
 import pytest
 
-from llava.data.rows import parse_row, question_row, write_jsonl
+from llava.data.rows import parse_row, question_row, with_positions, write_jsonl
 from llava.eval import merge_chunks
 from llava.eval.answer_file import (
     answer_row,
@@ -65,14 +66,18 @@ def test_answer_row_is_the_seeds_format_and_its_id_repeats():
     assert answer["answer_id"] != answer_row(row, "no", "llava-vqa-rad_abd_chest", {})["answer_id"]
 
 
-def test_a_file_cut_at_any_byte_is_completed_to_the_same_bytes(tmp_path):
+SHARED = with_positions([replace(row, id=row.id // 3) for row in ROWS])  # 0, 0, 0, 1, 1, 1, 2
+
+
+@pytest.mark.parametrize("rows", [ROWS, SHARED], ids=["own ids", "shared ids"])
+def test_a_file_cut_at_any_byte_is_completed_to_the_same_bytes(tmp_path, rows):
     whole = tmp_path / "whole.jsonl"
-    write_all(whole)
+    write_all(whole, rows)
     data = whole.read_bytes()
     target = tmp_path / "cut.jsonl"
     for length in range(0, len(data) + 1, 13):
         target.write_bytes(data[:length])
-        done = write_all(target)
+        done = write_all(target, rows)
         assert done == data[:length].count(b"\n")
         assert target.read_bytes() == data
 
@@ -156,11 +161,11 @@ def test_a_large_model_file_is_sampled(tmp_path, monkeypatch):
 # -- merging -----------------------------------------------------------------------------------------------------------
 
 
-def write_chunks(folder, chunks=3, **more):
+def write_chunks(folder, chunks=3, rows=ROWS, **more):
     paths = []
-    for number, part in enumerate(split_evenly(len(ROWS), chunks)):
+    for number, part in enumerate(split_evenly(len(rows), chunks)):
         path = folder / f"{chunks}_{number}.jsonl"
-        write_jsonl(path, answers([ROWS[i] for i in part], **more))
+        write_jsonl(path, answers([rows[i] for i in part], **more))
         paths.append(path)
     return paths
 
@@ -174,6 +179,16 @@ def test_chunks_merge_in_the_question_files_order(tmp_path, capsys):
     merge_chunks.main(["--question-file", str(questions), "--answers-file", str(target), "--chunks", *chunk_arguments])
     assert [json.loads(line)["question_id"] for line in target.read_text().splitlines()] == list(range(7))
     assert "7 answers from 3 chunk(s)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("chunks", [1, 3, 10])
+def test_chunks_of_rows_that_share_ids_merge_in_any_order(tmp_path, chunks):
+    paths = write_chunks(tmp_path, chunks, rows=SHARED)
+    merged = merge_answers(SHARED, paths[::-1])
+    assert [(answer["question_id"], answer["prompt"]) for answer in merged] == [
+        (row.id, row.conversations[0][1]) for row in SHARED
+    ]
+    assert [answer["metadata"].get("position") for answer in merged] == [0, 1, 2, 3, 4, 5, None]
 
 
 def test_more_chunks_than_rows_merge(tmp_path):

@@ -271,7 +271,8 @@ def test_a_system_turn_is_asked_with_or_refused_naming_the_row(place, tmp_path):
     assert own["text"] != said["text"]
     with pytest.raises(UserError, match="row 'said': template 'mistral_instruct' has no place for a system turn"):
         more = ("--conv-mode", "mistral_instruct")
-        run(place, tmp_path / "b.jsonl", "--question-file", tmp_path / "q.json", *more)
+        run(place, tmp_path / "b.jsonl", "--question-file", tmp_path / "q.json", "--batch-size", 1, *more)
+    assert not (tmp_path / "b.jsonl").exists()
 
 
 def test_sampled_answers_survive_a_resume(place, tmp_path):

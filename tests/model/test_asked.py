@@ -70,6 +70,15 @@ def test_prompts_that_llava_renders_and_tokenizes_are_read_too(name, mode):
             assert read(tokenizer, tokenizer_image_token(conversation.get_prompt(), tokenizer)) == "what side"
 
 
+@pytest.mark.parametrize("name", zoo.NAMES)
+def test_pictures_between_the_words_leave_the_words_as_they_are(name):
+    tokenizer = zoo.build(name)
+    for text in ("is <image> as large as\n<image> now", "first <image>\nthen <image> , and which <image>"):
+        for mode in TEMPLATES:
+            ids, _ = conversation_ids([("human", text)], tokenizer, mode, text.count("<image>"))
+            assert read(tokenizer, ids) == plain_question(text)
+
+
 def test_a_demos_prompt_with_its_picture_in_a_message_is_read():
     tokenizer = zoo.build("llama")
     for mode in ("v0_mmtag", "v1_mmtag", "vicuna_v1"):

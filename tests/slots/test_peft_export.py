@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 from hf_llava import hf_ids
-from peft import AutoPeftModelForCausalLM, PeftModel
+from peft import AutoPeftModel, AutoPeftModelForCausalLM, PeftModel
 from safetensors import safe_open
 from tiny_llava import FAMILIES, HIDDEN, LAYERS, write_base, write_stage
 from tiny_world import run_main
@@ -89,11 +89,23 @@ def test_transformers_loads_it_without_peft_in_the_program(made):
     assert (hf_logits(made, model) - made["wanted"]["abd"]).abs().max() <= 1e-4
 
 
-def test_peft_finds_base_and_class_of_the_flat_layout_by_itself(made):
+def test_peft_finds_base_and_class_of_both_layouts_by_itself(made):
+    model = AutoPeftModel.from_pretrained(export(made, "abd", "hf")).eval()
+    assert isinstance(model.get_base_model(), LlavaForConditionalGeneration)
+    assert (hf_logits(made, model) - made["wanted"]["abd"]).abs().max() <= 1e-4
     model = AutoPeftModelForCausalLM.from_pretrained(export(made, "abd", "llava")).eval()
     with torch.no_grad():
         found = model(input_ids=made["ids"], images=made["pixels"]).logits
     assert (found - made["wanted"]["abd"]).abs().max() <= 1e-4
+
+
+@pytest.mark.parametrize("base", ["base", "base-hf"])
+@pytest.mark.parametrize("layout", ["llava", "hf"])
+def test_this_packages_loader_reads_both_layouts_over_both_bases(made, layout, base):
+    model = load_pretrained_model(str(export(made, "abd", layout)), str(made["folder"] / base), device="cpu")[1]
+    with torch.no_grad():
+        found = model(input_ids=made["ids"], images=made["pixels"]).logits
+    assert (found[..., : made["wanted"]["abd"].shape[-1]] - made["wanted"]["abd"]).abs().max() <= 1e-4
 
 
 def test_the_hf_layout_is_what_serving_engines_read(made):

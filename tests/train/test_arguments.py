@@ -38,9 +38,14 @@ def parsed(words):
         ("--dataset_type slake --task ct", "sequence", "slake"),
         ("--no_cuda", "use_cpu", True),
         ("--seed -1", "seed", -1),
-        ("--vision_tower openai/clip --seed 1", "seed", 1),
+        ("--vision_tower openai/clip --seed 1", "vision_tower", "openai/clip"),
         ("--save_safetensors --overwrite_output_dir --seed 1", "seed", 1),
-        ("--mm_vision_select_layer -2 --seed 1", "seed", 1),
+        ("--mm_vision_select_layer -2 --seed 1", "mm_vision_select_layer", -2),
+        ("--mm_use_im_start_end False", "mm_use_im_start_end", False),
+        ("--tune_mm_mlp_adapter True", "tune_mm_mlp_adapter", True),
+        ("--freeze-backbone", "freeze_backbone", True),
+        ("--group_by_modality_length True", "group_by_modality_length", True),
+        ("--mm_projector_lr 2e-5", "mm_projector_lr", 2e-5),
         ("--model-max-length 99", "model_max_length", 99),
         ("--save_full_model", "save_full_model", True),
         ("--save_full_model False", "save_full_model", False),
@@ -51,12 +56,11 @@ def test_flags_of_other_versions_and_spellings_are_taken(words, name, value):
 
 
 def test_ignored_flags_are_said(capsys):
-    parsed("--vision_tower x --save_safetensors --lazy_preprocess True --logging-dir y")
+    parsed("--disable_task_id True --save_safetensors --logging-dir y")
     out = capsys.readouterr().out
-    assert "--vision_tower is accepted and ignored: the base checkpoint's config decides" in out
-    assert "--save_safetensors is accepted and ignored: it has no effect here" in out
-    assert "--lazy_preprocess is accepted and ignored: rows are always" in out and "--logging_dir is accepted" in out
-    assert out.count("note:") == 4
+    assert "--disable_task_id is accepted and ignored: a task trains its own slots" in out
+    assert "--save_safetensors is accepted and ignored: it has no effect here" in out and "--logging_dir is" in out
+    assert out.count("note:") == 3
 
 
 def test_a_tracker_that_is_not_installed_is_said_and_left_out(monkeypatch, capsys):
@@ -75,11 +79,11 @@ class Options:
     """Options of a method; one of them is a flag that is ignored elsewhere."""
 
     strength: float = 0.5
-    vision_tower: str | None = None
+    disable_task_id: str | None = None
 
 
 def test_a_methods_options_are_flags_too(capsys):
-    *_, options = parse_arguments([*ENOUGH.split(), "--strength", "2", "--vision-tower", "clip"], Options)
+    *_, options = parse_arguments([*ENOUGH.split(), "--strength", "2", "--disable-task-id", "clip"], Options)
     assert options == Options(2.0, "clip")
     assert "ignored" not in capsys.readouterr().out
 
@@ -141,7 +145,8 @@ def test_a_published_command_line_parses(tmp_path):
     [
         ("--task abd --output_dir llava-x --colour red", "unknown argument --colour"),
         ("--task abd --learning-rat 1", "unknown argument --learning-rat; did you mean --learning_rate?"),
-        ("--output_dir llava-x", "no task given; add --task"),
+        ("--output_dir llava-x --sequence vqa-rad", "no task given; add --task"),
+        ("--output_dir llava-x --method joint", "no task given; add --task"),
         ("--task knee", "no --output_dir given"),
         (f"{ENOUGH} --eval_strategy epoch", "--eval_strategy epoch needs rows; add --eval_data_path"),
     ],

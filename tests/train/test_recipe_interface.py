@@ -31,14 +31,14 @@ class Sides(Sequential):
         slots = context.model.retriever.pool.task("shared")
         return [*slots.A.values(), {"params": list(slots.B.values()), "lr": 0.0}]
 '''
-ALIGN = '''
-"""Feature alignment: the projector alone trains."""
+LEARN = '''
+"""The projector alone trains."""
 import torch
 from llava.continual.methods import METHODS, Recipe
 
 @METHODS.register
-class Align(Recipe):
-    name = "align"
+class Learn(Recipe):
+    name = "learn"
     needs_keys = False
 
     def begin(self, context):
@@ -107,17 +107,17 @@ def test_groups_and_an_optimizer_of_deepspeed_are_refused():
 # -- a recipe of the model's own weights -------------------------------------------------------------------------------
 
 
-def align(world, stage, *more):
-    words = ["--model_name_or_path", world.base, "--method", "align", "--output_dir", stage, "--use_cpu", "True"]
+def learn(world, stage, *more):
+    words = ["--model_name_or_path", world.base, "--method", "learn", "--output_dir", stage, "--use_cpu", "True"]
     words += ["--image_folder", world.folder / "images", "--max_steps", 2, "--learning_rate", "1e-2"]
     words += ["--save_strategy", "no", "--report_to", "none", "--disable_tqdm", "True", "--query_cache", ""]
     return [str(word) for word in (*words, *more)]
 
 
 def test_a_recipe_without_keys_trains_the_models_own_weights(world, tmp_path, plugin, capsys):
-    plugin("align", ALIGN)
+    plugin("learn", LEARN)
     stage = tmp_path / "llava-aligned"
-    words = align(world, stage, "--data_path", world.folder / "train_abd.jsonl")
+    words = learn(world, stage, "--data_path", world.folder / "train_abd.jsonl")
     with arguments(words):
         train()
     model, *_ = load_base(str(world.base))
@@ -136,18 +136,18 @@ def test_a_recipe_without_keys_trains_the_models_own_weights(world, tmp_path, pl
 
 
 def test_a_recipe_without_keys_takes_nothing_from_the_task_sequence(world, tmp_path, plugin):
-    plugin("align", ALIGN)
+    plugin("learn", LEARN)
     values = json.loads(world.sequence.read_text(encoding="utf-8"))
     other = tmp_path / "other.json"
     other.write_text(json.dumps({**values, "answer_suffix": "Briefly.", "train": {"seed": 7}}), encoding="utf-8")
     stage = tmp_path / "llava-aligned"
-    with arguments(align(world, stage, "--data_path", world.folder / "train_abd.jsonl", "--sequence", other)):
+    with arguments(learn(world, stage, "--data_path", world.folder / "train_abd.jsonl", "--sequence", other)):
         train()
     record = json.loads((stage / "training.json").read_text(encoding="utf-8"))
     assert record["prompt"]["answer_suffix"] == "" and record["seed"] == 42
 
 
 def test_a_recipe_without_keys_needs_rows(world, tmp_path, plugin, capsys):
-    plugin("align", ALIGN)
-    line = refusal(world, capsys, align(world, tmp_path / "llava-aligned"))
-    assert "method 'align' has no rows of a task; add --data_path" in line
+    plugin("learn", LEARN)
+    line = refusal(world, capsys, learn(world, tmp_path / "llava-aligned"))
+    assert "method 'learn' has no rows of a task; add --data_path" in line

@@ -143,7 +143,7 @@ def test_the_baselines_run_through_the_same_loop(world, tmp_path, method):
 
 def test_a_finished_stage_is_skipped_without_loading_anything(stage, world, monkeypatch, capsys):
     before = {path.name: path.stat().st_mtime_ns for path in stage.iterdir()}
-    monkeypatch.setattr(train_module, "load_base", lambda *_, **__: pytest.fail("nothing needs to be loaded"))
+    monkeypatch.setattr(train_module, "load_for_training", lambda *_, **__: pytest.fail("nothing needs to be loaded"))
     world.train("abd", stage, None, *EACH_STEP)
     assert "is finished already; skipped" in capsys.readouterr().out
     assert {path.name: path.stat().st_mtime_ns for path in stage.iterdir()} == before
@@ -272,7 +272,7 @@ def test_a_checkpoint_of_two_processes_is_not_resumed_with_one(tmp_path):
         (("--sequence", "absent"), "task sequence not found"),
         (
             ("--method", "magic"),
-            "unknown method 'magic'; known: ewc, joint, l2p, moelora, replay, retrieval, ",
+            "unknown method 'magic'; known: align, ewc, instruct, joint, l2p, moelora, replay, retrieval, ",
         ),
         (("--model_name_or_path", "./absent"), "checkpoint folder not found: ./absent"),
         (("--retriever_state_dict", "absent.pth"), "slot file not found: absent.pth"),

@@ -55,6 +55,7 @@ class Context:
         model: the frozen base, once it is loaded.
         state: trained tensors on the CPU by parameter name, after the last step (whole, also under ZeRO-3).
         more_files: what else puts files into the stage's folder (a LoRA, the base's weights).
+        model_args, args, new_tokens: for LLaVA's stages the command's groups, and how many tokens are new.
     """
 
     sequence: TaskSequence
@@ -73,6 +74,9 @@ class Context:
     state: dict[str, Tensor] = field(default_factory=dict)
     log_history: list[dict[str, Any]] = field(default_factory=list)
     more_files: list[Callable[[Path], None]] = field(default_factory=list)
+    model_args: Any = None
+    args: Any = None
+    new_tokens: int = 0
 
     def adapter_state(self) -> dict[str, Tensor]:
         """The trained tensors of the adapter, without the model's prefix."""
@@ -125,6 +129,10 @@ class Recipe:
         context.model.attach_adapter(adapter)
         return adapter.train_only(context.trained)
 
+    def writes_whole(self, context: Context) -> bool:
+        """Whether the stage's folder holds every weight of the model: then they are not kept in ``context.state``."""
+        return False
+
     def loss(self, context: Context, batch: dict[str, Any], outputs: Any, loss: Tensor) -> Tensor:
         """The loss of a batch, given the answers' cross-entropy ``loss`` and the model's ``outputs``."""
         return loss
@@ -138,9 +146,5 @@ class Recipe:
 
     def write(self, context: Context) -> None:
         """Write the stage's folder."""
-
-        def more(folder: Path) -> None:
-            for write in context.more_files:
-                write(folder)
-
-        context.run.write(self.slots(context), context.model.config, context.tokenizer, context.log_history, more)
+        model = context.model
+        context.run.write(self.slots(context), model.config, context.tokenizer, context.log_history, context.more_files)
