@@ -39,6 +39,8 @@ from llava.utils import UserError, require_file, run_cli
 FORMAT_VERSION = 1
 SCORES_NAME = "scores.json"
 ROWS_NAME = "rows.jsonl"
+ANSWER_NAMES = ("text", "answer", "pred", "pred_response")
+"""Where a prediction may stand, as the prototype looks for it: this project's name first."""
 PROTOTYPE_NAMES = {**{f"bleu_{n}": f"Bleu_{n}" for n in range(1, 5)}, "meteor": "METEOR", "rouge_l": "ROUGE_L"}
 PROTOTYPE_NAMES["cider"] = "CIDEr"
 
@@ -161,11 +163,12 @@ class _Job:
 
 
 def load_answers(path: Path) -> list[dict[str, Any]]:
-    """Answer rows, in this project's form or the prototype's (``pred_response`` in place of ``text``)."""
+    """Answer rows, in this project's form or one of the prototype's (another name in place of ``text``)."""
     source = require_file(path, "answer file", "check the path, or run the evaluation first")
     with open(source, "rb") as stream:
         first = next((line for line in stream if line.strip()), b"")
-    if b'"pred_response"' not in first:
+    name = _answer_name(first)
+    if name == ANSWER_NAMES[0]:
         return read_answers(source)
     answers = []
     for number, line in enumerate(source.read_bytes().split(b"\n"), start=1):
@@ -173,12 +176,22 @@ def load_answers(path: Path) -> list[dict[str, Any]]:
             continue
         try:
             row = json.loads(line)
-            answers.append({**row, "text": str(row["pred_response"]), "question_id": row["question_id"]})
+            answers.append({**row, "text": str(row[name]), "question_id": row["question_id"]})
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(
                 f"{source} line {number}: not an answer row of the prototype ({type(error).__name__}: {error})"
             ) from error
     return answers
+
+
+def _answer_name(line: bytes) -> str:
+    """Under which name an answer row keeps its prediction; what is no row at all is for the reader to refuse."""
+    try:
+        row = json.loads(line)
+    except ValueError:
+        row = None
+    names = row if isinstance(row, dict) else {}
+    return next((name for name in ANSWER_NAMES if name in names), ANSWER_NAMES[0])
 
 
 def match_answers(

@@ -102,15 +102,20 @@ class Routed:
         if "weight_offset" in kwargs:  # ``forward`` has seen to it
             return None
         asked, cache = Asked(route=kwargs.pop("route", None)), kwargs.get("past_key_values")
+        ids, mask = kwargs.get("input_ids", args[0] if args else None), kwargs.get("attention_mask")
         embeds = kwargs.get("inputs_embeds")
         if cached_length(cache):
             decision = self._continued(asked, carried(cache))
         else:
-            decision = self._given(asked) or Decision(self._route_of(embeds), self.retriever)
+            decision = self._begun(asked, ids, embeds, mask, None, None, None)
             carry(cache, Prefill(decision, None))
-        inputs = next(value for value in (embeds, kwargs.get("input_ids"), *args) if value is not None)
-        dtype = decoder.embed_tokens.weight.dtype if embeds is None else embeds.dtype
-        kwargs["weight_offset"] = decision.action(len(inputs), dtype).offset
+        rows = len(cast(Tensor, ids if embeds is None else embeds))
+        action = decision.action(rows, decoder.embed_tokens.weight.dtype if embeds is None else embeds.dtype)
+        if embeds is None and action.prefix is not None and not cached_length(cache):
+            raise ValueError(
+                "this model's route puts embeddings in front of the prompt; call the model, not its decoder"
+            )
+        kwargs["weight_offset"] = action.offset
         return args, kwargs
 
     # -- decisions -------------------------------------------------------------------------------------------------

@@ -18,10 +18,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import nn
 
-from llava.model.partitioned import gathered
 from llava.train.states import find_all_linear_names
 from llava.utils import UserError
 
@@ -103,7 +101,7 @@ def trained_parameters(model: Any, model_args: Any, args: Any, new_tokens: int =
         new_tokens: picture tokens that the tokenizer has got.
     """
     parts, tower = wanted_parts(model_args, args), model.get_vision_tower()
-    blind = unseen(tower) if "tower" in parts else set()
+    blind = tower.unseen() if "tower" in parts else set()
     marks = bool(model.config.mm_use_im_start_end) and bool(new_tokens or model_args.tune_mm_mlp_adapter)
     linears = set(find_all_linear_names(model)) if args.lora_bias != "none" else set()
 
@@ -119,17 +117,6 @@ def trained_parameters(model: Any, model_args: Any, args: Any, new_tokens: int =
         return bool(linears) and beside and (args.lora_bias == "all" or name.split(".")[-2] in linears)
 
     return {name: parameter for name, parameter in model.named_parameters() if trains(name, parameter)}
-
-
-def unseen(tower: Any) -> set[int]:
-    """Ids of the tower's parameters that its features do not depend on, such as layers behind the one looked at."""
-    parameters, side = list(tower.vision_tower.parameters()), tower.image_size
-    with gathered(parameters), torch.enable_grad():
-        tower.vision_tower.requires_grad_(True)
-        features = tower(torch.zeros(1, 3, side, side, device=tower.device, dtype=tower.dtype))
-        gradients = torch.autograd.grad(features.float().sum(), parameters, allow_unused=True)
-        tower.vision_tower.requires_grad_(False)
-    return {id(parameter) for parameter, gradient in zip(parameters, gradients) if gradient is None}
 
 
 def groups_of(trained: Parameters, args: Any) -> Sequence[nn.Parameter | Mapping[str, Any]]:

@@ -161,8 +161,9 @@ def test_the_decoder_called_by_itself_follows_the_route(stage):
     close(out.last_hidden_state, whole.hidden_states[-1])
     base = model.model(inputs_embeds=embeds, attention_mask=wide, route="none").last_hidden_state
     assert not torch.allclose(base, out.last_hidden_state, atol=1e-2)
-    with pytest.raises(ValueError, match="is not known"):
-        model.model(input_ids=ids.clamp(min=0))
+    text, mask, _ = prompts(tokenizer, pictured=False)
+    found = model.model(input_ids=text, attention_mask=mask).last_hidden_state
+    close(model.lm_head(found), model(text, attention_mask=mask, questions=list(ASKED)).logits)
 
 
 # -- caches ------------------------------------------------------------------------------------------------------------
