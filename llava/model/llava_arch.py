@@ -176,6 +176,8 @@ class LlavaMetaForCausalLM(Routed, PicturedText):
             images, image_sizes = self.hand_out(input_ids, attention_mask, images, image_sizes, modalities)
         if image_features is None and images is not None and self.get_vision_tower() is not None:
             image_features = self.vision_features(images)
+        pictureless = labels is not None and not (embedded or length or any(image_features or ()))
+        blank = blank_feature(self, not looked) if pictureless and blank_needed(self) else None
         given = route if slot_indices is None else Route(slot_indices, slot_weights)
         asked = Asked(questions, text_query, image_query, tasks, given)
         if length:
@@ -195,9 +197,9 @@ class LlavaMetaForCausalLM(Routed, PicturedText):
             )
             labels = None if labels is None else spliced
             input_ids, spliced_mask = None, attention_mask
-        if labels is not None and not (embedded or length or any(image_features or ())) and blank_needed(self):
+        if blank is not None:
             embeds = self.get_model().embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-            input_ids, inputs_embeds = None, embeds + blank_feature(self, not looked).to(embeds.dtype)
+            input_ids, inputs_embeds = None, embeds + blank.to(embeds.dtype)
         if before is not None and before.mask is not None:
             new = _first_given(input_ids, inputs_embeds).shape[1]
             attention_mask, position_ids = continue_mask(before.mask, rows, new, attention_mask, position_ids)
