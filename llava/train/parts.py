@@ -101,7 +101,7 @@ def trained_parameters(model: Any, model_args: Any, args: Any, new_tokens: int =
         new_tokens: picture tokens that the tokenizer has got.
     """
     parts, tower = wanted_parts(model_args, args), model.get_vision_tower()
-    blind = tower.unseen() if tower is not None else set()
+    blind = tower.unseen() if "tower" in parts else set()
     marks = bool(model.config.mm_use_im_start_end) and bool(new_tokens or model_args.tune_mm_mlp_adapter)
     linears = set(find_all_linear_names(model)) if args.lora_bias != "none" else set()
 

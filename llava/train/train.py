@@ -31,6 +31,7 @@ from llava.data.rows import Row
 from llava.data.samples import DataCollatorForSupervisedDataset, TrainingSamples, pictures_checksum
 from llava.devices import has_accelerator
 from llava.model.configs import llava_config
+from llava.model.partitioned import size_of
 from llava.slots.fit import seed_of
 from llava.slots.pool import Pool
 from llava.slots.settings import RetrieverSettings
@@ -150,10 +151,10 @@ def title(context: Context) -> str:
 
 def what_trains(recipe: Recipe, context: Context, parameters: list[torch.nn.Parameter]) -> str:
     """How many weights train, and what does not, in words."""
-    count = sum(parameter.numel() for parameter in parameters)
+    count = sum(map(size_of, parameters))
     if recipe.needs_keys:
         return f"{count:,} weights in {context.pool.size} slots train, the base is frozen"
-    return f"{count:,} of {sum(parameter.numel() for parameter in context.model.parameters()):,} weights train"
+    return f"{count:,} of {sum(map(size_of, context.model.parameters())):,} weights train"
 
 
 def look_at_deepspeed(path: str) -> None:

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 from tiny_parts import stage_words, trained_names, write_parts
 from tiny_world import arguments
-from transformers import LlavaForConditionalGeneration
+from transformers import LlavaForConditionalGeneration, SiglipImageProcessorPil, SiglipVisionConfig, SiglipVisionModel
 
 from llava.checkpoints.weights import load_bin
 from llava.model.builder import load_base, load_pretrained_model
@@ -339,6 +339,22 @@ def test_another_tower_takes_the_place_of_a_llavas_own(tuned, parts, tmp_path):
     assert all(torch.equal(ours[name.removeprefix("vision_model.")], value) for name, value in expected.items())
     with pytest.raises(UserError, match="is kept without a tower"):
         run(parts, tmp_path / "llava-lora", *more, "--lora_enable", "True")
+
+
+def test_another_kind_of_tower_trains_as_far_as_it_is_looked_at(parts, tmp_path):
+    """SigLIP: no class token, and a pooling head that no feature depends on."""
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    SiglipVisionModel(SiglipVisionConfig(image_size=16, patch_size=8, **sizes)).save_pretrained(tmp_path / "siglip")
+    size = {"height": 16, "width": 16}
+    SiglipImageProcessorPil(size=size).save_pretrained(tmp_path / "siglip")
+    more = ("--version", "v1", "--vision_tower", tmp_path / "siglip", "--mm_tunable_parts", "mm_vision_tower")
+    stages = [run(parts, tmp_path / f"llava-{rate}", *more, "--learning_rate", rate) for rate in (0, 1e-3)]
+    before, after = (load_pretrained_model(str(stage), None, device="cpu")[1].state_dict() for stage in stages)
+    moved = [name for name in before if not torch.equal(before[name], after[name])]
+    assert all("vision_tower" in name for name in moved)
+    changed = {name.split("vision_tower.vision_tower.")[-1].removeprefix("vision_model.") for name in moved}
+    assert any("layers.0." in name for name in changed) and "embeddings.patch_embedding.weight" in changed
+    assert not [name for name in changed if "layers.1." in name or "head" in name or "layernorm" in name.split(".")[0]]
 
 
 @pytest.mark.parametrize("bias", ["all", "lora_only"])
