@@ -237,6 +237,9 @@ class LlavaMetaForCausalLM(Routed, PicturedText):
     ) -> Tensor:
         """Answer token ids ``[batch, new tokens]`` (only the new ones).
 
+        Text alone, given by the keyword ``input_ids``, is a call in transformers' manner, which no LLaVA program makes:
+        the prompt stands in front of the new tokens, where ``pipeline`` and its like cut it off.
+
         Args:
             inputs: ``[batch, length]`` prompt ids with ``IMAGE_TOKEN_INDEX`` where the picture goes (also accepted as
                 ``input_ids``), padded on either side and described by ``attention_mask``. Instead of them,
@@ -255,6 +258,7 @@ class LlavaMetaForCausalLM(Routed, PicturedText):
         Raises:
             ValueError: the route is not known, or there are not as many questions as prompts.
         """
+        text_alone = inputs is None and images is None and image_features is None and questions is None
         input_ids = kwargs.pop("input_ids", None) if inputs is None else inputs
         embeds, mask = kwargs.pop("inputs_embeds", None), kwargs.pop("attention_mask", None)
         kwargs.pop("position_ids", None)
@@ -272,9 +276,20 @@ class LlavaMetaForCausalLM(Routed, PicturedText):
             projected = self.project_features(features, image_sizes)
             action = decision.action(len(input_ids), self.get_model().embed_tokens.weight.dtype)
             embeds, mask, _, _ = self._splice(input_ids, mask, None, projected, "left", action.prefix)
-        return super().generate(
+        out = super().generate(
             inputs_embeds=embeds, attention_mask=None if mask is None else mask.long(), route=decision, **kwargs
         )
+        return _behind_prompt(input_ids, out) if text_alone and input_ids is not None else out
+
+
+def _behind_prompt(input_ids: Tensor, out):
+    """What ``generate`` gave, its sequences behind their prompts."""
+    new = out if isinstance(out, Tensor) else out.sequences
+    whole = torch.cat([input_ids.repeat_interleave(len(new) // len(input_ids), 0), new], dim=1)
+    if isinstance(out, Tensor):
+        return whole
+    out.sequences = whole
+    return out
 
 
 def _first_given(*values: Tensor | None) -> Tensor:
