@@ -23,6 +23,7 @@ NOT_CLINICAL = (
     "**Not for clinical use.** This is a research model. Its answers can be wrong and have not been tested on "
     "patients; they must not guide a diagnosis or a treatment."
 )
+_HUB_CACHE = re.compile(r"models--([^/]+)/snapshots/[^/]+/?$")
 _FRONT = re.compile(r"\A---\n(.*?)\n---\n", re.DOTALL)
 
 
@@ -36,22 +37,32 @@ def write_card(folder: Path, front: Mapping[str, Any], sections: Mapping[str, st
         drop: beginnings of the names of sections that are taken out.
     """
     path = folder / CARD_FILE
-    text = path.read_text(encoding="utf-8") if path.is_file() else _front_text(front)
+    text = path.read_bytes().decode("utf-8", "surrogateescape") if path.is_file() else _front_text(front)
     for name in drop:
-        text = re.sub(rf"<!-- llava: {re.escape(name)}.*?<!-- llava: end -->\n*", "", text, flags=re.DOTALL)
+        text = re.sub(rf"{_section(name, more=True)}(?:\r?\n)*", "", text, flags=re.DOTALL)
     for name, content in sections.items():
         text = with_section(text, name, content)
-    with atomic_write(path) as stream:
-        stream.write(text)
+    with atomic_write(path, "wb") as stream:  # what a user wrote in another encoding stays as it is
+        stream.write(text.encode("utf-8", "surrogateescape"))
 
 
 def with_section(text: str, name: str, content: str) -> str:
     """A card's text with the section ``name`` saying ``content``."""
     block = f"<!-- llava: {name} -->\n{content.strip()}\n<!-- llava: end -->\n"
-    there = re.compile(rf"<!-- llava: {re.escape(name)} -->\n.*?<!-- llava: end -->\n?", re.DOTALL)
+    there = re.compile(rf"{_section(name)}(?:\r?\n)?", re.DOTALL)
     if there.search(text):
         return there.sub(lambda _: block, text, count=1)
     return f"{text.rstrip()}\n\n{block}" if text.strip() else block
+
+
+def _section(name: str, more: bool = False) -> str:
+    """A pattern for a section with its marks; of one whose end mark is gone, for its first mark alone.
+
+    Args:
+        more: whether the section's name may go on behind ``name``.
+    """
+    rest = "[^\n]*?" if more else ""
+    return rf"<!-- llava: {re.escape(name)}{rest} -->(?:\r?\n(?:(?!<!-- llava: ).)*<!-- llava: end -->)?"
 
 
 def front_matter(folder: Path | None) -> dict[str, Any]:
@@ -59,7 +70,7 @@ def front_matter(folder: Path | None) -> dict[str, Any]:
     path = None if folder is None else folder / CARD_FILE
     if path is None or not path.is_file():
         return {}
-    found = _FRONT.match(path.read_text(encoding="utf-8", errors="replace").replace("\r\n", "\n"))
+    found = _FRONT.match(path.read_text(encoding="utf-8-sig", errors="replace"))
     try:
         values = yaml.safe_load(found[1]) if found else None
     except yaml.YAMLError:
@@ -74,6 +85,12 @@ def licence_of(folder: Path | None) -> str:
     return str(values.get("license_name") or values.get("license") or "")
 
 
+def licence_fields(folder: Path | None) -> dict[str, str]:
+    """What a checkpoint's card says of its licence in its YAML block, for the block of what is made from it."""
+    values = front_matter(folder)
+    return {name: str(values[name]) for name in ("license", "license_name", "license_link") if values.get(name)}
+
+
 def licence_section(base: str, licence: str, data: str = "") -> str:
     """What is known of the licences of a base and of the data that was learned from."""
     stated = f"`{licence}`, as its card states" if licence else "its folder states none; ask its publisher"
@@ -86,13 +103,17 @@ def write_merged_card(folder: Path, source: Any, base: Any = None) -> None:
     part, over = public_name(source), public_name(base)
     about = f"`{part}`{f' over `{over}`' if over else ''}, written as one checkpoint that needs no other."
     front = {"base_model": over or part, "library_name": "llava", "pipeline_tag": PIPELINE, "tags": list(TAGS)}
-    known = {"about": f"# {folder.name}\n\n{about}\n\n{NOT_CLINICAL}", "licence": licence_section(over or part, "")}
-    write_card(folder, front, known)
+    place = Path(base or source).expanduser()
+    licence = licence_section(over or part, licence_of(place))
+    known = {"about": f"# {folder.name}\n\n{about}\n\n{NOT_CLINICAL}", "licence": licence}
+    write_card(folder, {**front, **licence_fields(place)}, known)
 
 
 def public_name(place: Any) -> str:
-    """A checkpoint's name for a card: a hub name as it is, a folder's last part."""
+    """A checkpoint's name for a card: a hub name, also that of a folder in the hub's cache; a folder's last part."""
     text = str(place or "")
+    if cached := _HUB_CACHE.search(text):
+        return "/".join(cached[1].split("--"))
     owner, _, name = text.partition("/")
     is_hub = owner and name and "/" not in name and owner not in (".", "..", "~", "output", "data")
     return text if is_hub and not Path(text).expanduser().exists() else Path(text).name

@@ -21,12 +21,14 @@ from llava.checkpoints.card import (
     NOT_CLINICAL,
     PIPELINE,
     TAGS,
+    licence_fields,
     licence_of,
     licence_section,
     public_name,
     table,
     write_card,
 )
+from llava.continual.methods import Context
 from llava.continual.run import Run
 from llava.continual.sequence import TaskSequence
 from llava.files import only_writer
@@ -55,24 +57,23 @@ SETTINGS = (
 SUMMARY = {"average_final": "mean over tasks", "bwt": "BWT", "forgetting": "forgetting"}
 
 
-def write_stage_card(
-    folder: Path, run: Run, base: Path, base_name: str, sequence: TaskSequence, task: str, rows: int
-) -> None:
+def write_stage_card(folder: Path, context: Context, rows: int) -> None:
     """Write the card of a stage that is being written.
 
     Args:
-        folder: where its files go. run: the stage, its record and its slots. base: folder of the base.
-        task: the last task, empty for a recipe without tasks. rows: how many it was trained on in this stage.
+        folder: where its files go. context: the stage in training, whose run has its slots by now.
+        rows: how many it was trained on in this stage.
     """
-    licence, name = licence_of(base), run.folder.name
+    run, base_name, sequence = context.run, context.base_name, context.sequence
+    base, name = context.base.folder, run.folder.name
     if run.pool.tasks:
-        top, about = front(run.pool, licence=licence), about_slots(run.pool, name)
+        top, about = front(run.pool, licence_fields(base)), about_slots(run.pool, name)
     else:
-        top, about = _plain_front(base_name, licence), _about_model(name, base_name)
+        top, about = _plain_front(base_name, licence_fields(base)), _about_model(name, base_name)
     sections = {
         ABOUT: about,
-        TRAINING: _training(run, sequence, task, rows),
-        LICENCE: licence_section(public_name(base_name), licence, sequence.licence),
+        TRAINING: _training(run, sequence, context.task, rows),
+        LICENCE: licence_section(public_name(base_name), licence_of(base), sequence.licence),
     }
     write_card(folder, top, sections)
 
@@ -91,8 +92,9 @@ def refresh_figures(stages: Sequence[Path], matrix: Mapping[str, Any], evaluatio
                 if not (stage / CARD_FILE).is_file():
                     write_slots_card(stage, Run.open(stage).pool)
                 write_card(stage, {}, {f"{FIGURES} {evaluation}": text})
-        except PermissionError as error:
-            rank0_print(f"note: {error.filename} cannot be written, so the stage's card does not show its figures")
+        except OSError as error:
+            why = f"{stage / CARD_FILE} cannot be written ({error.strerror})"
+            rank0_print(f"note: {why}, so the stage's card does not show its figures")
 
 
 def figures(matrix: Mapping[str, Any], number: int, evaluation: str) -> str:
@@ -115,9 +117,9 @@ def _figure(value: float | None) -> str:
     return "–" if value is None else f"{value:.3f}"
 
 
-def _plain_front(base_name: str, licence: str) -> dict[str, Any]:
+def _plain_front(base_name: str, licence: Mapping[str, str]) -> dict[str, Any]:
     base = {"base_model": public_name(base_name), "library_name": "llava"}
-    return {**base, "pipeline_tag": PIPELINE, "tags": list(TAGS), "license": licence}
+    return {**base, "pipeline_tag": PIPELINE, "tags": list(TAGS), **licence}
 
 
 def _about_model(name: str, base_name: str) -> str:

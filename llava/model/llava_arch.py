@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.utils.output_capturing import maybe_install_capturing_hooks
 
 from llava.constants import IMAGE_TOKEN_INDEX
 from llava.model.decision import Prefill, cache_of, cached_length, carried, carry, continue_mask
@@ -44,6 +45,9 @@ class LlavaMetaModel:
             self.mm_projector = build_vision_projector(config)
             if "unpad" in (getattr(config, "mm_patch_merge_type", None) or ""):
                 self.image_newline = nn.Parameter(torch.zeros(config.hidden_size))
+        # The decoder's hooks first: installed when attentions are asked for, they'd go on a tower that has its own
+        # already, which from then on would return each of its layers twice.
+        maybe_install_capturing_hooks(self)
 
     def get_vision_tower(self):
         return getattr(self, "vision_tower", None)
@@ -235,6 +239,9 @@ class LlavaMetaForCausalLM(Routed, PicturedText):
     ) -> Tensor:
         """Answer token ids ``[batch, new tokens]`` (only the new ones).
 
+        Text alone, given by the keyword ``input_ids``, is a call in transformers' manner, which no LLaVA program makes:
+        the prompt stands in front of the new tokens, where ``pipeline`` and its like cut it off.
+
         Args:
             inputs: ``[batch, length]`` prompt ids with ``IMAGE_TOKEN_INDEX`` where the picture goes (also accepted as
                 ``input_ids``), padded on either side and described by ``attention_mask``. Instead of them,
@@ -253,6 +260,7 @@ class LlavaMetaForCausalLM(Routed, PicturedText):
         Raises:
             ValueError: the route is not known, or there are not as many questions as prompts.
         """
+        text_alone = inputs is None and images is None and image_features is None and questions is None
         input_ids = kwargs.pop("input_ids", None) if inputs is None else inputs
         embeds, mask = kwargs.pop("inputs_embeds", None), kwargs.pop("attention_mask", None)
         kwargs.pop("position_ids", None)
@@ -270,9 +278,20 @@ class LlavaMetaForCausalLM(Routed, PicturedText):
             projected = self.project_features(features, image_sizes)
             action = decision.action(len(input_ids), self.get_model().embed_tokens.weight.dtype)
             embeds, mask, _, _ = self._splice(input_ids, mask, None, projected, "left", action.prefix)
-        return super().generate(
+        out = super().generate(
             inputs_embeds=embeds, attention_mask=None if mask is None else mask.long(), route=decision, **kwargs
         )
+        return _behind_prompt(input_ids, out) if text_alone and input_ids is not None else out
+
+
+def _behind_prompt(input_ids: Tensor, out):
+    """What ``generate`` gave, its sequences behind their prompts."""
+    new = out if isinstance(out, Tensor) else out.sequences
+    whole = torch.cat([input_ids.repeat_interleave(len(new) // len(input_ids), 0), new], dim=1)
+    if isinstance(out, Tensor):
+        return whole
+    out.sequences = whole
+    return out
 
 
 def _first_given(*values: Tensor | None) -> Tensor:

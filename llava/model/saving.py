@@ -98,8 +98,8 @@ class StageFolder:
 
         Args:
             with_slots: False for a caller that attaches the slots itself.
-            args, kwargs: as transformers'; a stage's config is always its own, and ``model_base`` says where the base of
-                a light stage is, if not where it was.
+            args, kwargs: as transformers'; a stage's config is always its own, and ``model_base`` says where the base
+                of a light stage is, if not where it was.
 
         Raises:
             UserError: the config says that slots act here and there are none; or as ``load_pretrained_model``.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from llava.checkpoints.card import (
     NOT_CLINICAL,
     PIPELINE,
     TAGS,
+    licence_fields,
     licence_of,
     licence_section,
     public_name,
@@ -23,14 +24,14 @@ ABOUT, TRAINING, LICENCE, FIGURES = "about", "training", "licence", "figures"
 """Names of a card's sections; that of an evaluation's figures goes on with the evaluation's name."""
 
 
-def front(pool: Pool, library: str = "llava", licence: str = "") -> dict[str, Any]:
-    """The YAML block of a card of these slots."""
+def front(pool: Pool, licence: Mapping[str, str], library: str = "llava") -> dict[str, Any]:
+    """The YAML block of a card of these slots; ``licence`` is what ``licence_fields`` of the base gave."""
     return {
         "base_model": public_name(pool.base.get("path")),
         "library_name": library,
         "pipeline_tag": PIPELINE,
         "tags": [*TAGS, "continual-learning"],
-        "license": licence,
+        **licence,
     }
 
 
@@ -71,7 +72,7 @@ def task_table(pool: Pool) -> str:
     ]
     settings = pool.settings
     shape = f"rank {settings.rank} on {', '.join(settings.targets) or 'no projection'}, top {settings.top_k} of a route"
-    router = f"router `{settings.router}`, question encoder `{settings.encoder.get('name', 'none')}`"
+    router = f"router `{settings.router}`, question encoder `{public_name(settings.encoder.get('name')) or 'none'}`"
     return table(["task", "training rows", "slots", ""], rows) + f"\nSlots: {shape}; {router}.\n"
 
 
@@ -81,11 +82,11 @@ def write_slots_card(folder: Path, pool: Pool, name: str = "", drop: Sequence[st
     Args:
         name: what the folder is called (default: its name). drop: further sections that do not hold any more.
     """
-    licence = licence_of(base_folder(pool))
+    base = base_folder(pool)
     sections = {ABOUT: about_slots(pool, name or folder.name)}
     if not (folder / CARD_FILE).is_file():
-        sections[LICENCE] = licence_section(public_name(pool.base.get("path")), licence)
-    write_card(folder, front(pool, licence=licence), sections, [FIGURES, *drop])
+        sections[LICENCE] = licence_section(public_name(pool.base.get("path")), licence_of(base))
+    write_card(folder, front(pool, licence_fields(base)), sections, [FIGURES, *drop])
 
 
 def write_export_card(folder: Path, pool: Pool, task: str, mixture: dict[int, float], base: str | None = None) -> None:
@@ -95,7 +96,7 @@ def write_export_card(folder: Path, pool: Pool, task: str, mixture: dict[int, fl
         mixture: weight of each slot that was folded in. base: what the adapter names as its base.
     """
     place = Path(base) if base and Path(base).is_dir() else base_folder(pool)
-    name, licence = public_name(base or pool.base.get("path")), licence_of(place)
+    name = public_name(base or pool.base.get("path"))
     slots = ", ".join(f"{weight:.4f} of slot {slot}" for slot, weight in mixture.items())
     about = "\n".join(
         [
@@ -108,8 +109,8 @@ def write_export_card(folder: Path, pool: Pool, task: str, mixture: dict[int, fl
             task_table(pool.with_tasks([pool.task(task)])),
         ]
     )
-    known = {ABOUT: about, LICENCE: licence_section(name, licence)}
-    write_card(folder, {**front(pool, "peft", licence), "base_model": name}, known)
+    known = {ABOUT: about, LICENCE: licence_section(name, licence_of(place))}
+    write_card(folder, {**front(pool, licence_fields(place), "peft"), "base_model": name}, known)
 
 
 def base_folder(pool: Pool) -> Path | None:

@@ -38,7 +38,8 @@ def load_for_training(
     whole = recipe.writes_whole(context) and not args.deepspeed
     options = base_options(args, torch.float32 if whole else base_dtype(args))
     options["attn_implementation"] = attention(model_args.attn_implementation)
-    model, tokenizer, image_processor = load_base(context.base, as_llava=not recipe.needs_keys, **options)
+    loaded: Any = load_base(context.base, as_llava=not recipe.needs_keys, **options)
+    model, tokenizer, image_processor = loaded
     if recipe.needs_keys:
         model.requires_grad_(False)
         check_slots_fit(model.config, context.pool, context.base)

@@ -306,19 +306,10 @@ def finish(recipe: Recipe, context: Context, trainer: LLaVATrainer, loss: float,
         vars(model.config).pop("quantization_config", None)  # says how this run held the base, not what the stage is
         if recipe.needs_keys:
             model.config.base_model_name_or_path = context.base_name
-            context.more_files.append(
-                partial(
-                    write_stage_card,
-                    run=run,
-                    base=context.base.folder,
-                    base_name=context.base_name,
-                    sequence=context.sequence,
-                    task=context.task,
-                    rows=len(trainer.train_dataset),
-                )
-            )
         else:
             model.config.use_cache = True  # for whoever asks the model
+        rows = len(trainer.train_dataset)
+        context.more_files.append(partial(write_stage_card, context=context, rows=rows))
         recipe.write(context)
         shutil.rmtree(run.work, ignore_errors=True)
 

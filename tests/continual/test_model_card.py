@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import re
 from pathlib import Path
@@ -11,13 +12,22 @@ import yaml
 from huggingface_hub import ModelCard
 from tiny_world import TASKS, make_world, run_main
 
-from llava.checkpoints.card import front_matter, public_name, with_section, write_card
+from llava.checkpoints.card import (
+    front_matter,
+    licence_fields,
+    licence_of,
+    public_name,
+    with_section,
+    write_card,
+    write_merged_card,
+)
 from llava.continual import slots as slots_command
 from llava.continual.model_card import figures, refresh_figures
 from llava.continual.sequence import load_sequence, shipped_names
 from llava.model.builder import load_pretrained_model
 from llava.model.consolidate import consolidate_ckpt
 from llava.model.convert import convert
+from llava.slots.card import task_table
 from llava.slots.pool import Pool
 
 
@@ -119,13 +129,14 @@ def test_an_older_stage_gets_a_card_with_its_figures(world, tmp_path):
     assert "Not for clinical use" in card(stage) and "0.500" in section(card(stage), "figures tiny")
 
 
-def test_a_stage_that_cannot_be_written_is_named_and_nothing_fails(world, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EROFS, errno.EISDIR], ids=["denied", "read-only", "a folder"])
+def test_a_stage_that_cannot_be_written_is_named_and_nothing_fails(world, monkeypatch, capsys, number):
     def refuse(*_, **__):
-        raise PermissionError(13, "Permission denied", str(tmp_path / "README.md"))
+        raise OSError(number, "reason", "elsewhere")
 
     monkeypatch.setattr("llava.continual.model_card.write_card", refuse)
     refresh_figures([world.folder / "llava-tiny_abd"], MATRIX, "tiny")
-    assert "README.md cannot be written" in capsys.readouterr().out
+    assert "README.md cannot be written (reason)" in capsys.readouterr().out
 
 
 def test_taking_a_task_out_refreshes_the_card(world, tmp_path):
@@ -185,6 +196,39 @@ def test_names_say_nothing_of_the_machine(tmp_path):
     assert public_name("liuhaotian/llava-v1.5-7b") == "liuhaotian/llava-v1.5-7b"
     assert public_name("output/tiny-base") == public_name("./tiny-base") == "tiny-base"
     assert public_name("~/models/llava") == "llava" and public_name(None) == ""
+    assert public_name("/cache/hub/models--liuhaotian--llava-v1.5-7b/snapshots/4481d2/") == "liuhaotian/llava-v1.5-7b"
+
+
+def test_a_text_encoder_of_ones_own_is_named_without_its_place(world):
+    pool = Pool.read(world.folder / "llava-tiny_abd" / "slots.pth")
+    pool.settings.encoder["name"] = "/home/someone/models/minilm"
+    assert "question encoder `minilm`" in task_table(pool)
+
+
+def test_a_licence_with_a_name_of_its_own_stays_one_that_the_hub_reads(tmp_path):
+    fields = "license: other\nlicense_name: med-licence\nlicense_link: https://example.org"
+    (tmp_path / "README.md").write_text(f"---\n{fields}\n---\n", encoding="utf-8-sig")
+    assert licence_of(tmp_path) == "med-licence" and licence_fields(tmp_path) == yaml.safe_load(fields)
+    write_merged_card(tmp_path / "whole", tmp_path)
+    text = card(tmp_path / "whole")
+    assert ModelCard(text).data.license == "other" and ModelCard(text).data.license_name == "med-licence"
+    assert "`med-licence`, as its card states" in text
+
+
+def test_a_card_that_a_user_has_broken_loses_nothing(tmp_path):
+    for name in ("about", "training", "figures tiny"):
+        write_card(tmp_path, {"base_model": "b"}, {name: f"{name} 1"})
+    path = tmp_path / "README.md"
+    broken = (
+        path.read_text().replace("about 1\n<!-- llava: end -->", "mine").replace("figures tiny 1", "Gr\u00f6\u00dfe")
+    )
+    path.write_bytes(broken.replace("\n", "\r\n").encode("latin-1"))
+    write_card(tmp_path, {}, {"about": "about 2"}, drop=["figures"])
+    data = path.read_bytes()
+    assert b"about 2\n<!-- llava: end -->\nmine" in data and b"training 1\r\n" in data and b"figures" not in data
+    path.write_bytes(data + "Gr\u00f6\u00dfe".encode("latin-1"))
+    write_card(tmp_path, {}, {"about": "about 3"})
+    assert path.read_bytes().endswith("Gr\u00f6\u00dfe".encode("latin-1")) and b"about 2" not in path.read_bytes()
 
 
 def test_sections_hold_what_looks_like_a_pattern(tmp_path):

@@ -50,6 +50,8 @@ def test_alignment_writes_a_projector_and_llavas_config(parts, aligned):
     files = {file.name for file in aligned.iterdir()}
     assert {"mm_projector.bin", "config.json", "tokenizer.json", "training.json"} <= files
     assert not [name for name in files if name.endswith(".safetensors")]
+    card = (aligned / "README.md").read_text()
+    assert "Not for clinical use" in card and "| method | align |" in card and str(parts) not in card
     config = json.loads((aligned / "config.json").read_text())
     expected = {
         "architectures": ["LlavaLlamaForCausalLM"],

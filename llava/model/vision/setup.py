@@ -137,7 +137,7 @@ def initialize_vision_tokenizer(model: Any, model_args: Any, tokenizer: PreTrain
     grow_embeddings(model, tokenizer, added)
     path, marks = getattr(model_args, "pretrain_mm_mlp_adapter", None), bool(config.mm_use_im_start_end)
     if marks and path:
-        _read_embeddings(model, path, tokenizer.convert_tokens_to_ids(MARKS))
+        _read_embeddings(model, path, [tokenizer.get_vocab()[mark] for mark in MARKS])
     if getattr(model_args, "tune_mm_mlp_adapter", False) and (marks or config.mm_use_im_patch_token):
         model.get_input_embeddings().requires_grad_(marks)
         if model.get_output_embeddings().weight is not model.get_input_embeddings().weight:
