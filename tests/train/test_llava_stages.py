@@ -345,6 +345,16 @@ def test_another_tower_takes_the_place_of_a_llavas_own(tuned, parts, tmp_path):
         run(parts, tmp_path / "llava-lora", *more, "--lora_enable", "True")
 
 
+def test_another_projector_takes_the_place_of_a_llavas_own(tuned, parts, tmp_path, capsys):
+    more = ("--model_name_or_path", tuned, "--version", "v1", "--mm_projector_type", "linear")
+    stage = run(parts, tmp_path / "llava-linear", *more, "--mm_vision_select_layer", "-1")
+    assert "a new projector of type linear takes the place of mlp2x_gelu" in capsys.readouterr().out
+    model = load_pretrained_model(str(stage), None, device="cpu")[1]
+    names = [name for name in model.state_dict() if "mm_projector" in name]
+    assert names == ["model.mm_projector.weight", "model.mm_projector.bias"]
+    assert model.config.mm_vision_select_layer == model.get_vision_tower().select_layer == -1
+
+
 def test_another_kind_of_tower_trains_as_far_as_it_is_looked_at(parts, tmp_path):
     """SigLIP: no class token, and a pooling head that no feature depends on."""
     sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
