@@ -141,6 +141,7 @@ def train(attn_implementation: str | None = None) -> None:
         rank0_print(f"going on from {checkpoint}")
     result = trainer.train(resume_from_checkpoint=checkpoint)
     finish(recipe, context, trainer, result.training_loss, args)
+    trainer.accelerator.wait_for_everyone()  # a process that leaves early would end the one that writes
     rank0_print(f"{title(context)}: training loss {result.training_loss:.4f}; written to {run.folder}")
 
 
@@ -317,6 +318,8 @@ def finish(recipe: Recipe, context: Context, trainer: LLaVATrainer, loss: float,
 def main() -> None:
     """Command line of stage 2, and of LLaVA's own stages."""
     train()
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()  # else its threads may abort a process that has done all its work
 
 
 if __name__ == "__main__":
