@@ -26,7 +26,8 @@ from typing import Any
 
 import llava
 from llava.cli import fail, flag, parse, spelled
-from llava.data.answers import read_answers
+from llava.data.answers import parse_answer
+from llava.data.jsonl import json_values
 from llava.data.metric_names import METRICS, metric_names
 from llava.data.rows import Row, read_rows, write_jsonl
 from llava.eval.answer_match import answers_of, missing_rows, some, taken_by_order
@@ -163,22 +164,19 @@ class _Job:
 def load_answers(path: Path) -> list[dict[str, Any]]:
     """Answer rows, in this project's form or the prototype's (``pred_response`` in place of ``text``)."""
     source = require_file(path, "answer file", "check the path, or run the evaluation first")
-    with open(source, "rb") as stream:
-        first = next((line for line in stream if line.strip()), b"")
-    if b'"pred_response"' not in first:
-        return read_answers(source)
-    answers = []
-    for number, line in enumerate(source.read_bytes().split(b"\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-            answers.append({**row, "text": str(row["pred_response"]), "question_id": row["question_id"]})
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(
-                f"{source} line {number}: not an answer row of the prototype ({type(error).__name__}: {error})"
-            ) from error
+    answers = [parse_answer(_in_our_form(value), where) for where, value in json_values(source)]
+    if not answers:
+        raise UserError(f"{source}: the file holds no answers")
     return answers
+
+
+def _in_our_form(value: Any) -> Any:
+    """An answer with its prediction as ``text``; the prototype's may be a number."""
+    if not isinstance(value, dict) or "pred_response" not in value:
+        return value
+    said = value["pred_response"]
+    is_number = isinstance(said, int | float) and not isinstance(said, bool)
+    return {**value, "text": str(said) if is_number else said}
 
 
 def match_answers(
