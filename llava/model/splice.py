@@ -68,7 +68,7 @@ def splice(
         UserError: a row's pictures leave no room for an answer within ``limit``.
     """
     keep = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
-    rows, row_labels, cut = [], [], []
+    shortened, cut = [], []
     for index, pictures in enumerate(features):
         ids = input_ids[index][keep[index]]
         row_label = torch.full_like(ids, IGNORE_INDEX) if labels is None else labels[index][keep[index]]
@@ -83,13 +83,18 @@ def splice(
                 f"row {index} of the batch: pictures of {sum(map(len, pictures))} positions leave no room for an "
                 f"answer in the model's window of {limit} (give fewer, or a larger tokenizer_model_max_length)"
             )
-        embeds, spliced = splice_row(embed, row)
+        shortened.append(row)
+        cut.append(lost)
+    # Once for the whole batch: under ZeRO-3 processes must call it equally often, whatever pictures their rows have.
+    words = embed(torch.cat([row.ids.clamp(min=0) for row in shortened]))  # [tokens of all rows, hidden]
+    rows, row_labels = [], []
+    for index, (row, text) in enumerate(zip(shortened, words.split([len(row.ids) for row in shortened]), strict=True)):
+        embeds, spliced = splice_row(text, row)
         if prefix is not None:
             embeds = torch.cat([prefix[index].to(embeds.dtype), embeds])
             spliced = torch.cat([spliced.new_full((prefix.shape[1],), IGNORE_INDEX), spliced])
         rows.append(embeds)
         row_labels.append(spliced)
-        cut.append(lost)
     embeds, mask = pad(rows, side)
     positions = (mask.cumsum(1) - 1) * mask  # counted from each row's own start; 0 on padding
     return Spliced(embeds, mask, positions, pad(row_labels, side, IGNORE_INDEX)[0], cut)
@@ -107,12 +112,16 @@ def _within(limit: int | None, row: Row, places: list[int]) -> tuple[Row, int]:
     return Row(row.ids[chosen], row.labels[chosen], left), len(row.ids) - len(kept)
 
 
-def splice_row(embed: Embed, row: Row) -> tuple[Tensor, Tensor]:
-    """Embeddings ``[length, hidden]`` and labels ``[length]`` of a row with as many pictures as placeholders."""
+def splice_row(text: Tensor, row: Row) -> tuple[Tensor, Tensor]:
+    """Embeddings ``[length, hidden]`` and labels ``[length]`` of a row with as many pictures as placeholders.
+
+    Args:
+        text: ``[tokens, hidden]``, the embeddings of the row's ids; those of placeholders are not used.
+    """
     places = (row.ids == IMAGE_TOKEN_INDEX).nonzero().flatten().tolist()
     pieces, piece_labels, start = [], [], 0
     for place, picture in zip([*places, len(row.ids)], [*row.pictures, None], strict=True):
-        pieces.append(embed(row.ids[start:place]))
+        pieces.append(text[start:place])
         piece_labels.append(row.labels[start:place])
         if picture is not None:
             pieces.append(picture.to(pieces[0].dtype))

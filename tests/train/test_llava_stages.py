@@ -175,6 +175,10 @@ def test_a_tower_that_trains_is_not_looked_at_ahead(parts, tmp_path, monkeypatch
         ("--method instruct --tune_mm_mlp_adapter True", "is feature alignment"),
         ("--mm_vision_select_layer -9", "the tower has 2 layers"),
         ("--mm_patch_merge_type round", "choose from flat"),
+        ("--mm_projector_type mlp", "known: linear, mlp<N>x_gelu"),
+        ("--mm_projector_type identity", "16 wide and the decoder is 32"),
+        ("--mm_vision_select_feature eyes", "must be 'patch' or 'cls_patch'"),
+        ("--version v9", "unknown conversation template 'v9'"),
         ("--image_aspect_ratio anyres", "image_grid_pinpoints"),
         ("--image_grid_pinpoints 7", "is no list of sizes"),
         ("--pretrain_mm_mlp_adapter nowhere.bin", "projector file not found: nowhere.bin"),
@@ -339,6 +343,16 @@ def test_another_tower_takes_the_place_of_a_llavas_own(tuned, parts, tmp_path):
     assert all(torch.equal(ours[name.removeprefix("vision_model.")], value) for name, value in expected.items())
     with pytest.raises(UserError, match="is kept without a tower"):
         run(parts, tmp_path / "llava-lora", *more, "--lora_enable", "True")
+
+
+def test_another_projector_takes_the_place_of_a_llavas_own(tuned, parts, tmp_path, capsys):
+    more = ("--model_name_or_path", tuned, "--version", "v1", "--mm_projector_type", "linear")
+    stage = run(parts, tmp_path / "llava-linear", *more, "--mm_vision_select_layer", "-1")
+    assert "a new projector of type linear takes the place of mlp2x_gelu" in capsys.readouterr().out
+    model = load_pretrained_model(str(stage), None, device="cpu")[1]
+    names = [name for name in model.state_dict() if "mm_projector" in name]
+    assert names == ["model.mm_projector.weight", "model.mm_projector.bias"]
+    assert model.config.mm_vision_select_layer == model.get_vision_tower().select_layer == -1
 
 
 def test_another_kind_of_tower_trains_as_far_as_it_is_looked_at(parts, tmp_path):

@@ -6,6 +6,7 @@ LLaVA's defaults.
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ def settle(config: Any, model_args: Any) -> None:
     """Put what is asked for into a config, and LLaVA's defaults where neither it nor the command says anything.
 
     Raises:
-        UserError: an unknown way to merge tiles.
+        UserError: an unknown projector, or an unknown way to merge tiles.
     """
     has_pictures = bool(getattr(config, "mm_vision_tower", None) or getattr(config, "vision_config", None))
     for name, default in DEFAULTS.items():
@@ -49,6 +50,8 @@ def settle(config: Any, model_args: Any) -> None:
         setattr(config, name, asked)
     if config.mm_patch_merge_type not in MERGES:
         raise UserError(f"mm_patch_merge_type is {config.mm_patch_merge_type!r}; choose from {', '.join(MERGES)}")
+    if not re.fullmatch(r"linear|identity|mlp[1-9]\d*x_gelu", config.mm_projector_type or "linear"):
+        raise UserError(f"mm_projector_type is {config.mm_projector_type!r}; known: linear, mlp<N>x_gelu, identity")
     wanted = getattr(model_args, "vision_tower", None)
     if wanted and not is_tower_of(config, wanted):
         config.mm_vision_tower = wanted
@@ -88,6 +91,11 @@ def initialize_vision_modules(model: Any, model_args: Any) -> None:
     _check_layer(tower)
     config.mm_hidden_size, config.use_mm_proj = tower.hidden_size, True
     config.mm_patches_per_side = tower.num_patches_per_side
+    if config.mm_projector_type == "identity" and config.mm_hidden_size != config.hidden_size:
+        raise UserError(
+            f"mm_projector_type is 'identity', but the tower's features are {config.mm_hidden_size} wide and the "
+            f"decoder is {config.hidden_size}; choose linear or mlp2x_gelu"
+        )
     if before != (config.mm_projector_type, config.mm_hidden_size):
         if before is not None:
             rank0_print(f"note: a new projector of type {config.mm_projector_type} takes the place of {before[0]}")
