@@ -21,8 +21,12 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
+import torch._dynamo
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
+
+# By default compiled code is not looked at again for hooks: what was compiled for a base would serve for a stage.
+torch._dynamo.config.skip_nnmodule_hook_guards = False
 
 ATTENTION_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP_TARGETS = ("gate_proj", "up_proj", "down_proj")
