@@ -81,6 +81,7 @@ def initialize_vision_modules(model: Any, model_args: Any) -> None:
     ):
         tower = None  # another one is asked for
     like: Tensor = model.embed_tokens.weight
+    start = torch.get_rng_state()
     if tower is None:
         tower = model.vision_tower = build_vision_tower(config, delay_load=True)
     if not tower.is_loaded:
@@ -96,13 +97,14 @@ def initialize_vision_modules(model: Any, model_args: Any) -> None:
             f"mm_projector_type is 'identity', but the tower's features are {config.mm_hidden_size} wide and the "
             f"decoder is {config.hidden_size}; choose linear or mlp2x_gelu"
         )
+    torch.set_rng_state(start)  # loading a tower draws numbers too, and under ZeRO-3 others
     if before != (config.mm_projector_type, config.mm_hidden_size):
         if before is not None:
             rank0_print(f"note: a new projector of type {config.mm_projector_type} takes the place of {before[0]}")
         model.mm_projector = build_vision_projector(config).to(device=like.device, dtype=like.dtype)
     if "unpad" in config.mm_patch_merge_type and getattr(model, "image_newline", None) is None:
-        start = torch.randn(config.hidden_size) / config.hidden_size**0.5
-        model.image_newline = nn.Parameter(start.to(device=like.device, dtype=like.dtype))
+        newline = torch.randn(config.hidden_size) / config.hidden_size**0.5
+        model.image_newline = nn.Parameter(newline.to(device=like.device, dtype=like.dtype))
     path = getattr(model_args, "pretrain_mm_mlp_adapter", None)
     if path:
         _read_trained(model, path)
