@@ -18,15 +18,15 @@ DECODERS = {"llama": (LlamaConfig, LlamaForCausalLM), "mistral": (MistralConfig,
 TOWER_LAYERS = 2
 
 
-def write_parts(folder, family="llama", **config):
+def write_parts(folder, family="llama", seed=0, **config):
     """``vicuna`` (a language model), ``clip`` (a tower), ``images``, ``align.json`` and ``instruct.json``, which has
     rows without pictures too; returns the folder."""
     tokenizer = make_tokenizer()
     config_class, model_class = DECODERS[family]
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
     more = {"max_position_embeddings": 512, "pad_token_id": 0, "initializer_range": 0.3, "num_key_value_heads": 1}
-    decoder = config_class(vocab_size=len(tokenizer), **sizes, **{**more, **config})
+    decoder = config_class(vocab_size=len(tokenizer), **{**sizes, **more, **config})
     model_class(decoder).save_pretrained(folder / "vicuna")
     tokenizer.save_pretrained(folder / "vicuna")
     sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": TOWER_LAYERS, "num_attention_heads": 2}
@@ -35,7 +35,7 @@ def write_parts(folder, family="llama", **config):
     CLIPImageProcessorPil(size={"shortest_edge": PIXELS}, crop_size=size).save_pretrained(folder / "clip")
     write_images(folder / "images", [f"{number}.png" for number in range(5)])
     pictured = [{**_talk(number, "<image>\nis there a lesion?"), "image": f"{number % 5}.png"} for number in range(10)]
-    blind = [_talk(10 + number, f"what is {number}?") for number in range(4)]
+    blind = [_talk(10 + number, f"what is {number}?") for number in range(6)]
     (folder / "instruct.json").write_text(json.dumps(pictured + blind), encoding="utf-8")
     captions = [{**row, "conversations": row["conversations"][:2]} for row in pictured]
     (folder / "align.json").write_text(json.dumps(captions), encoding="utf-8")

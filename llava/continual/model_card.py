@@ -28,6 +28,7 @@ from llava.checkpoints.card import (
     table,
     write_card,
 )
+from llava.continual.methods import Context
 from llava.continual.run import Run
 from llava.continual.sequence import TaskSequence
 from llava.files import only_writer
@@ -56,24 +57,23 @@ SETTINGS = (
 SUMMARY = {"average_final": "mean over tasks", "bwt": "BWT", "forgetting": "forgetting"}
 
 
-def write_stage_card(
-    folder: Path, run: Run, base: Path, base_name: str, sequence: TaskSequence, task: str, rows: int
-) -> None:
+def write_stage_card(folder: Path, context: Context, rows: int) -> None:
     """Write the card of a stage that is being written.
 
     Args:
-        folder: where its files go. run: the stage, its record and its slots. base: folder of the base.
-        task: the last task, empty for a recipe without tasks. rows: how many it was trained on in this stage.
+        folder: where its files go. context: the stage in training, whose run has its slots by now.
+        rows: how many it was trained on in this stage.
     """
-    licence, name = licence_of(base), run.folder.name
+    run, base_name, sequence = context.run, context.base_name, context.sequence
+    base, name = context.base.folder, run.folder.name
     if run.pool.tasks:
         top, about = front(run.pool, licence_fields(base)), about_slots(run.pool, name)
     else:
         top, about = _plain_front(base_name, licence_fields(base)), _about_model(name, base_name)
     sections = {
         ABOUT: about,
-        TRAINING: _training(run, sequence, task, rows),
-        LICENCE: licence_section(public_name(base_name), licence, sequence.licence),
+        TRAINING: _training(run, sequence, context.task, rows),
+        LICENCE: licence_section(public_name(base_name), licence_of(base), sequence.licence),
     }
     write_card(folder, top, sections)
 

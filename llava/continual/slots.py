@@ -15,7 +15,7 @@ place unless ``--output`` is given.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -97,8 +97,9 @@ class Verify:
     model_base: str | None = flag(None, "default: the recorded one, if here")
 
 
-def main() -> None:
-    name, args = parse_command({name: kind for name, (kind, _) in COMMANDS.items()}, description=__doc__)
+def main(argv: Sequence[str] | None = None) -> None:
+    """Command line."""
+    name, args = parse_command({name: kind for name, (kind, _) in COMMANDS.items()}, argv, __doc__)
     quiet_libraries()
     COMMANDS[name][1](args)
 

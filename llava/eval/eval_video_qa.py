@@ -40,6 +40,8 @@ from llava.utils import UserError, require_file, run_cli
 FORMAT_VERSION = 1
 SCORES_NAME = "scores.json"
 ROWS_NAME = "rows.jsonl"
+ANSWER_NAMES = ("text", "answer", "pred", "pred_response")
+"""Where a prediction may stand, as the prototype looks for it: this project's name first."""
 PROTOTYPE_NAMES = {**{f"bleu_{n}": f"Bleu_{n}" for n in range(1, 5)}, "meteor": "METEOR", "rouge_l": "ROUGE_L"}
 PROTOTYPE_NAMES["cider"] = "CIDEr"
 
@@ -162,7 +164,7 @@ class _Job:
 
 
 def load_answers(path: Path) -> list[dict[str, Any]]:
-    """Answer rows, in this project's form or the prototype's (``pred_response`` in place of ``text``)."""
+    """Answer rows, in this project's form or one of the prototype's (another name in place of ``text``)."""
     source = require_file(path, "answer file", "check the path, or run the evaluation first")
     answers = [parse_answer(_in_our_form(value), where) for where, value in json_values(source)]
     if not answers:
@@ -172,9 +174,11 @@ def load_answers(path: Path) -> list[dict[str, Any]]:
 
 def _in_our_form(value: Any) -> Any:
     """An answer with its prediction as ``text``; the prototype's may be a number."""
-    if not isinstance(value, dict) or "pred_response" not in value:
+    names = value if isinstance(value, dict) else {}
+    name = next((name for name in ANSWER_NAMES if name in names), ANSWER_NAMES[0])
+    if name == ANSWER_NAMES[0]:
         return value
-    said = value["pred_response"]
+    said = value[name]
     is_number = isinstance(said, int | float) and not isinstance(said, bool)
     return {**value, "text": str(said) if is_number else said}
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import re
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -24,9 +24,6 @@ from llava.checkpoints.hf_layout import TO_LLAVA, renamed
 from llava.checkpoints.kinds import ADAPTER_CONFIG, NON_LORA_FILE, PROJECTOR_FILE
 from llava.checkpoints.weights import load_bin, read_json
 from llava.utils import UserError, rank0_print
-
-if TYPE_CHECKING:
-    from peft import PeftConfig
 
 PEFT_PREFIX = "base_model.model."
 HF_NAMES = re.compile(r"base_model\.model\.(model\.)?(language_model|multi_modal_projector)\.")
@@ -139,7 +136,7 @@ def apply_adapter(model: PreTrainedModel, folder: Path, merge: bool, trainable: 
     return cast(PreTrainedModel, wrapped.get_base_model())
 
 
-def _write_renamed(folder: Path, state: dict[str, Tensor], config: PeftConfig) -> None:
+def _write_renamed(folder: Path, state: dict[str, Tensor], config: Any) -> None:
     """A LoRA of Hugging Face's classes under LLaVA's names; its targets are the very layers that it has tensors for."""
     named = {f"{PEFT_PREFIX}{renamed(key.removeprefix(PEFT_PREFIX), TO_LLAVA)}": value for key, value in state.items()}
     layers = {key.removeprefix(PEFT_PREFIX).split(".lora_")[0] for key in named}

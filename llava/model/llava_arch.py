@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.utils.output_capturing import maybe_install_capturing_hooks
 
 from llava.constants import IMAGE_TOKEN_INDEX
 from llava.model.decision import Prefill, cache_of, cached_length, carried, carry, continue_mask
@@ -23,6 +24,7 @@ from llava.model.multimodal_encoder.builder import build_vision_tower
 from llava.model.multimodal_projector.builder import build_vision_projector
 from llava.model.pictured_text import PicturedText
 from llava.model.routed import Asked, Routed
+from llava.model.splice import check_prompts
 from llava.model.vision.blank import blank_feature, blank_needed
 from llava.model.vision.hand_out import Images, are_modalities
 from llava.model.vision.setup import initialize_vision_modules, initialize_vision_tokenizer
@@ -44,6 +46,9 @@ class LlavaMetaModel:
             self.mm_projector = build_vision_projector(config)
             if "unpad" in (getattr(config, "mm_patch_merge_type", None) or ""):
                 self.image_newline = nn.Parameter(torch.zeros(config.hidden_size))
+        # The decoder's hooks first: installed when attentions are asked for, they'd go on a tower that has its own
+        # already, which from then on would return each of its layers twice.
+        maybe_install_capturing_hooks(self)
 
     def get_vision_tower(self):
         return getattr(self, "vision_tower", None)
@@ -170,12 +175,17 @@ class LlavaMetaForCausalLM(Routed, PicturedText):
         looked, embedded = image_features is not None, inputs_embeds is not None
         length = cached_length(past_key_values)
         before = carried(past_key_values) if length else None
+        before = None if before is None else before.cut(length)
+        if not length:
+            check_prompts(input_ids, attention_mask)
         if length and input_ids is not None and not (input_ids == IMAGE_TOKEN_INDEX).any():
             images = image_features = None  # of the prefill; some loops hand them over at every step
         if image_features is None or images is not None:
             images, image_sizes = self.hand_out(input_ids, attention_mask, images, image_sizes, modalities)
         if image_features is None and images is not None and self.get_vision_tower() is not None:
             image_features = self.vision_features(images)
+        pictureless = labels is not None and not (embedded or length or any(image_features or ()))
+        blank = blank_feature(self, not looked) if pictureless and blank_needed(self) else None
         given = route if slot_indices is None else Route(slot_indices, slot_weights)
         asked = Asked(questions, text_query, image_query, tasks, given)
         if length:
@@ -195,9 +205,9 @@ class LlavaMetaForCausalLM(Routed, PicturedText):
             )
             labels = None if labels is None else spliced
             input_ids, spliced_mask = None, attention_mask
-        if labels is not None and not (embedded or length or any(image_features or ())) and blank_needed(self):
+        if blank is not None:
             embeds = self.get_model().embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-            input_ids, inputs_embeds = None, embeds + blank_feature(self, not looked).to(embeds.dtype)
+            input_ids, inputs_embeds = None, embeds + blank.to(embeds.dtype)
         if before is not None and before.mask is not None:
             new = _first_given(input_ids, inputs_embeds).shape[1]
             attention_mask, position_ids = continue_mask(before.mask, rows, new, attention_mask, position_ids)
@@ -233,6 +243,9 @@ class LlavaMetaForCausalLM(Routed, PicturedText):
     ) -> Tensor:
         """Answer token ids ``[batch, new tokens]`` (only the new ones).
 
+        Text alone, given by the keyword ``input_ids``, is a call in transformers' manner, which no LLaVA program makes:
+        the prompt stands in front of the new tokens, where ``pipeline`` and its like cut it off.
+
         Args:
             inputs: ``[batch, length]`` prompt ids with ``IMAGE_TOKEN_INDEX`` where the picture goes (also accepted as
                 ``input_ids``), padded on either side and described by ``attention_mask``. Instead of them,
@@ -251,11 +264,14 @@ class LlavaMetaForCausalLM(Routed, PicturedText):
         Raises:
             ValueError: the route is not known, or there are not as many questions as prompts.
         """
+        text_alone = inputs is None and images is None and image_features is None and questions is None
         input_ids = kwargs.pop("input_ids", None) if inputs is None else inputs
         embeds, mask = kwargs.pop("inputs_embeds", None), kwargs.pop("attention_mask", None)
         kwargs.pop("position_ids", None)
+        _refuse_assistant(kwargs)
         if (input_ids is None) == (embeds is None):
             raise ValueError("generate() needs the prompts' ids, or inputs_embeds, and not both")
+        check_prompts(input_ids, mask)
         if image_features is None or images is not None:
             images, image_sizes = self.hand_out(input_ids, mask, images, image_sizes, modalities)
         if image_features is None and images is not None and self.get_vision_tower() is not None:
@@ -268,9 +284,28 @@ class LlavaMetaForCausalLM(Routed, PicturedText):
             projected = self.project_features(features, image_sizes)
             action = decision.action(len(input_ids), self.get_model().embed_tokens.weight.dtype)
             embeds, mask, _, _ = self._splice(input_ids, mask, None, projected, "left", action.prefix)
-        return super().generate(
+        out = super().generate(
             inputs_embeds=embeds, attention_mask=None if mask is None else mask.long(), route=decision, **kwargs
         )
+        return _behind_prompt(input_ids, out) if text_alone and input_ids is not None else out
+
+
+def _refuse_assistant(options: dict[str, Any]) -> None:
+    """An assistant would be asked with ids and embeddings both, and the early exit of a refused one is never undone."""
+    settings = options.get("generation_config")
+    early = options.get("assistant_early_exit") or getattr(settings, "assistant_early_exit", None)
+    if options.get("assistant_model") is not None or early:
+        raise ValueError("generate() knows no assistant model; give prompt_lookup_num_tokens, or neither")
+
+
+def _behind_prompt(input_ids: Tensor, out):
+    """What ``generate`` gave, its sequences behind their prompts."""
+    new = out if isinstance(out, Tensor) else out.sequences
+    whole = torch.cat([input_ids.repeat_interleave(len(new) // len(input_ids), 0), new], dim=1)
+    if isinstance(out, Tensor):
+        return whole
+    out.sequences = whole
+    return out
 
 
 def _first_given(*values: Tensor | None) -> Tensor:

@@ -1,4 +1,4 @@
-"""Parameters whole, wherever ZeRO-3 has put their parts."""
+"""ZeRO-3 and parameters in parts: whole for a while, or never in parts."""
 
 from __future__ import annotations
 
@@ -24,3 +24,23 @@ def gathered(parameters: Sequence[Tensor], write: bool = False) -> Iterator[None
 
     with deepspeed.zero.GatheredParameters(parts, modifier_rank=0 if write else None):
         yield
+
+
+@contextlib.contextmanager
+def never_parted() -> Iterator[None]:
+    """What is loaded meanwhile stays whole on every process, though the run itself is under ZeRO-3."""
+    from transformers.integrations import deepspeed as integration
+
+    reference = integration._hf_deepspeed_config_weak_ref
+    config = reference() if reference is not None else None
+    integration.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        if config is not None:
+            integration.set_hf_deepspeed_config(config)
+
+
+def size_of(parameter: Tensor) -> int:
+    """How many numbers a parameter has in all its parts."""
+    return int(getattr(parameter, "ds_numel", parameter.numel()))

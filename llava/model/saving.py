@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import save as safetensors_bytes
 from torch import Tensor, nn
 from transformers import BaseImageProcessor, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from llava.checkpoints.kinds import ADAPTER_CONFIG, SLOTS_FILE
 from llava.files import atomic_folder, atomic_write
@@ -80,10 +81,18 @@ class StageFolder:
                 folder, is_main_process, state, max_shard_size=max_shard_size, **kwargs
             )
         if writes:
+            _remove_stale_weights(folder, before)
             _write_beside(model, folder)
             _write_slots(model, folder, own, state)
         if push_to_hub and is_main_process:
             _upload(folder, [name for name, time in _modified(folder).items() if before.get(name) != time], **hub)
+
+    def _upload_modified_files(self, working_dir: Any, repo_id: str, *args: Any, **kwargs: Any) -> Any:
+        """What ``push_to_hub`` uploads: by then transformers has put a card of its own in the place of the stage's."""
+        model: Any = self
+        if model.retriever is not None:
+            write_slots_card(Path(working_dir), model.retriever.pool, repo_id.rpartition("/")[2])
+        return super()._upload_modified_files(working_dir, repo_id, *args, **kwargs)  # type: ignore[misc]
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, with_slots: bool = True, **kwargs: Any):
@@ -91,7 +100,8 @@ class StageFolder:
 
         Args:
             with_slots: False for a caller that attaches the slots itself.
-            args, kwargs: as transformers'; a stage's config is always its own.
+            args, kwargs: as transformers'; a stage's config is always its own, and ``model_base`` says where the base
+                of a light stage is, if not where it was.
 
         Raises:
             UserError: the config says that slots act here and there are none; or as ``load_pretrained_model``.
@@ -163,7 +173,10 @@ def _check_target(model: Any, folder: Path, adapter: nn.Module | None, own: dict
     if (folder / ADAPTER_CONFIG).is_file():
         raise UserError(f"{folder} holds a LoRA, which these weights have in them already; give another folder")
     if any(".lora_" in name for name, _ in model.named_parameters()):
-        raise UserError(f"{folder}: the LoRA lies beside a quantised base; load the stage in full precision to save it")
+        raise UserError(
+            f"{folder}: a LoRA lies beside the weights; merge it (merge_and_unload), or load a quantised stage in full "
+            "precision, to save it"
+        )
     if not own and any(hasattr(parameter, "ds_id") for parameter in adapter.parameters()):
         raise UserError(f"{folder}: the slots are spread over processes; give state_dict= with the gathered weights")
 
@@ -233,6 +246,14 @@ def _write_slots(model: Any, folder: Path, own: dict[str, Tensor], state: dict[s
 def _modified(folder: Path) -> dict[str, int]:
     """When each file of a folder was written, by name; empty where there is no folder."""
     return {file.name: file.stat().st_mtime_ns for file in folder.glob("*") if file.is_file()}
+
+
+def _remove_stale_weights(folder: Path, before: dict[str, int]) -> None:
+    """Of an earlier save in one file where this one has shards, or the other way round; shards go by themselves."""
+    now = _modified(folder)
+    for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME):
+        if name in now and before.get(name) == now[name]:
+            (folder / name).unlink()
 
 
 def _upload(

@@ -34,10 +34,22 @@ class Row(NamedTuple):
     pictures: list[Tensor]
 
 
+def check_prompts(input_ids: Tensor | None, attention_mask: Tensor | None) -> None:
+    """``ValueError`` where ids are no tensor ``[batch, tokens]``, or a mask of two dimensions has another shape."""
+    if input_ids is None:
+        return
+    if not isinstance(input_ids, Tensor) or input_ids.dim() != 2:
+        found = list(input_ids.shape) if isinstance(input_ids, Tensor) else type(input_ids).__name__
+        raise ValueError(f"input_ids are {found}; give a tensor of shape [batch, tokens]")
+    flat = isinstance(attention_mask, Tensor) and attention_mask.dim() == 2
+    if flat and attention_mask.shape != input_ids.shape:  # type: ignore[union-attr]
+        raise ValueError(f"attention_mask is {list(attention_mask.shape)}, for input_ids {list(input_ids.shape)}")
+
+
 def count_placeholders(input_ids: Tensor, attention_mask: Tensor | None) -> list[int]:
     """How many ``<image>`` each row of ``[batch, tokens]`` has, outside of its padding."""
     marks = input_ids == IMAGE_TOKEN_INDEX
-    if attention_mask is not None and attention_mask.shape == input_ids.shape:
+    if isinstance(attention_mask, Tensor) and attention_mask.shape == input_ids.shape:
         marks = marks & attention_mask.bool().to(marks.device)
     return marks.sum(dim=1).tolist()
 
@@ -67,8 +79,10 @@ def splice(
         ValueError: a row's pictures are not as many as its placeholders.
         UserError: a row's pictures leave no room for an answer within ``limit``.
     """
+    if attention_mask is not None and attention_mask.shape != input_ids.shape:
+        raise ValueError("pictures need an attention_mask of shape [batch, tokens], or none")
     keep = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
-    rows, row_labels, cut = [], [], []
+    shortened, cut = [], []
     for index, pictures in enumerate(features):
         ids = input_ids[index][keep[index]]
         row_label = torch.full_like(ids, IGNORE_INDEX) if labels is None else labels[index][keep[index]]
@@ -83,13 +97,18 @@ def splice(
                 f"row {index} of the batch: pictures of {sum(map(len, pictures))} positions leave no room for an "
                 f"answer in the model's window of {limit} (give fewer, or a larger tokenizer_model_max_length)"
             )
-        embeds, spliced = splice_row(embed, row)
+        shortened.append(row)
+        cut.append(lost)
+    # Once for the whole batch: under ZeRO-3 processes must call it equally often, whatever pictures their rows have.
+    words = embed(torch.cat([row.ids.clamp(min=0) for row in shortened]))  # [tokens of all rows, hidden]
+    rows, row_labels = [], []
+    for index, (row, text) in enumerate(zip(shortened, words.split([len(row.ids) for row in shortened]), strict=True)):
+        embeds, spliced = splice_row(text, row)
         if prefix is not None:
             embeds = torch.cat([prefix[index].to(embeds.dtype), embeds])
             spliced = torch.cat([spliced.new_full((prefix.shape[1],), IGNORE_INDEX), spliced])
         rows.append(embeds)
         row_labels.append(spliced)
-        cut.append(lost)
     embeds, mask = pad(rows, side)
     positions = (mask.cumsum(1) - 1) * mask  # counted from each row's own start; 0 on padding
     return Spliced(embeds, mask, positions, pad(row_labels, side, IGNORE_INDEX)[0], cut)
@@ -107,12 +126,16 @@ def _within(limit: int | None, row: Row, places: list[int]) -> tuple[Row, int]:
     return Row(row.ids[chosen], row.labels[chosen], left), len(row.ids) - len(kept)
 
 
-def splice_row(embed: Embed, row: Row) -> tuple[Tensor, Tensor]:
-    """Embeddings ``[length, hidden]`` and labels ``[length]`` of a row with as many pictures as placeholders."""
+def splice_row(text: Tensor, row: Row) -> tuple[Tensor, Tensor]:
+    """Embeddings ``[length, hidden]`` and labels ``[length]`` of a row with as many pictures as placeholders.
+
+    Args:
+        text: ``[tokens, hidden]``, the embeddings of the row's ids; those of placeholders are not used.
+    """
     places = (row.ids == IMAGE_TOKEN_INDEX).nonzero().flatten().tolist()
     pieces, piece_labels, start = [], [], 0
     for place, picture in zip([*places, len(row.ids)], [*row.pictures, None], strict=True):
-        pieces.append(embed(row.ids[start:place]))
+        pieces.append(text[start:place])
         piece_labels.append(row.labels[start:place])
         if picture is not None:
             pieces.append(picture.to(pieces[0].dtype))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -19,7 +21,7 @@ def grow_embeddings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
         model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     start, end = len(tokenizer) - added, len(tokenizer)
     parts = [part for part in (model.get_input_embeddings(), model.get_output_embeddings()) if part is not None]
-    tables = list({id(part.weight): part.weight for part in parts}.values())  # tied ones are one table
+    tables: list[Any] = list({id(part.weight): part.weight for part in parts}.values())  # tied ones are one table
     with torch.no_grad(), gathered(tables, write=True):
         for table in tables:
             table[start:end] = table[:start].mean(0)

@@ -76,14 +76,14 @@ def task_table(pool: Pool) -> str:
     return table(["task", "training rows", "slots", ""], rows) + f"\nSlots: {shape}; {router}.\n"
 
 
-def write_slots_card(folder: Path, pool: Pool, drop: Sequence[str] = ()) -> None:
+def write_slots_card(folder: Path, pool: Pool, name: str = "", drop: Sequence[str] = ()) -> None:
     """The card of a folder that holds slots, with what the slots themselves tell; figures of other slots go.
 
     Args:
-        drop: further sections that do not hold any more.
+        name: what the folder is called (default: its name). drop: further sections that do not hold any more.
     """
     base = base_folder(pool)
-    sections = {ABOUT: about_slots(pool, folder.name)}
+    sections = {ABOUT: about_slots(pool, name or folder.name)}
     if not (folder / CARD_FILE).is_file():
         sections[LICENCE] = licence_section(public_name(pool.base.get("path")), licence_of(base))
     write_card(folder, front(pool, licence_fields(base)), sections, [FIGURES, *drop])

@@ -105,6 +105,7 @@ def row_products(rows: Tensor, matrix: Tensor) -> Tensor:
 
 
 @functools.lru_cache(maxsize=8)
+@torch.inference_mode(False)
 def _deal(dim: int) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(dim)
     order = torch.randperm(dim, generator=generator)
@@ -112,6 +113,7 @@ def _deal(dim: int) -> tuple[Tensor, Tensor]:
 
 
 @functools.lru_cache(maxsize=2)
+@torch.inference_mode(False)
 def _random_waves(dim: int) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(dim)
     weight = torch.randn(RANDOM_FEATURES, dim, generator=generator, dtype=torch.float64) / BANDWIDTH

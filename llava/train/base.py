@@ -17,7 +17,7 @@ from llava.model.builder import check_slots_fit, load_base
 from llava.model.configs import llava_config
 from llava.model.loading import attention
 from llava.model.vision.setup import initialize_vision_tokenizer, is_tower_of
-from llava.train.flags import ask
+from llava.train.flags import ask, pinpoints
 from llava.train.lora import base_options
 from llava.train.preprocess import smart_tokenizer_and_embedding_resize
 from llava.train.stage_data import base_dtype
@@ -38,7 +38,8 @@ def load_for_training(
     whole = recipe.writes_whole(context) and not args.deepspeed
     options = base_options(args, torch.float32 if whole else base_dtype(args))
     options["attn_implementation"] = attention(model_args.attn_implementation)
-    model, tokenizer, image_processor = load_base(context.base, as_llava=not recipe.needs_keys, **options)
+    loaded: Any = load_base(context.base, as_llava=not recipe.needs_keys, **options)
+    model, tokenizer, image_processor = loaded
     if recipe.needs_keys:
         model.requires_grad_(False)
         check_slots_fit(model.config, context.pool, context.base)
@@ -46,7 +47,8 @@ def load_for_training(
     _refuse_lost_tower(recipe, context, model_args)
     with torch.random.fork_rng():  # DeepSpeed draws numbers of its own
         torch.manual_seed(args.seed)
-        ask(model.config, context.base.kind == "plain", model_args, data_args)
+        if (asked := pinpoints(data_args)) is not None:
+            model.config.image_grid_pinpoints = asked
         model.get_model().initialize_vision_modules(model_args)
     _settle_padding(model, tokenizer, prompt)
     context.new_tokens = initialize_vision_tokenizer(model, model_args, tokenizer)

@@ -10,7 +10,7 @@ import ast
 from typing import Any
 
 from llava.model.vision.setup import DEFAULTS, is_tower_of, settle
-from llava.utils import UserError
+from llava.utils import UserError, rank0_print
 
 FREE = "leave it out, or leave out --task to train LLaVA's own stages"
 SAME_AS_BASE = tuple(DEFAULTS)
@@ -57,9 +57,11 @@ def check_frozen_base(config: Any, model_args: Any, data_args: Any, args: Any) -
         value = getattr(model_args, name, None) if hasattr(model_args, name) else getattr(args, name)
         if value != nothing:
             raise UserError(f"--{name} {value} changes the base, which stage 2 leaves frozen; {FREE}")
-    if model_args.vision_tower and not is_tower_of(config, model_args.vision_tower):
-        has = getattr(config, "mm_vision_tower", None) or "one of its own"
-        raise UserError(f"--vision_tower {model_args.vision_tower}: the base's tower is {has}; {FREE}")
+    tower, has = model_args.vision_tower, getattr(config, "mm_vision_tower", None)
+    if tower and not has:
+        rank0_print(f"note: --vision_tower {tower}: the base holds its tower and gives it no name; that one stays")
+    elif tower and not is_tower_of(config, tower):
+        raise UserError(f"--vision_tower {tower}: the base's tower is {has}; {FREE}")
     for name in SAME_AS_BASE:
         asked, has = getattr(model_args, name), getattr(config, name, None)
         if asked is not None and asked != has:

@@ -101,7 +101,7 @@ def trained_parameters(model: Any, model_args: Any, args: Any, new_tokens: int =
         new_tokens: picture tokens that the tokenizer has got.
     """
     parts, tower = wanted_parts(model_args, args), model.get_vision_tower()
-    blind = unseen(tower) if tower is not None else set()
+    blind = tower.unseen() if "tower" in parts else set()
     marks = bool(model.config.mm_use_im_start_end) and bool(new_tokens or model_args.tune_mm_mlp_adapter)
     linears = set(find_all_linear_names(model)) if args.lora_bias != "none" else set()
 
@@ -117,14 +117,6 @@ def trained_parameters(model: Any, model_args: Any, args: Any, new_tokens: int =
         return bool(linears) and beside and (args.lora_bias == "all" or name.split(".")[-2] in linears)
 
     return {name: parameter for name, parameter in model.named_parameters() if trains(name, parameter)}
-
-
-def unseen(tower: Any) -> set[int]:
-    """Ids of the tower's parameters behind the layer that is looked at, which no gradient reaches."""
-    layers = next((part for part in tower.modules() if isinstance(part, nn.ModuleList)), [])
-    depth = tower.select_layer if tower.select_layer >= 0 else len(layers) + 1 + tower.select_layer
-    behind = [*layers[depth:], *(part for name, part in tower.named_modules() if name.endswith("post_layernorm"))]
-    return {id(parameter) for part in behind for parameter in part.parameters()}
 
 
 def groups_of(trained: Parameters, args: Any) -> Sequence[nn.Parameter | Mapping[str, Any]]:

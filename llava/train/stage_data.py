@@ -23,6 +23,7 @@ from llava.devices import default_device
 from llava.mm_utils import get_model_name_from_path
 from llava.model.multimodal_encoder.builder import build_vision_tower
 from llava.model.multimodal_encoder.tower import VisionTower
+from llava.model.partitioned import never_parted
 from llava.model.vision.features import load_vision_tower
 from llava.slots.encoders import encoder_from_identity
 from llava.slots.settings import RetrieverSettings
@@ -121,11 +122,10 @@ def picture_source(model: Any, base: Checkpoint, prompt: Prompt, image_folder: s
     config = model.config
 
     def alone() -> VisionTower:
-        if getattr(config, "vision_config", None) is None:
-            found = build_vision_tower(config)
-        else:
-            found = load_vision_tower(base, device)
-            found.select_layer, found.select_feature = tower.select_layer, tower.select_feature
+        with never_parted():
+            named = getattr(config, "vision_config", None) is None
+            found = build_vision_tower(config) if named else load_vision_tower(base, device)
+        found.select_layer, found.select_feature = tower.select_layer, tower.select_feature
         return found.to(device=device, dtype=dtype).eval()
 
     parted = args.bits < 16 or any(hasattr(weight, "ds_id") for weight in tower.parameters())

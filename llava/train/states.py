@@ -80,7 +80,7 @@ def save_whole_state(folder: Path, model: Any, state: dict[str, Tensor], dtype: 
         tower.image_processor.save_pretrained(folder)
 
 
-def maybe_zero_3(param: Tensor, ignore_status: bool = False, name: str | None = None) -> Tensor:
+def maybe_zero_3(param: Any, ignore_status: bool = False, name: str | None = None) -> Tensor:
     """A copy of a parameter on the CPU, whole; every process must call this.
 
     Args:
@@ -89,7 +89,8 @@ def maybe_zero_3(param: Tensor, ignore_status: bool = False, name: str | None = 
     if hasattr(param, "ds_id") and not ignore_status and str(param.ds_status).rsplit(".", 1)[-1] != "NOT_AVAILABLE":
         rank0_print(f"note: {name or 'a parameter'} is gathered already while it is copied")
     with gathered([param]):
-        return param.detach().cpu().clone()
+        whole: Tensor = param.detach().cpu().clone()
+        return whole
 
 
 def get_peft_state_maybe_zero_3(named_params: Named, bias: str) -> dict[str, Tensor]:

@@ -31,6 +31,7 @@ from llava.data.rows import Row
 from llava.data.samples import DataCollatorForSupervisedDataset, TrainingSamples, pictures_checksum
 from llava.devices import has_accelerator
 from llava.model.configs import llava_config
+from llava.model.partitioned import size_of
 from llava.slots.fit import seed_of
 from llava.slots.pool import Pool
 from llava.slots.settings import RetrieverSettings
@@ -150,10 +151,10 @@ def title(context: Context) -> str:
 
 def what_trains(recipe: Recipe, context: Context, parameters: list[torch.nn.Parameter]) -> str:
     """How many weights train, and what does not, in words."""
-    count = sum(parameter.numel() for parameter in parameters)
+    count = sum(map(size_of, parameters))
     if recipe.needs_keys:
         return f"{count:,} weights in {context.pool.size} slots train, the base is frozen"
-    return f"{count:,} of {sum(parameter.numel() for parameter in context.model.parameters()):,} weights train"
+    return f"{count:,} of {sum(map(size_of, context.model.parameters())):,} weights train"
 
 
 def look_at_deepspeed(path: str) -> None:
@@ -307,19 +308,10 @@ def finish(recipe: Recipe, context: Context, trainer: LLaVATrainer, loss: float,
         vars(model.config).pop("quantization_config", None)  # says how this run held the base, not what the stage is
         if recipe.needs_keys:
             model.config.base_model_name_or_path = context.base_name
-            context.more_files.append(
-                partial(
-                    write_stage_card,
-                    run=run,
-                    base=context.base.folder,
-                    base_name=context.base_name,
-                    sequence=context.sequence,
-                    task=context.task,
-                    rows=len(trainer.train_dataset),
-                )
-            )
         else:
             model.config.use_cache = True  # for whoever asks the model
+        rows = len(trainer.train_dataset)
+        context.more_files.append(partial(write_stage_card, context=context, rows=rows))
         recipe.write(context)
         shutil.rmtree(run.work, ignore_errors=True)
 

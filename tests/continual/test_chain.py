@@ -9,6 +9,7 @@ from tiny_world import arguments, refusal, write_sequence
 from llava.slots.pool import Pool
 from llava.train.train import train
 
+KEEPING = ("l2p", "moelora", "ewc")
 SAME_FILES = ("slots.pth", "training.json", "config.json", "tokenizer.json", "tokenizer_config.json")
 
 
@@ -38,7 +39,7 @@ def test_three_tasks_chained_by_the_base_are_those_chained_by_the_stage_before(w
     assert f"{first} is a stage: it is the stage before; base model: {world.base}" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("method", ["sequential", "l2p", "moelora", "ewc"])
+@pytest.mark.parametrize("method", ["sequential", *(pytest.param(m, marks=pytest.mark.slow) for m in KEEPING)])
 def test_other_methods_chain_likewise(world, tmp_path, method):
     more = ("--method", method, "--max_steps", "1")
     world.train("abd", tmp_path / "llava-one", None, *more)

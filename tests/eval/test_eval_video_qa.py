@@ -328,6 +328,17 @@ def test_the_prototypes_flags_score_as_ours_and_write_its_file(tmp_path, questio
     assert json.loads(scores.read_text()) == theirs and "is up to date" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("name", ["answer", "pred", "pred_response"])
+def test_predictions_under_the_prototypes_names(tmp_path, questions, name):
+    """It takes the first of text, answer, pred and pred_response that the first row has."""
+    rows = [{"question_id": n, name: text} for n, text in enumerate(ANSWERS)]
+    write_jsonl(tmp_path / "a.jsonl", rows)
+    run(questions, tmp_path / "a.jsonl")
+    figures = json.loads((tmp_path / "scores.json").read_text())["groups"]["overall"]["figures"]
+    assert figures["exact_match"]["value"] == 1.0
+    assert eval_video_qa.load_answers(write_answers(tmp_path / "b.jsonl", answer="no"))[0]["text"] == ANSWERS[0]
+
+
 def test_the_prototypes_command_runs_as_a_file(tmp_path, questions):
     """``python llava/eval/eval_video_qa.py`` puts the package's own folder on the path, where other names lie."""
     answers = prototype_answers(tmp_path / "merged_predictions.jsonl")

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+import transformers
+from huggingface_hub import ModelCard
+from peft import LoraConfig, get_peft_model
 from PIL import Image
 from tiny_llava import write_base, write_stage
 from tiny_world import LORA, make_world
@@ -90,6 +95,17 @@ def test_the_auto_class_gives_a_light_stage_with_its_slots(world, kind):
     assert not torch.equal(model(ids, text_query=query, image_query=image_query).logits, base(ids).logits)
 
 
+def test_the_auto_class_takes_a_base_that_has_moved(world, tmp_path):
+    stage = tmp_path / "llava-moved"
+    shutil.copytree(world.folder / "llava-retrieval", stage)
+    pool = Pool.read(stage / "slots.pth")
+    pool.base["path"] = str(tmp_path / "gone")
+    pool.write(stage / "slots.pth")
+    with pytest.raises(UserError, match="gone"):
+        AutoModelForCausalLM.from_pretrained(stage)
+    assert AutoModelForCausalLM.from_pretrained(stage, model_base=str(world.base)).retriever.known_tasks
+
+
 def test_the_weights_file_holds_no_slots_and_the_slots_are_those_of_the_stage(world, tmp_path):
     stage = world.folder / "llava-retrieval"
     model = load(stage)[1]
@@ -110,6 +126,16 @@ def test_shards_and_the_flags_of_older_programs(world, tmp_path):
     model.save_pretrained(tmp_path, max_shard_size="100KB", safe_serialization=True)
     assert len(list(tmp_path.glob("model-*.safetensors"))) > 1
     assert_same(answers(*load(tmp_path)[:3]), answers(tokenizer, model, image_processor))
+
+
+def test_weights_in_shards_replace_those_in_one_file_and_the_other_way_round(world, tmp_path):
+    tokenizer, model, image_processor, _ = load(world.folder / "llava-retrieval")
+    expected = answers(tokenizer, model, image_processor)
+    for size in ("50GB", "50KB", "50GB"):
+        model.save_pretrained(tmp_path, max_shard_size=size)
+        assert (tmp_path / "model.safetensors").is_file() is (size == "50GB")
+        assert (tmp_path / "model.safetensors.index.json").is_file() is (size != "50GB")
+        assert_same(answers(*load(tmp_path)[:3]), expected)
 
 
 def test_a_given_state_decides_for_weights_and_slots(world, tmp_path):
@@ -145,6 +171,33 @@ def test_uploading_takes_the_whole_stage(world, tmp_path, monkeypatch):
     assert (sent["repo_id"], sent["commit_message"]) == ("me/llava-mine", "first")
     assert {"slots.pth", "memory.pth", "model.safetensors", "config.json"} <= set(sent["allow_patterns"])
     assert "notes.txt" not in sent["allow_patterns"]
+
+
+def test_push_to_hub_uploads_a_stage_with_its_card(world, monkeypatch):
+    """Transformers writes a card of its own over the stage's before it uploads."""
+    hub, sent = transformers.utils.hub, {}
+    api = SimpleNamespace(create_repo=lambda name, **_: SimpleNamespace(repo_id=name))
+    monkeypatch.setattr(hub, "hf_api", lambda: api)
+    monkeypatch.setattr(hub, "create_and_tag_model_card", lambda *_, **__: ModelCard("---\ntags: []\n---\nTheirs.\n"))
+    monkeypatch.setattr(
+        hub.PushToHubMixin,
+        "_upload_modified_files",
+        lambda _, folder, *__, **___: sent.update({path.name: path.read_bytes() for path in Path(folder).iterdir()}),
+    )
+    load(world.folder / "llava-retrieval")[1].push_to_hub("me/llava-mine")
+    assert {"slots.pth", "model.safetensors", "config.json"} <= sent.keys()
+    card = sent["README.md"].decode()
+    assert "Theirs." in card and "# llava-mine" in card and "Not for clinical use" in card
+
+
+def test_a_lora_put_on_by_another_program_is_not_left_out(world, tmp_path):
+    model = load(world.folder / "llava-retrieval")[1]
+    wrapped = get_peft_model(model, LoraConfig(target_modules=["q_proj"]))
+    with pytest.raises(UserError, match="a LoRA lies beside"):
+        model.save_pretrained(tmp_path / "saved")
+    merged = wrapped.merge_and_unload()
+    merged.save_pretrained(tmp_path / "saved")
+    assert Checkpoint.open(tmp_path / "saved").kind == "stage"
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

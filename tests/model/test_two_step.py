@@ -161,8 +161,9 @@ def test_the_decoder_called_by_itself_follows_the_route(stage):
     close(out.last_hidden_state, whole.hidden_states[-1])
     base = model.model(inputs_embeds=embeds, attention_mask=wide, route="none").last_hidden_state
     assert not torch.allclose(base, out.last_hidden_state, atol=1e-2)
-    with pytest.raises(ValueError, match="is not known"):
-        model.model(input_ids=ids.clamp(min=0))
+    text, mask, _ = prompts(tokenizer, pictured=False)
+    found = model.model(input_ids=text, attention_mask=mask).last_hidden_state
+    close(model.lm_head(found), model(text, attention_mask=mask, questions=list(ASKED)).logits)
 
 
 # -- caches ------------------------------------------------------------------------------------------------------------
@@ -258,6 +259,7 @@ def test_a_cache_that_grew_to_beams_takes_its_routes_along(stage):
     close(found[::2], one)
     close(found[1::2], one)
     three.batch_select_indices(torch.tensor([0, 1, 1]))
-    with pytest.raises(ValueError, match=r"2 question\(s\) does not fit a batch of 3 row\(s\)"):
-        model(torch.tensor([[5], [6], [6]]), past_key_values=three)
+    close(model(torch.tensor([[5], [6], [6]]), past_key_values=three).logits, one[[0, 1, 1]])
+    with pytest.raises(ValueError, match=r"3 question\(s\) does not fit a batch of 4 row\(s\)"):
+        model(torch.tensor([[5], [6], [6], [6]]), past_key_values=three)
     assert beams(6, 2, "a route") == 3

@@ -13,6 +13,7 @@ from transformers import LlavaForConditionalGeneration
 
 from llava.checkpoints.weights import load_bin
 from llava.constants import IGNORE_INDEX
+from llava.model.builder import load_pretrained_model
 from llava.train import llava_trainer
 from llava.train.train import train
 
@@ -77,6 +78,8 @@ def test_the_loss_falls_as_that_of_transformers_own_llava(parts, tmp_path, monke
         expected.append(loss.item())
     assert len(losses) == 10 and losses[-1] < 0.9 * losses[0]
     assert losses == pytest.approx(expected, abs=1e-4)
+    trained_here = load_pretrained_model(str(tmp_path / "llava-ours"), None, device="cpu")[1]  # in LLaVA's own layout
+    assert torch.allclose(trained_here.lm_head.weight, model.lm_head.weight, atol=1e-4)
 
 
 # -- a killed run ------------------------------------------------------------------------------------------------------

@@ -1,17 +1,21 @@
 """LLaVA's own two stages: what trains, what is written, and that it loads here and in transformers."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from tiny_parts import stage_words, trained_names, write_parts
 from tiny_world import arguments
-from transformers import LlavaForConditionalGeneration
+from transformers import LlavaForConditionalGeneration, SiglipImageProcessorPil, SiglipVisionConfig, SiglipVisionModel
 
 from llava.checkpoints.weights import load_bin
 from llava.model.builder import load_base, load_pretrained_model
 from llava.model.convert import convert
 from llava.train import llava_trainer
+from llava.train.arguments import parse_arguments
+from llava.train.flags import check_frozen_base
 from llava.train.train import train
 from llava.utils import UserError
 
@@ -46,6 +50,8 @@ def test_alignment_writes_a_projector_and_llavas_config(parts, aligned):
     files = {file.name for file in aligned.iterdir()}
     assert {"mm_projector.bin", "config.json", "tokenizer.json", "training.json"} <= files
     assert not [name for name in files if name.endswith(".safetensors")]
+    card = (aligned / "README.md").read_text()
+    assert "Not for clinical use" in card and "| method | align |" in card and str(parts) not in card
     config = json.loads((aligned / "config.json").read_text())
     expected = {
         "architectures": ["LlavaLlamaForCausalLM"],
@@ -169,6 +175,10 @@ def test_a_tower_that_trains_is_not_looked_at_ahead(parts, tmp_path, monkeypatch
         ("--method instruct --tune_mm_mlp_adapter True", "is feature alignment"),
         ("--mm_vision_select_layer -9", "the tower has 2 layers"),
         ("--mm_patch_merge_type round", "choose from flat"),
+        ("--mm_projector_type mlp", "known: linear, mlp<N>x_gelu"),
+        ("--mm_projector_type identity", "16 wide and the decoder is 32"),
+        ("--mm_vision_select_feature eyes", "must be 'patch' or 'cls_patch'"),
+        ("--version v9", "unknown conversation template 'v9'"),
         ("--image_aspect_ratio anyres", "image_grid_pinpoints"),
         ("--image_grid_pinpoints 7", "is no list of sizes"),
         ("--pretrain_mm_mlp_adapter nowhere.bin", "projector file not found: nowhere.bin"),
@@ -259,11 +269,22 @@ def test_stage_2_refuses_what_would_change_the_base_and_takes_what_equals_it(wor
     world.train("abd", tmp_path / "llava-same", None, *same.split(), "--tune_mm_mlp_adapter", "False", "--max_steps", 1)
     for flags in (
         "--tune_mm_mlp_adapter True", "--mm_projector_lr 1e-3", "--mm_vision_select_layer -1", "--lora_bias all",
-        "--vision_tower openai/clip", "--pretrain_mm_mlp_adapter x.bin", "--unfreeze_mm_vision_tower True",
+        "--pretrain_mm_mlp_adapter x.bin", "--unfreeze_mm_vision_tower True",
         "--mm_projector_type linear", "--mm_tunable_parts mm_mlp_adapter", "--mm_use_im_patch_token True",
     ):  # fmt: skip
         with pytest.raises(UserError, match=f"^{flags.split()[0]}"):
             world.train("abd", tmp_path / "llava-other", None, *flags.split())
+
+
+def test_stage_2_takes_the_bases_tower_by_its_last_name_and_no_other(capsys):
+    words = "--task abd --model_name_or_path base --use_cpu True --vision_tower output/clip-vit-large-patch14-336"
+    groups = parse_arguments(words.split())
+    check_frozen_base(SimpleNamespace(mm_vision_tower="openai/clip-vit-large-patch14-336"), *groups)
+    assert "note" not in capsys.readouterr().out
+    with pytest.raises(UserError, match="the base's tower is openai/clip-vit-large-patch14; leave it out"):
+        check_frozen_base(SimpleNamespace(mm_vision_tower="openai/clip-vit-large-patch14"), *groups)
+    check_frozen_base(SimpleNamespace(mm_vision_tower=""), *groups)
+    assert "gives it no name; that one stays" in capsys.readouterr().out
 
 
 def test_rows_are_grouped_by_modality(parts, tmp_path, monkeypatch):
@@ -277,4 +298,101 @@ def test_rows_are_grouped_by_modality(parts, tmp_path, monkeypatch):
     monkeypatch.setattr(llava_trainer.LLaVATrainer, "compute_loss", note)
     more = ("--version", "v1", "--group_by_modality_length", "True", "--max_steps", -1, "--num_train_epochs", 1)
     run(parts, tmp_path / "llava-grouped", *more, "--per_device_train_batch_size", 2)
-    assert len(kinds) == 7 and all(len(set(kind)) == 1 for kind in kinds)
+    assert len(kinds) == 8 and all(len(set(kind)) == 1 for kind in kinds)
+
+
+# -- decoders, towers and sizes of other kinds -------------------------------------------------------------------------
+
+
+def test_tied_embeddings_stay_tied(tmp_path):
+    parts = write_parts(tmp_path, tie_word_embeddings=True)
+    stage = run(parts, tmp_path / "llava-tied", "--version", "v1")
+    model = load_pretrained_model(str(stage), None, device="cpu")[1]
+    assert model.lm_head.weight is model.get_input_embeddings().weight
+    lm = load_base(parts / "vicuna")[0]
+    assert not torch.equal(model.lm_head.weight, lm.lm_head.weight)
+
+
+def test_a_mistral_becomes_a_llava_mistral_with_tiles(tmp_path):
+    parts = write_parts(tmp_path, family="mistral")
+    flags = "--version mistral_instruct --image_aspect_ratio anyres --mm_patch_merge_type spatial_unpad"
+    sizes = ("--image_grid_pinpoints", "[(16, 32), (32, 16)]", "--mm_use_im_patch_token", "True")
+    stage = run(parts, tmp_path / "llava-mistral", *flags.split(), *sizes)
+    config = json.loads((stage / "config.json").read_text())
+    assert config["model_type"] == "llava_mistral" and config["image_grid_pinpoints"] == [[16, 32], [32, 16]]
+    tokenizer, model, *_ = load_pretrained_model(str(stage), None, device="cpu")
+    assert model.model.image_newline.abs().sum() > 0 and config["mm_use_im_patch_token"]
+    assert tokenizer.convert_tokens_to_ids("<im_patch>") == len(model.get_input_embeddings().weight) - 1
+    with pytest.raises(UserError, match="Llama and Mistral decoders"):
+        values = json.loads((parts / "vicuna" / "config.json").read_text())
+        (parts / "vicuna" / "config.json").write_text(
+            json.dumps({**values, "model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]})
+        )
+        run(parts, tmp_path / "llava-other", "--version", "v1")
+
+
+def test_another_tower_takes_the_place_of_a_llavas_own(tuned, parts, tmp_path):
+    """Where the whole model is written; a projector or LoRA would come back over the base's tower."""
+    other = write_parts(tmp_path, seed=1) / "clip"
+    other = other.rename(tmp_path / "other-clip")
+    more = ("--model_name_or_path", tuned, "--vision_tower", other, "--version", "v1", "--learning_rate", 0)
+    stage = run(parts, tmp_path / "llava-other-eyes", *more)
+    state = load_pretrained_model(str(stage), None, device="cpu")[1].state_dict()
+    expected = load_file(other / "model.safetensors")
+    ours = {name.split("vision_tower.vision_tower.")[-1]: value for name, value in state.items()}
+    assert all(torch.equal(ours[name.removeprefix("vision_model.")], value) for name, value in expected.items())
+    with pytest.raises(UserError, match="is kept without a tower"):
+        run(parts, tmp_path / "llava-lora", *more, "--lora_enable", "True")
+
+
+def test_another_projector_takes_the_place_of_a_llavas_own(tuned, parts, tmp_path, capsys):
+    more = ("--model_name_or_path", tuned, "--version", "v1", "--mm_projector_type", "linear")
+    stage = run(parts, tmp_path / "llava-linear", *more, "--mm_vision_select_layer", "-1")
+    assert "a new projector of type linear takes the place of mlp2x_gelu" in capsys.readouterr().out
+    model = load_pretrained_model(str(stage), None, device="cpu")[1]
+    names = [name for name in model.state_dict() if "mm_projector" in name]
+    assert names == ["model.mm_projector.weight", "model.mm_projector.bias"]
+    assert model.config.mm_vision_select_layer == model.get_vision_tower().select_layer == -1
+
+
+def test_another_kind_of_tower_trains_as_far_as_it_is_looked_at(parts, tmp_path):
+    """SigLIP: no class token, and a pooling head that no feature depends on."""
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    SiglipVisionModel(SiglipVisionConfig(image_size=16, patch_size=8, **sizes)).save_pretrained(tmp_path / "siglip")
+    size = {"height": 16, "width": 16}
+    SiglipImageProcessorPil(size=size).save_pretrained(tmp_path / "siglip")
+    more = ("--version", "v1", "--vision_tower", tmp_path / "siglip", "--mm_tunable_parts", "mm_vision_tower")
+    stages = [run(parts, tmp_path / f"llava-{rate}", *more, "--learning_rate", rate) for rate in (0, 1e-3)]
+    before, after = (load_pretrained_model(str(stage), None, device="cpu")[1].state_dict() for stage in stages)
+    moved = [name for name in before if not torch.equal(before[name], after[name])]
+    assert all("vision_tower" in name for name in moved)
+    changed = {name.split("vision_tower.vision_tower.")[-1].removeprefix("vision_model.") for name in moved}
+    assert any("layers.0." in name for name in changed) and "embeddings.patch_embedding.weight" in changed
+    assert not [name for name in changed if "layers.1." in name or "head" in name or "layernorm" in name.split(".")[0]]
+
+
+@pytest.mark.parametrize("bias", ["all", "lora_only"])
+def test_biases_that_train_beside_a_lora_are_kept_with_the_projector(tmp_path, bias):
+    parts = write_parts(tmp_path, attention_bias=True)
+    more = ("--version", "v1", "--lora_enable", "True", "--lora_r", 2, "--lora_bias", bias)
+    stage = run(parts, tmp_path / "llava-bias", *more)
+    extra = {name.removeprefix("base_model.model.") for name in load_bin(stage / "non_lora_trainables.bin")}
+    names = {f"model.layers.{n}.self_attn.{part}_proj.bias" for n in (0, 1) for part in "qkvo"}
+    assert names == {name for name in extra if "mm_projector" not in name}
+    model, *_ = question(stage)
+    assert model.state_dict()["model.layers.0.self_attn.q_proj.bias"].abs().sum() > 0
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize(
+    "flags", ["--version v1 --lora_enable True --lora_r 2", "--version plain --tune_mm_mlp_adapter True"]
+)
+def test_a_quantised_language_model_serves_both_stages(tmp_path, bits, flags):
+    parts = write_parts(tmp_path, hidden_size=64, intermediate_size=64)
+    data = "align.json" if "plain" in flags else "instruct.json"
+    stage = run(parts, tmp_path / "llava-bits", *flags.split(), "--bits", bits, "--max_steps", 1, data=data)
+    extra = load_bin(stage / ("mm_projector.bin" if "plain" in flags else "non_lora_trainables.bin"))
+    assert {value.dtype for value in extra.values()} == {torch.float32}
+    _, model, *_ = load_pretrained_model(str(stage), str(parts / "vicuna"), device="cpu")
+    assert torch.equal(model.model.mm_projector[0].weight, next(v for k, v in extra.items() if "0.weight" in k))
+    assert "quantization_config" not in json.loads((stage / "config.json").read_text())

@@ -13,7 +13,7 @@ import importlib
 import re
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 from transformers import (
@@ -83,13 +83,13 @@ class EfficientNetLiteModel(PreTrainedModel):
         network = self.network
         x = network._swish(network._bn0(network._conv_stem(pixel_values)))
         found = [x]
-        for block, last in zip(network._blocks, self._stage_ends(), strict=True):
+        for block, last in zip(network._blocks, self.stage_ends(), strict=True):
             x = block(x)
             if last:
                 found.append(x)
         return [*found, network._swish(network._bn1(network._conv_head(x)))]
 
-    def _stage_ends(self) -> list[bool]:
+    def stage_ends(self) -> list[bool]:
         """For each block: whether the next one begins a stage, which is where the channels change."""
         widths = [block._project_conv.out_channels for block in self.network._blocks]
         return [here != after for here, after in zip(widths, [*widths[1:], None], strict=True)]
@@ -97,7 +97,7 @@ class EfficientNetLiteModel(PreTrainedModel):
     def widths(self) -> list[int]:
         """Channels of each of the ``maps``."""
         network = self.network
-        blocks = zip(network._blocks, self._stage_ends(), strict=True)
+        blocks = zip(network._blocks, self.stage_ends(), strict=True)
         stages = [block._project_conv.out_channels for block, last in blocks if last]
         return [network._conv_stem.out_channels, *stages, network._conv_head.out_channels]
 
@@ -105,7 +105,7 @@ class EfficientNetLiteModel(PreTrainedModel):
         """Pixels per patch, along a side, of each of the ``maps``."""
         network = self.network
         found, stride = [2], 2
-        for block, last in zip(network._blocks, self._stage_ends(), strict=True):
+        for block, last in zip(network._blocks, self.stage_ends(), strict=True):
             stride *= int(block._depthwise_conv.stride[0])
             if last:
                 found.append(stride)
@@ -130,6 +130,11 @@ class EfficientNetVisionTower(VisionTower):
     def check_selection(self) -> None:
         super().check_selection()
         refuse_class_token(self.select_feature, "EfficientNet")
+        layers = len(self._network.widths()) if self.is_loaded else None
+        if layers is not None and not -layers <= self.select_layer < layers:
+            raise UserError(
+                f"mm_vision_select_layer is {self.select_layer}; the tower has {layers} layers, give -{layers} to -1"
+            )
 
     @classmethod
     def read_config(cls, name: str) -> PretrainedConfig:
@@ -169,16 +174,33 @@ class EfficientNetVisionTower(VisionTower):
 
     def _finish_loading(self) -> None:
         super()._finish_loading()
-        model: Any = self.vision_tower
-        layers = len(model.widths())
-        if not -layers <= self.select_layer < layers:
-            raise UserError(f"mm_vision_select_layer is {self.select_layer}; this tower has {layers} layers")
-        config = model.config
-        config.hidden_size, config.patch_size = model.widths()[self.select_layer], model.strides()[self.select_layer]
+        self.check_selection()
+
+    @property
+    def _network(self) -> EfficientNetLiteModel:
+        return cast(EfficientNetLiteModel, self.vision_tower)
+
+    @property
+    def config(self) -> PretrainedConfig:
+        """The tower's config; width and patches are those of the chosen layer."""
+        config = super().config
+        if self.is_loaded:
+            layer = self.select_layer
+            config.hidden_size, config.patch_size = self._network.widths()[layer], self._network.strides()[layer]
+        return config
 
     @property
     def leading_tokens(self) -> int:
         return 0
+
+    def unseen(self) -> set[int]:
+        network: Any = self._network.network
+        ends = [number + 1 for number, last in enumerate(self._network.stage_ends()) if last]
+        seen = [0, *ends, len(network._blocks)][self.select_layer % (len(ends) + 2)]
+        behind = [*network._blocks[seen:]]
+        if self.select_layer % (len(ends) + 2) <= len(ends):
+            behind += [network._conv_head, network._bn1]
+        return {id(parameter) for part in behind for parameter in part.parameters()}
 
     @property
     def hidden_size(self) -> int:

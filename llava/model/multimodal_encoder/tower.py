@@ -23,6 +23,10 @@ FEATURES = ("patch", "cls_patch")
 """LLaVA's ``mm_vision_select_feature``: patches alone, or with the tokens in front of them."""
 
 
+_BEHIND_ALL_LAYERS = ("post_layernorm", "vision_tower.layernorm", "vision_tower.head")
+"""Ends of names of what a tower does to its last layer, as CLIP, DINOv2 and SigLIP call it."""
+
+
 class VisionTower(nn.Module):
     """Patches of one hidden layer: ``[images, 3, height, width] -> [images, patches, mm_hidden_size]``.
 
@@ -53,9 +57,9 @@ class VisionTower(nn.Module):
         layer = getattr(args, "mm_vision_select_layer", None)
         self.select_layer: int = -2 if layer is None else layer
         self.select_feature = getattr(args, "mm_vision_select_feature", None) or "patch"
-        self.check_selection()
         self.image_processor: BaseImageProcessor | None = None
         self.is_loaded = False
+        self.check_selection()
         if vision_config is not None:
             self.vision_tower = self.model_class(self.config_class(**vision_config))
             self._finish_loading()
@@ -168,6 +172,14 @@ class VisionTower(nn.Module):
         with torch.set_grad_enabled(self.trains and torch.is_grad_enabled()):
             outputs: Any = self.vision_tower(images.to(device=self.device, dtype=self.dtype), output_hidden_states=True)
             return self.feature_select(outputs).to(images.dtype)
+
+    def unseen(self) -> set[int]:
+        """Ids of the parameters behind the chosen layer, which no gradient reaches."""
+        layers = next((part for part in self.modules() if isinstance(part, nn.ModuleList)), nn.ModuleList())
+        depth = self.select_layer if self.select_layer >= 0 else len(layers) + 1 + self.select_layer
+        named = self.named_modules()
+        behind = [*list(layers)[depth:], *(part for name, part in named if name.endswith(_BEHIND_ALL_LAYERS))]
+        return {id(parameter) for part in behind for parameter in part.parameters()}
 
     @property
     def trains(self) -> bool:

@@ -1,7 +1,8 @@
 """A batch without pictures, in training: tower and projector run on an empty one, which counts for nothing.
 
 Processes that train together must run the same modules: one whose rows hold no picture would keep the others waiting
-for its gradients, or under ZeRO-3 for its parts of the weights.
+for its gradients, or under ZeRO-3 for its parts of the weights. And in the same order, tower and projector before the
+embeddings: DeepSpeed sums gradients as they come.
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ LLaVA's defaults.
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ def settle(config: Any, model_args: Any) -> None:
     """Put what is asked for into a config, and LLaVA's defaults where neither it nor the command says anything.
 
     Raises:
-        UserError: an unknown way to merge tiles.
+        UserError: an unknown projector, or an unknown way to merge tiles.
     """
     has_pictures = bool(getattr(config, "mm_vision_tower", None) or getattr(config, "vision_config", None))
     for name, default in DEFAULTS.items():
@@ -49,6 +50,8 @@ def settle(config: Any, model_args: Any) -> None:
         setattr(config, name, asked)
     if config.mm_patch_merge_type not in MERGES:
         raise UserError(f"mm_patch_merge_type is {config.mm_patch_merge_type!r}; choose from {', '.join(MERGES)}")
+    if not re.fullmatch(r"linear|identity|mlp[1-9]\d*x_gelu", config.mm_projector_type or "linear"):
+        raise UserError(f"mm_projector_type is {config.mm_projector_type!r}; known: linear, mlp<N>x_gelu, identity")
     wanted = getattr(model_args, "vision_tower", None)
     if wanted and not is_tower_of(config, wanted):
         config.mm_vision_tower = wanted
@@ -78,6 +81,7 @@ def initialize_vision_modules(model: Any, model_args: Any) -> None:
     ):
         tower = None  # another one is asked for
     like: Tensor = model.embed_tokens.weight
+    start = torch.get_rng_state()
     if tower is None:
         tower = model.vision_tower = build_vision_tower(config, delay_load=True)
     if not tower.is_loaded:
@@ -88,13 +92,19 @@ def initialize_vision_modules(model: Any, model_args: Any) -> None:
     _check_layer(tower)
     config.mm_hidden_size, config.use_mm_proj = tower.hidden_size, True
     config.mm_patches_per_side = tower.num_patches_per_side
+    if config.mm_projector_type == "identity" and config.mm_hidden_size != config.hidden_size:
+        raise UserError(
+            f"mm_projector_type is 'identity', but the tower's features are {config.mm_hidden_size} wide and the "
+            f"decoder is {config.hidden_size}; choose linear or mlp2x_gelu"
+        )
+    torch.set_rng_state(start)  # loading a tower draws numbers too, and under ZeRO-3 others
     if before != (config.mm_projector_type, config.mm_hidden_size):
         if before is not None:
             rank0_print(f"note: a new projector of type {config.mm_projector_type} takes the place of {before[0]}")
         model.mm_projector = build_vision_projector(config).to(device=like.device, dtype=like.dtype)
     if "unpad" in config.mm_patch_merge_type and getattr(model, "image_newline", None) is None:
-        start = torch.randn(config.hidden_size) / config.hidden_size**0.5
-        model.image_newline = nn.Parameter(start.to(device=like.device, dtype=like.dtype))
+        newline = torch.randn(config.hidden_size) / config.hidden_size**0.5
+        model.image_newline = nn.Parameter(newline.to(device=like.device, dtype=like.dtype))
     path = getattr(model_args, "pretrain_mm_mlp_adapter", None)
     if path:
         _read_trained(model, path)
@@ -137,7 +147,7 @@ def initialize_vision_tokenizer(model: Any, model_args: Any, tokenizer: PreTrain
     grow_embeddings(model, tokenizer, added)
     path, marks = getattr(model_args, "pretrain_mm_mlp_adapter", None), bool(config.mm_use_im_start_end)
     if marks and path:
-        _read_embeddings(model, path, tokenizer.convert_tokens_to_ids(MARKS))
+        _read_embeddings(model, path, [tokenizer.get_vocab()[mark] for mark in MARKS])
     if getattr(model_args, "tune_mm_mlp_adapter", False) and (marks or config.mm_use_im_patch_token):
         model.get_input_embeddings().requires_grad_(marks)
         if model.get_output_embeddings().weight is not model.get_input_embeddings().weight:

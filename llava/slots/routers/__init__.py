@@ -82,6 +82,7 @@ class Router:
         return keys[0].device if keys else torch.device("cpu")
 
     @functools.cached_property
+    @torch.inference_mode(False)
     def keys(self) -> KeyScores:
         """How near a question is to each slot."""
         settings = self.settings

@@ -186,6 +186,31 @@ def test_a_tower_trains_only_where_it_is_unfrozen(kind, base):
     assert all(torch.equal(value, after[key]) for key, value in before.items())  # no statistics moved either
 
 
+@pytest.mark.parametrize("layer", [-1, -2, 1])
+def test_the_parameters_behind_the_chosen_layer_get_no_gradient_and_all_others_do(kind, tower, layer):
+    args = SimpleNamespace(mm_vision_tower=str(tower), mm_vision_select_layer=layer)
+    chosen = build_vision_tower(args)
+    chosen.vision_tower.requires_grad_(True)
+    chosen(picture(side_of(kind)).expand(2, -1, -1, -1)).square().sum().backward()
+    reached = {id(each) for each in chosen.parameters() if each.grad is not None}
+    mask = {id(each) for name, each in chosen.named_parameters() if name.endswith("mask_token")}  # of pre-training
+    assert reached.isdisjoint(chosen.unseen())
+    assert reached | chosen.unseen() | mask == {id(each) for each in chosen.parameters()}
+
+
+def test_another_layer_of_the_convolutional_tower_has_another_width_and_grid():
+    config = EfficientNetLiteConfig(image_size=32)
+    make("efficientnet_lite")
+    args = SimpleNamespace(mm_vision_tower="eye", mm_vision_select_layer=-1, vision_config=config.to_dict())
+    tower = build_vision_tower(args)
+    assert (tower.hidden_size, tower.num_patches) == (1280, 1) == (tower.config.hidden_size, 1)
+    tower.select_layer = -4
+    assert (tower.hidden_size, tower.num_patches, tower.config.patch_size) == (112, 4, 16)
+    tower.select_layer = -10
+    with pytest.raises(UserError, match="mm_vision_select_layer is -10; the tower has 9 layers, give -9 to -1"):
+        tower.check_selection()
+
+
 def test_a_hub_name_of_another_kind(kind, tower, monkeypatch):
     monkeypatch.chdir(tower.parent)
     tower.rename("clip-vit-tiny")
