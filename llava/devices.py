@@ -23,6 +23,13 @@ def cpu_has_bfloat16() -> bool:
     return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
+def gpu_has_bfloat16() -> bool:
+    """Whether the GPU multiplies bfloat16 by itself: NVIDIA's since Ampere, AMD's since MI200."""
+    import torch
+
+    return torch.cuda.is_bf16_supported(including_emulation=False)
+
+
 def default_device(requested: str | None = None, use_cpu: bool = False) -> str:
     """The device asked for, else the accelerator where there is one, else the CPU.
 

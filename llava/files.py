@@ -27,11 +27,18 @@ _HIDDEN_FULL_DISK = ("PytorchStreamWriter failed", "iostream error", "No space l
 def atomic_write(path: str | os.PathLike, mode: str = "w") -> Iterator[IO[Any]]:
     """Open a temporary file beside ``path`` that replaces it only when the block ends without an error.
 
-    A killed or failed writer leaves the old file as it was. Missing parent folders are made.
+    A killed or failed writer leaves the old file as it was. Missing parent folders are made. What is no file, such as
+    ``/dev/null`` or a pipe, is written to and stays.
     """
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     encoding = None if "b" in mode else "utf-8"
+    if target.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(target))
+    if _is_device(target):
+        with open(target, mode, encoding=encoding) as stream:
+            yield stream
+        return
     handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp")
     try:
         with os.fdopen(handle, mode, encoding=encoding) as stream:
@@ -113,6 +120,11 @@ def _wait_for(lock: BaseFileLock, target: Path, hint: str) -> None:
     except Timeout:
         rank0_print(f"{target}: another process is writing this file; waiting for it{hint}")
         lock.acquire()
+
+
+def _is_device(target: Path) -> bool:
+    """Whether to rename a file over it would take something away from the whole machine, or from a reader."""
+    return target.parent == Path("/dev") or (target.exists() and not target.is_file())
 
 
 def _umask() -> int:

@@ -28,7 +28,7 @@ launch() {
         return
     fi
     echo "== training on $gpus GPU(s) with $ZERO -> $OUTPUT_DIR"
-    arguments+=(--deepspeed "$ZERO" --bf16 True --tf32 True --gradient_checkpointing True)
+    arguments+=(--deepspeed "$ZERO" --bf16 auto --tf32 True --gradient_checkpointing True)
     # shellcheck disable=SC2086
     python -m deepspeed.launcher.runner --master_port "$MASTER_PORT" "$root/llava/train/train_mem.py" \
         "${arguments[@]}" $EXTRA_ARGS

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from llava.files import only_writer
+from llava.files import atomic_write, only_writer
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -74,3 +74,21 @@ def test_a_folder_without_permission_is_no_matter_of_locks(tmp_path, monkeypatch
     refuse_locks(monkeypatch, errno.EACCES + 1000)
     with pytest.raises(OSError, match="1013"), only_writer(tmp_path / "a"):
         raise AssertionError("not reached")
+
+
+def test_what_is_no_file_is_written_to_and_stays(tmp_path):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    read = []
+    reader = threading.Thread(target=lambda: read.append(pipe.read_text()), daemon=True)
+    reader.start()
+    with atomic_write(pipe) as stream:
+        stream.write("answers")
+    reader.join(10)
+    assert read == ["answers"] and pipe.is_fifo() and list(tmp_path.iterdir()) == [pipe]
+
+
+def test_a_folder_in_a_files_place_is_named_before_anything_is_written(tmp_path):
+    with pytest.raises(IsADirectoryError) as refused, atomic_write(tmp_path):
+        pass
+    assert refused.value.filename == str(tmp_path) and list(tmp_path.iterdir()) == []

@@ -99,11 +99,13 @@ class Run:
         """Whether the folder holds this very stage, whole.
 
         Raises:
-            UserError: it holds one that was trained otherwise, or whose slots are no longer those that were trained.
+            UserError: it holds one that was trained otherwise, or whose slots are no longer those that were trained; or
+                something else, which the finished stage would replace.
         """
-        if not (self.folder / (SLOTS_FILE if self.has_slots else TRAINING_FILE)).is_file():
-            return False
         self._refuse_another(self.folder / TRAINING_FILE, self.folder)
+        if not (self.folder / (SLOTS_FILE if self.has_slots else TRAINING_FILE)).is_file():
+            self._refuse_occupied()
+            return False
         if self.has_slots:
             self._refuse_edited()
         return True
@@ -161,6 +163,16 @@ class Run:
         if found := difference(kept, now, self.unset):
             aim = "train again" if folder == self.folder else "start the task anew"
             raise UserError(f"{path}: was trained with {found}; remove {folder} to {aim}, or restore the setting")
+
+    def _refuse_occupied(self) -> None:
+        """The folder is replaced as a whole, so it must be new, empty, or what is left of this very stage."""
+        mend = "writing the stage would remove it; give --output_dir a new folder, or move it away"
+        if self.folder.is_symlink() or self.folder.is_file():
+            raise UserError(f"{self.folder} is no folder of its own: {mend}")
+        if (self.folder / TRAINING_FILE).is_file() or not self.folder.is_dir():
+            return
+        if found := sorted(entry.name for entry in self.folder.iterdir()):
+            raise UserError(f"{self.folder} holds {found[0]!r} and is no stage: {mend}")
 
     def _refuse_edited(self) -> None:
         """The slots must be the ones that the record names: a task may have been removed in place since."""

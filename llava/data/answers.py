@@ -21,15 +21,22 @@ def read_answers(path: str | Path, partial_last_line: bool = False) -> list[dict
         UserError: as ``read_rows``. Which row an answer is for is not looked at, see ``llava.eval.answer_match``.
     """
     source = require_file(path, "answer file", "check the path, or run the evaluation first")
-    answers: list[dict[str, Any]] = []
-    for where, value in json_values(source, partial_last_line):
-        if not isinstance(value, dict):
-            raise UserError(f"{where}: expected a JSON object, found {kind_of(value)}")
-        identifier_of(value.get("question_id"), f"{where}: field 'question_id'")
-        text_of(value.get("text"), f"{where}: field 'text'")
-        if not isinstance(value.get("metadata"), dict | None):
-            raise UserError(f"{where}: field 'metadata': expected an object, found {kind_of(value['metadata'])}")
-        answers.append(value)
+    answers = [parse_answer(value, where) for where, value in json_values(source, partial_last_line)]
     if not answers and not partial_last_line:
         raise UserError(f"{source}: the file holds no answers")
     return answers
+
+
+def parse_answer(value: Any, where: str) -> dict[str, Any]:
+    """Check one decoded JSON value and return it; ``where`` names the place in error messages.
+
+    Raises:
+        UserError: with the field and the reason.
+    """
+    if not isinstance(value, dict):
+        raise UserError(f"{where}: expected a JSON object, found {kind_of(value)}")
+    identifier_of(value.get("question_id"), f"{where}: field 'question_id'")
+    text_of(value.get("text"), f"{where}: field 'text'")
+    if not isinstance(value.get("metadata"), dict | None):
+        raise UserError(f"{where}: field 'metadata': expected an object, found {kind_of(value['metadata'])}")
+    return value

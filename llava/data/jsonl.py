@@ -61,7 +61,7 @@ def json_values(source: str | Path, partial_last_line: bool = False) -> Iterator
 
 def identifier_of(value: Any, where: str) -> int | str:
     if isinstance(value, bool) or not isinstance(value, int | str) or value == "":
-        raise UserError(f"{where}: expected a number or a string, found {kind_of(value)}")
+        raise UserError(f"{where}: expected a whole number or a string, found {kind_of(value)}")
     return value if isinstance(value, int) else text_of(value, where)
 
 

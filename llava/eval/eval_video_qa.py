@@ -26,7 +26,8 @@ from typing import Any
 
 import llava
 from llava.cli import fail, flag, parse, spelled
-from llava.data.answers import read_answers
+from llava.data.answers import parse_answer
+from llava.data.jsonl import json_values
 from llava.data.metric_names import METRICS, metric_names
 from llava.data.rows import Row, read_rows, write_jsonl
 from llava.eval.answer_match import answers_of, missing_rows, some, taken_by_order
@@ -165,33 +166,21 @@ class _Job:
 def load_answers(path: Path) -> list[dict[str, Any]]:
     """Answer rows, in this project's form or one of the prototype's (another name in place of ``text``)."""
     source = require_file(path, "answer file", "check the path, or run the evaluation first")
-    with open(source, "rb") as stream:
-        first = next((line for line in stream if line.strip()), b"")
-    name = _answer_name(first)
-    if name == ANSWER_NAMES[0]:
-        return read_answers(source)
-    answers = []
-    for number, line in enumerate(source.read_bytes().split(b"\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-            answers.append({**row, "text": str(row[name]), "question_id": row["question_id"]})
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(
-                f"{source} line {number}: not an answer row of the prototype ({type(error).__name__}: {error})"
-            ) from error
+    answers = [parse_answer(_in_our_form(value), where) for where, value in json_values(source)]
+    if not answers:
+        raise UserError(f"{source}: the file holds no answers")
     return answers
 
 
-def _answer_name(line: bytes) -> str:
-    """Under which name an answer row keeps its prediction; what is no row at all is for the reader to refuse."""
-    try:
-        row = json.loads(line)
-    except ValueError:
-        row = None
-    names = row if isinstance(row, dict) else {}
-    return next((name for name in ANSWER_NAMES if name in names), ANSWER_NAMES[0])
+def _in_our_form(value: Any) -> Any:
+    """An answer with its prediction as ``text``; the prototype's may be a number."""
+    names = value if isinstance(value, dict) else {}
+    name = next((name for name in ANSWER_NAMES if name in names), ANSWER_NAMES[0])
+    if name == ANSWER_NAMES[0]:
+        return value
+    said = value[name]
+    is_number = isinstance(said, int | float) and not isinstance(said, bool)
+    return {**value, "text": str(said) if is_number else said}
 
 
 def match_answers(

@@ -74,9 +74,9 @@ class QuestionReader:
             first = next((place for place in kept if targets and targets[place] != IGNORE_INDEX), None)
             text = prompt_text([ids[place] for place in kept], self.tokenizer)
             before = None if first is None else prompt_text([ids[p] for p in kept if p < first], self.tokenizer)
-            turn = user_turn(text if before is None else before, own)
+            turn = user_turn(text if before is None else before, own, ended=before is not None)
             if turn is None and before is not None:  # everything is labelled, or the mask is another program's
-                turn = user_turn(text, own, last=False)
+                turn = user_turn(text, own, until=len(before))
             found.append(_plain(self._whole(before or text) if turn is None else turn, suffix))
         return found
 
@@ -198,10 +198,11 @@ class _Marks:
         name = reply.strip().removeprefix(template.sep.strip()).strip()
         return cls(head.strip(), _loose(opening), after, rf"\A\s*{_loose(name)}|{_loose(reply.strip())}")
 
-    def turn(self, text: str, last: bool, strict: bool, must_be_open: bool) -> str | None:
-        """A user turn of ``text`` (the last or the first), or ``None`` where the template does not fit.
+    def turn(self, text: str, until: int | None, strict: bool, must_be_open: bool) -> str | None:
+        """The last user turn of ``text``, or ``None`` where the template does not fit.
 
         Args:
+            until: the first turn, or the last of those that begin before this place.
             strict: the text must begin as the template does; otherwise another system text may stand there.
             must_be_open: the text must end where the assistant is to speak.
         """
@@ -214,14 +215,14 @@ class _Marks:
             if opened is None:
                 return None
             start = opened.end()
-        while last and (replied := re.search(self.reply, text[start:])):
+        while replied := re.search(self.reply, text[start:]):
             rest = start + replied.end()
             later = re.search(self.later, text[rest:])  # inside a question it means nothing: no reply stands before it
-            if later is None:
+            if later is None or (until is not None and rest + later.end() >= until):
                 break
             start = rest + later.end()
         body = _SYSTEM_INSIDE.sub("", text[start:])
-        ended = re.search(rf"(?:{self.reply})\s*\Z", body) if last else None
+        ended = re.search(rf"(?:{self.reply})\s*\Z", body) if until is None else None
         if must_be_open:
             return None if ended is None else body[: ended.start()]
         ended = ended or re.search(self.reply, body)
@@ -245,10 +246,15 @@ def _loose(text: str) -> str:
     return re.escape(text).replace("><", r">\s*<")
 
 
-def user_turn(text: str, own: str | None = None, last: bool = True) -> str | None:
-    """A user turn of a rendered prompt, its last or its first, as it stands there; ``None`` where no template fits.
+_FITS = ((True, True), (True, False), (False, True), (False, False))
+"""In which order a template is tried: ``strict`` and ``must_be_open`` of ``_Marks.turn``."""
+
+
+def user_turn(text: str, own: str | None = None, until: int | None = None, ended: bool = False) -> str | None:
+    """The last user turn of a rendered prompt, as it stands there; ``None`` where no template fits.
 
     Args:
+        until: the last turn that begins before this place, or the first turn. ended: the assistant is to speak next.
         own: the template to try first. Then come those whose system text is there, the longest first, and then those
             whose roles alone are there, since programs write system texts of their own.
     """
@@ -257,9 +263,9 @@ def user_turn(text: str, own: str | None = None, last: bool = True) -> str | Non
     others = {_Marks.of(template) for template in conv_templates.values()} - {None, *marks}
     ordered = [*filter(None, marks), *sorted(filter(None, others), key=lambda each: (-len(each.head), each.head))]
     text = text.strip()
-    for strict, must_be_open in ((True, True), (True, False), (False, True), (False, False)):
+    for strict, must_be_open in ((True, True), (False, True)) if ended else _FITS:
         for each in ordered:
-            found = each.turn(text, last, strict, must_be_open)
+            found = each.turn(text, until, strict, must_be_open)
             if found is not None:
                 return found
     return None

@@ -3,7 +3,7 @@
 A route is decided once, at a prompt's prefill. What comes later has no question any more:
 
 - **a decoding step** has a cache: the prefill leaves its ``Decision`` and its padding on the cache object, which takes
-  them along through beams and deep copies;
+  them along through beams, picked and reordered rows, and deep copies;
 - **the second of two steps** (``prepare_inputs_labels_for_multimodal``, then ``model(inputs_embeds=...)``) has
   embeddings: ``EmbeddingRoutes`` knows the routes of those that were handed out, by their content, so that a clone, a
   cast to a wider type, a row of the batch or a leaf of another graph is known too.
@@ -13,8 +13,10 @@ Nothing here belongs to a call or a thread that can be mistaken for another.
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,6 +63,14 @@ class Decision:
                 self._ready = {(rows, dtype): found}
         return found
 
+    def picked(self, rows: Tensor, width: int) -> Decision:
+        """The decision for ``rows`` of a batch of ``width``, in their order."""
+        if self.route is None:
+            return self
+        whole = self._of(self.route, width)
+        rows = rows.to(whole.slot_indices.device)
+        return Decision(Route(whole.slot_indices[rows], whole.slot_weights[rows]), self.adapter)
+
     def _of(self, route: Route, rows: int) -> Route:
         if rows == len(route.slot_indices):
             return route
@@ -85,16 +95,68 @@ class Prefill:
     decision: Decision
     mask: Tensor | None
 
+    def cut(self, length: int) -> Prefill:
+        """Of a cache that was cropped to ``length`` positions."""
+        return self if self.mask is None else Prefill(self.decision, self.mask[:, :length])
+
+    def picked(self, rows: Tensor, width: int) -> Prefill:
+        """Of a cache that had ``width`` rows and has now ``rows`` of them."""
+        mask = self.mask
+        if mask is not None:
+            mask = mask.repeat_interleave(beams(width, len(mask), "the mask of a cache"), 0)[rows.to(mask.device)]
+        return Prefill(self.decision.picked(rows, width), mask)
+
 
 def cached_length(cache: Any) -> int:
     """Positions in a cache; 0 for none and for an empty one, which is what a prefill is given."""
     return int(cache.get_seq_length()) if hasattr(cache, "get_seq_length") else 0
 
 
+class _Followed:
+    """Mix-in of a cache that carries a ``Prefill``: where its rows are picked, so are the route's and the mask's."""
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self._follow(super().reorder_cache, beam_idx)  # type: ignore[misc]
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self._follow(super().batch_select_indices, indices)  # type: ignore[misc]
+
+    def _follow(self, pick: Callable[[Tensor], None], rows: Tensor) -> None:
+        before, width = carried(self), _width(self)
+        pick(rows)
+        if before is not None and width:
+            setattr(self, _CARRIED, before.picked(rows, width))
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        _, (kind, *arguments), *state = super().__reduce_ex__(max(protocol, 2))
+        return (_remade, (kind.__mro__[2], *arguments), *state)
+
+
+@functools.cache
+def _followed(kind: type) -> type:
+    """A class of caches whose rows are followed; made from theirs, since a cache is its caller's."""
+    return type(kind.__name__, (_Followed, kind), {})
+
+
+def _remade(kind: type, *arguments: Any) -> Any:
+    """A copied or unpickled cache, before its state."""
+    followed = _followed(kind)
+    return followed.__new__(followed, *arguments)
+
+
+def _width(cache: Any) -> int:
+    """Rows of a cache, 0 where it is empty."""
+    keys = [layer.keys for layer in getattr(cache, "layers", ()) if getattr(layer, "keys", None) is not None]
+    return len(keys[0]) if keys else 0
+
+
 def carry(cache: Any, prefill: Prefill) -> None:
     """Leave on a cache what its later steps need."""
-    if cache is not None:
-        setattr(cache, _CARRIED, prefill)
+    if cache is None:
+        return
+    setattr(cache, _CARRIED, prefill)
+    if hasattr(cache, "batch_select_indices") and not isinstance(cache, _Followed):
+        cache.__class__ = _followed(type(cache))
 
 
 def carried(cache: Any) -> Prefill | None:
@@ -162,6 +224,12 @@ class EmbeddingRoutes:
                 self._rows.move_to_end(mark)
             while len(self._rows) > _REMEMBERED_ROWS:
                 self._rows.popitem(last=False)
+
+    def know(self, embeds: Tensor) -> bool:
+        """Whether every row of ``embeds`` is remembered."""
+        marks = [_fingerprint(row) for row in embeds]
+        with self._lock:
+            return all(mark in self._rows for mark in marks)
 
     def find(self, embeds: Tensor) -> Route | None:
         """The route of ``embeds``, row by row.

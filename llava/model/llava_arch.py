@@ -24,6 +24,7 @@ from llava.model.multimodal_encoder.builder import build_vision_tower
 from llava.model.multimodal_projector.builder import build_vision_projector
 from llava.model.pictured_text import PicturedText
 from llava.model.routed import Asked, Routed
+from llava.model.splice import check_prompts
 from llava.model.vision.blank import blank_feature, blank_needed
 from llava.model.vision.hand_out import Images, are_modalities
 from llava.model.vision.setup import initialize_vision_modules, initialize_vision_tokenizer
@@ -174,6 +175,9 @@ class LlavaMetaForCausalLM(Routed, PicturedText):
         looked, embedded = image_features is not None, inputs_embeds is not None
         length = cached_length(past_key_values)
         before = carried(past_key_values) if length else None
+        before = None if before is None else before.cut(length)
+        if not length:
+            check_prompts(input_ids, attention_mask)
         if length and input_ids is not None and not (input_ids == IMAGE_TOKEN_INDEX).any():
             images = image_features = None  # of the prefill; some loops hand them over at every step
         if image_features is None or images is not None:
@@ -264,8 +268,10 @@ class LlavaMetaForCausalLM(Routed, PicturedText):
         input_ids = kwargs.pop("input_ids", None) if inputs is None else inputs
         embeds, mask = kwargs.pop("inputs_embeds", None), kwargs.pop("attention_mask", None)
         kwargs.pop("position_ids", None)
+        _refuse_assistant(kwargs)
         if (input_ids is None) == (embeds is None):
             raise ValueError("generate() needs the prompts' ids, or inputs_embeds, and not both")
+        check_prompts(input_ids, mask)
         if image_features is None or images is not None:
             images, image_sizes = self.hand_out(input_ids, mask, images, image_sizes, modalities)
         if image_features is None and images is not None and self.get_vision_tower() is not None:
@@ -282,6 +288,14 @@ class LlavaMetaForCausalLM(Routed, PicturedText):
             inputs_embeds=embeds, attention_mask=None if mask is None else mask.long(), route=decision, **kwargs
         )
         return _behind_prompt(input_ids, out) if text_alone and input_ids is not None else out
+
+
+def _refuse_assistant(options: dict[str, Any]) -> None:
+    """An assistant would be asked with ids and embeddings both, and the early exit of a refused one is never undone."""
+    settings = options.get("generation_config")
+    early = options.get("assistant_early_exit") or getattr(settings, "assistant_early_exit", None)
+    if options.get("assistant_model") is not None or early:
+        raise ValueError("generate() knows no assistant model; give prompt_lookup_num_tokens, or neither")
 
 
 def _behind_prompt(input_ids: Tensor, out):

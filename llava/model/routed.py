@@ -7,6 +7,7 @@ known the call is refused: the base model answers only where ``route="none"`` sa
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -25,10 +26,11 @@ from llava.model.decision import (
     carry,
 )
 from llava.slots.adapter import Adapter
-from llava.slots.offsets import install_offset_hooks
+from llava.slots.offsets import ARGUMENT, install_offset_hooks
 from llava.slots.queries import Query
 from llava.slots.route import Route
 
+_ROUTE_OR_NONE = 'give a route decided before (route=model.last_route), or route="none"'
 _HOW = 'give questions=[...] (or text_query), a route decided before (route=model.last_route), or route="none"'
 
 
@@ -41,6 +43,28 @@ class Asked:
     image_query: Tensor | None = None
     tasks: Sequence[str | None] | None = None
     route: Route | Decision | str | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.questions, str):
+            self.questions = [self.questions]
+        if isinstance(self.tasks, str):
+            self.tasks = [self.tasks]
+
+    def check_route(self, rows: int) -> None:
+        """``ValueError`` for a route of other questions: it has a row for each of ``rows``, or one for all of them."""
+        if isinstance(self.route, Route) and len(self.route.slot_indices) not in (1, rows):
+            raise ValueError(f"the route is of {len(self.route.slot_indices)} question(s), for {rows} prompt(s)")
+
+    def check(self, rows: int) -> None:
+        """``ValueError`` where there is not one of each for each of ``rows``, or a question is no text."""
+        given = {"question(s)": self.questions, "text_query row(s)": self.text_query}
+        given |= {"image_query row(s)": self.image_query, "task(s)": self.tasks}
+        for what, values in given.items():
+            if values is not None and len(values) != rows:
+                raise ValueError(f"{len(values)} {what} for {rows} prompt(s)")
+        for row, question in enumerate(self.questions or ()):
+            if not isinstance(question, str):
+                raise ValueError(f"the question of row {row} is {question!r}; give texts, or no questions at all")
 
 
 class Routed:
@@ -99,11 +123,11 @@ class Routed:
         self, decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """Before the decoder runs: where it is called by itself (attribution tools do), it too follows a route."""
-        if "weight_offset" in kwargs:  # ``forward`` has seen to it
+        if ARGUMENT in kwargs:  # ``forward`` has seen to it
             return None
+        kwargs, args = dict(zip(inspect.signature(decoder.forward).parameters, args)) | kwargs, ()
         asked, cache = Asked(route=kwargs.pop("route", None)), kwargs.get("past_key_values")
-        ids, mask = kwargs.get("input_ids", args[0] if args else None), kwargs.get("attention_mask")
-        embeds = kwargs.get("inputs_embeds")
+        ids, embeds, mask = (kwargs.get(name) for name in ("input_ids", "inputs_embeds", "attention_mask"))
         if cached_length(cache):
             decision = self._continued(asked, carried(cache))
         else:
@@ -115,7 +139,7 @@ class Routed:
             raise ValueError(
                 "this model's route puts embeddings in front of the prompt; call the model, not its decoder"
             )
-        kwargs["weight_offset"] = action.offset
+        kwargs[ARGUMENT] = action.offset
         return args, kwargs
 
     # -- decisions -------------------------------------------------------------------------------------------------
@@ -145,7 +169,7 @@ class Routed:
         if (given := self._given(asked)) is not None:
             return given
         if before is None or before.decision.adapter is not self.retriever:
-            raise ValueError(f"nothing is known of the route that filled this cache: {_HOW}")
+            raise ValueError(f"nothing is known of the route that filled this cache: {_ROUTE_OR_NONE}")
         return before.decision
 
     def _begun(
@@ -161,10 +185,13 @@ class Routed:
         """The decision of a prefill: by what is given, by the prompt, or by where the embeddings come from.
 
         Raises:
-            ValueError: none of these tells it, or there are not as many questions as rows.
+            ValueError: none of these tells it, or there are not as many questions, tasks or queries as rows.
         """
         if (given := self._given(asked)) is not None:
+            asked.check_route(len(inputs_embeds if input_ids is None else input_ids))  # type: ignore[arg-type]
             return given
+        rows = len(inputs_embeds if input_ids is None else input_ids)  # type: ignore[arg-type]
+        asked.check(rows)
         adapter = self.retriever
         assert adapter is not None  # _given
         settings = adapter.settings
@@ -172,19 +199,23 @@ class Routed:
         picture_known = asked.image_query is not None or features is not None or not settings.uses_images
         if input_ids is None and not (text_known and picture_known):
             return Decision(self._route_of(inputs_embeds), adapter)
-        rows = len(inputs_embeds if input_ids is None else input_ids)  # type: ignore[arg-type]
         text_query, questions = asked.text_query, asked.questions
         if text_query is None and settings.uses_text:
             if questions is None:
                 questions = self._read_questions(input_ids, attention_mask, labels)
-            if len(questions) != rows:
-                raise ValueError(f"{len(questions)} question(s) for {rows} prompt(s)")
             text_query = adapter.encode_questions(questions)
         image_query = asked.image_query
         if image_query is None:
             model: Any = self
             image_query = model.image_query([[] for _ in range(rows)] if features is None else features, images)
-        return Decision(self.route(text_query, image_query, asked.tasks), adapter)
+        decision = Decision(self.route(text_query, image_query, asked.tasks), adapter)
+        if input_ids is None and inputs_embeds is not None and not self._embedding_routes.know(inputs_embeds):
+            if decision.action(rows, inputs_embeds.dtype).prefix is not None:
+                raise ValueError(
+                    "this stage puts embeddings in front of each prompt, which these inputs_embeds do not have: give "
+                    "input_ids, or what prepare_inputs_labels_for_multimodal makes of them"
+                )
+        return decision
 
     def _read_questions(self, input_ids: Tensor | None, attention_mask: Tensor | None, labels: Tensor | None):
         if self.tokenizer is None or input_ids is None:
@@ -192,6 +223,8 @@ class Routed:
         prompt = {"conv_mode": getattr(self.config, "conversation_version", None)}
         prompt |= getattr(self.config, "prompt", None) or {}
         pad = getattr(self.config, "pad_token_id", None)
+        if not isinstance(attention_mask, Tensor) or attention_mask.dim() != 2:  # who sees whom, not what is padding
+            attention_mask = None
         if self._question_reader is None or self._question_reader.tokenizer is not self.tokenizer:
             self._question_reader = QuestionReader(self.tokenizer)
         return self._question_reader.read(input_ids, attention_mask, labels, prompt, pad)

@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import save as safetensors_bytes
 from torch import Tensor, nn
 from transformers import BaseImageProcessor, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from llava.checkpoints.kinds import ADAPTER_CONFIG, SLOTS_FILE
 from llava.files import atomic_folder, atomic_write
@@ -80,6 +81,7 @@ class StageFolder:
                 folder, is_main_process, state, max_shard_size=max_shard_size, **kwargs
             )
         if writes:
+            _remove_stale_weights(folder, before)
             _write_beside(model, folder)
             _write_slots(model, folder, own, state)
         if push_to_hub and is_main_process:
@@ -244,6 +246,14 @@ def _write_slots(model: Any, folder: Path, own: dict[str, Tensor], state: dict[s
 def _modified(folder: Path) -> dict[str, int]:
     """When each file of a folder was written, by name; empty where there is no folder."""
     return {file.name: file.stat().st_mtime_ns for file in folder.glob("*") if file.is_file()}
+
+
+def _remove_stale_weights(folder: Path, before: dict[str, int]) -> None:
+    """Of an earlier save in one file where this one has shards, or the other way round; shards go by themselves."""
+    now = _modified(folder)
+    for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME):
+        if name in now and before.get(name) == now[name]:
+            (folder / name).unlink()
 
 
 def _upload(

@@ -34,10 +34,22 @@ class Row(NamedTuple):
     pictures: list[Tensor]
 
 
+def check_prompts(input_ids: Tensor | None, attention_mask: Tensor | None) -> None:
+    """``ValueError`` where ids are no tensor ``[batch, tokens]``, or a mask of two dimensions has another shape."""
+    if input_ids is None:
+        return
+    if not isinstance(input_ids, Tensor) or input_ids.dim() != 2:
+        found = list(input_ids.shape) if isinstance(input_ids, Tensor) else type(input_ids).__name__
+        raise ValueError(f"input_ids are {found}; give a tensor of shape [batch, tokens]")
+    flat = isinstance(attention_mask, Tensor) and attention_mask.dim() == 2
+    if flat and attention_mask.shape != input_ids.shape:  # type: ignore[union-attr]
+        raise ValueError(f"attention_mask is {list(attention_mask.shape)}, for input_ids {list(input_ids.shape)}")
+
+
 def count_placeholders(input_ids: Tensor, attention_mask: Tensor | None) -> list[int]:
     """How many ``<image>`` each row of ``[batch, tokens]`` has, outside of its padding."""
     marks = input_ids == IMAGE_TOKEN_INDEX
-    if attention_mask is not None and attention_mask.shape == input_ids.shape:
+    if isinstance(attention_mask, Tensor) and attention_mask.shape == input_ids.shape:
         marks = marks & attention_mask.bool().to(marks.device)
     return marks.sum(dim=1).tolist()
 
@@ -67,6 +79,8 @@ def splice(
         ValueError: a row's pictures are not as many as its placeholders.
         UserError: a row's pictures leave no room for an answer within ``limit``.
     """
+    if attention_mask is not None and attention_mask.shape != input_ids.shape:
+        raise ValueError("pictures need an attention_mask of shape [batch, tokens], or none")
     keep = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
     shortened, cut = [], []
     for index, pictures in enumerate(features):

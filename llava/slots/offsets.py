@@ -21,12 +21,18 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
+import torch._dynamo
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
+
+# By default compiled code is not looked at again for hooks: what was compiled for a base would serve for a stage.
+torch._dynamo.config.skip_nnmodule_hook_guards = False
 
 ATTENTION_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP_TARGETS = ("gate_proj", "up_proj", "down_proj")
 TARGETS = ATTENTION_TARGETS + MLP_TARGETS
+ARGUMENT = "weight_offset"
+"""The keyword argument that offsets travel by."""
 
 
 @dataclass(frozen=True)
@@ -90,8 +96,13 @@ def _hook_layer(layer: nn.Module, index: int, targets: tuple[str, ...]) -> list[
     current = _Current()
 
     def take(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
-        current.offset = kwargs.get("weight_offset")
-        return args, {name: value for name, value in kwargs.items() if name != "weight_offset"}
+        if ARGUMENT not in kwargs:
+            raise ValueError(
+                "a decoder layer with slots was called by itself, without the offset of a route: call the model or its "
+                "decoder, or give weight_offset=None for the base model's layer"
+            )
+        current.offset = kwargs[ARGUMENT]
+        return args, {name: value for name, value in kwargs.items() if name != ARGUMENT}
 
     # On self_attn, not on the layer: checkpointing recomputes what is inside the layer's forward. Attention runs before
     # the MLP, so MLP targets find the offset too.

@@ -2,10 +2,38 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
-from llava.devices import cpu_has_bfloat16, has_accelerator
+from llava.devices import cpu_has_bfloat16, gpu_has_bfloat16, has_accelerator
 from llava.utils import rank0_print
+
+
+def with_precision(argv: Sequence[str]) -> list[str]:
+    """A command line with ``--bf16 auto`` in the words of this machine, which are said.
+
+    It is bfloat16 where a GPU, or without one the CPU, multiplies it by itself, else float16 on a GPU, else float32.
+    """
+    words = [word for given in argv for word in (given.split("=", 1) if given.startswith("--bf16=") else [given])]
+    found: list[str] = []
+    for word in words:
+        if word == "auto" and found and found[-1] == "--bf16":
+            found[-1:] = _precision_here()
+        else:
+            found.append(word)
+    return found
+
+
+def _precision_here() -> list[str]:
+    if has_accelerator():
+        kind = "bfloat16" if gpu_has_bfloat16() else "float16"
+        rank0_print(f"precision: {kind}, which this GPU has")
+    else:
+        kind = "bfloat16" if cpu_has_bfloat16() else "float32"
+        rank0_print(
+            f"precision: {kind}; no GPU here, and this CPU has {'' if kind == 'bfloat16' else 'no '}bfloat16 units"
+        )
+    return ["--bf16", str(kind == "bfloat16"), "--fp16", str(kind == "float16")]
 
 
 def settle_machine(asked: Any) -> None:

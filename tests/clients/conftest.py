@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from clients.room import Side, must_differ, write_side_pair
 
 SIDES = [(family, kind) for family in ("llama", "mistral") for kind in ("base", "stage")]
+
+
+def pytest_collection_modifyitems(items):
+    """The room as a whole takes more than a minute, so the inner loop leaves it out."""
+    for item in items:
+        if Path(__file__).parent in item.path.parents:
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(scope="session")

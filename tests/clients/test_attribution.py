@@ -72,7 +72,7 @@ def test_looking_changes_nothing(side):
     pictures = process_images(side.opened("chest1.png"), image_processor, model.config)
     before = model.encode_images(pictures)
     embeds = model.get_input_embeddings()(torch.tensor([[5, 6]]))
-    model.model(inputs_embeds=embeds, output_attentions=True, output_hidden_states=True)
+    model(inputs_embeds=embeds, route="none", output_attentions=True, output_hidden_states=True)
     assert torch.equal(model.encode_images(pictures), before)
 
 

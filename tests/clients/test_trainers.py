@@ -1,4 +1,4 @@
-"""Programs that wrap the model: ``Trainer``, accelerate, DDP; batches as LLaVA's collator gives."""
+"""Programs that wrap the model: ``Trainer``, accelerate, DDP, ``torch.compile``; batches of LLaVA's collator."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def samples(side, loaded, rows):
     """What LLaVA's data set gives: ids, labels on the answer, and a picture, a black one where the row has none."""
     tokenizer, model, image_processor, _ = loaded
     found = []
-    for row, answer in zip(rows, ANSWERS, strict=True):
+    for row, answer in zip(rows, ANSWERS, strict=False):
         question = with_mark(model.config, row["text"]) if "image" in row else row["text"]
         asked = one_row(open_prompt(side.template, question), tokenizer, model)[0]
         reply = torch.tensor(tokenizer(f" {answer}</s>", add_special_tokens=False)["input_ids"])
@@ -147,3 +147,15 @@ def test_ddp(side, kind, one_process):
     assert float(loss) == pytest.approx(expected_loss(side, rows, found), rel=1e-3)
     loss.backward()
     assert all(parameter.grad.abs().sum() > 0 for parameter in projector.parameters())
+
+
+@pytest.mark.slow
+def test_compile(sides):
+    """A base and then its stage in one process: what was compiled for the base does not answer for the stage."""
+    for kind in ("base", "stage"):
+        side = sides["llama", kind]
+        loaded = side.load()
+        rows, found = ROWS[:2], samples(side, loaded, ROWS[:2])
+        model = loaded[1].requires_grad_(False)
+        loss = torch.compile(model, backend="eager")(**collate(loaded[0])(found)).loss
+        assert float(loss) == pytest.approx(expected_loss(side, rows, found), rel=1e-3)

@@ -172,6 +172,43 @@ def test_a_run_opens_with_what_it_wrote(stage):
     assert replace(run, kept_rows=[]).memory == {} and not (stage / "memory.pth").exists()
 
 
+@pytest.mark.parametrize("name", ["notes.txt", "model.safetensors"])
+def test_a_folder_that_holds_something_else_is_not_replaced(world, capsys, tmp_path, name):
+    folder = tmp_path / "llava-mine"
+    folder.mkdir()
+    (folder / name).write_text("mine")
+    assert f"holds '{name}' and is no stage" in refused(world, capsys, folder)
+    assert [entry.name for entry in folder.iterdir()] == [name] and (folder / name).read_text() == "mine"
+
+
+def test_the_base_is_not_replaced_by_the_stage(world, capsys, tmp_path):
+    base = shutil.copytree(world.base, tmp_path / "llava-base")
+    assert "is no stage" in refused(world, capsys, base, "--model_name_or_path", base)
+    assert (base / "model.safetensors").is_file()
+
+
+def test_a_stage_is_not_written_over_a_link_or_a_file(world, capsys, tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "llava-link").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "llava-file").write_text("")
+    for name in ("llava-link", "llava-file"):
+        assert "is no folder of its own" in refused(world, capsys, tmp_path / name)
+
+
+def test_a_stage_is_not_written_over_the_one_before(world, stage, capsys):
+    before = (stage / "slots.pth").read_bytes()
+    words = world.train_arguments("chest", stage, stage)
+    assert "is the stage before" in refusal(world, capsys, words)
+    assert (stage / "slots.pth").read_bytes() == before
+
+
+def test_a_stage_of_another_kind_is_not_replaced(world, stage, capsys):
+    (stage / "slots.pth").unlink()  # as in the folder of a recipe that leaves no slots
+    record = json.loads((stage / "training.json").read_text())
+    (stage / "training.json").write_text(json.dumps({**record, "method": "instruct"}))
+    assert "was trained with method = instruct" in refused(world, capsys, stage)
+
+
 def test_a_folder_without_a_stage_is_named(tmp_path):
     with pytest.raises(UserError, match="stage checkpoint not found"):
         Run.open(tmp_path)

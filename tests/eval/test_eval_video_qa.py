@@ -104,6 +104,25 @@ def test_prototype_rows_are_read(tmp_path, questions):
         run(questions, path)
 
 
+@pytest.mark.parametrize("indent", [None, 1], ids=["one line", "spread"])
+def test_prototype_rows_as_a_list_and_numbers_as_predictions(tmp_path, questions, indent):
+    path = tmp_path / "proto.json"
+    rows = [{"question_id": i, "pred_response": t} for i, t in enumerate([*ANSWERS[:3], 4])]
+    path.write_text(json.dumps(rows, indent=indent))
+    run(questions, path)
+    scores = json.loads((tmp_path / "scores.json").read_text())
+    assert scores["groups"]["overall"]["figures"]["exact_match"]["value"] == 0.75
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("pred_response", None), ("pred_response", True), ("question_id", [0]), ("metadata", "x")]
+)
+def test_a_bad_prototype_row_is_named(tmp_path, questions, field, value):
+    write_jsonl(tmp_path / "proto.jsonl", [{"question_id": 0, "pred_response": "yes", **{field: value}}])
+    with pytest.raises(UserError, match="proto.jsonl line 1: field"):
+        run(questions, tmp_path / "proto.jsonl", more=["--allow-partial"])
+
+
 MED_DOMAINS = ("chest_xray", "mri", "ct_scan", "histology", "gross")
 
 

@@ -113,6 +113,20 @@ def test_labels_choose_the_turn_that_they_answer():
         assert read(tokenizer, ids, labels=torch.full((1, len(ids)), IGNORE_INDEX)) == "where"
 
 
+@pytest.mark.parametrize("name", zoo.NAMES)
+def test_labels_that_begin_a_token_too_early_or_too_late_mean_the_same_turn(name):
+    """Masks of programs that count tokens otherwise are off by one."""
+    tokenizer = zoo.build(name)
+    turns = [("human", "what side"), ("gpt", "left lung"), ("human", "where"), ("gpt", "in the lung")]
+    for mode in TEMPLATES:
+        for count, asked in ((2, "what side"), (4, "where")):
+            ids, _ = conversation_ids(turns[:count], tokenizer, mode, True)
+            opened = len(conversation_ids(turns[: count - 1], tokenizer, mode, True)[0])
+            for first in (opened - 1, opened, opened + 1, opened + 2):
+                labels = torch.tensor([[IGNORE_INDEX] * first + ids[first:]])
+                assert read(tokenizer, ids, {"conv_mode": mode}, labels=labels) == asked, (mode, first - opened)
+
+
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("masked", [True, False])
 def test_padding_is_no_part_of_a_question(side, masked):

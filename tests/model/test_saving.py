@@ -128,6 +128,16 @@ def test_shards_and_the_flags_of_older_programs(world, tmp_path):
     assert_same(answers(*load(tmp_path)[:3]), answers(tokenizer, model, image_processor))
 
 
+def test_weights_in_shards_replace_those_in_one_file_and_the_other_way_round(world, tmp_path):
+    tokenizer, model, image_processor, _ = load(world.folder / "llava-retrieval")
+    expected = answers(tokenizer, model, image_processor)
+    for size in ("50GB", "50KB", "50GB"):
+        model.save_pretrained(tmp_path, max_shard_size=size)
+        assert (tmp_path / "model.safetensors").is_file() is (size == "50GB")
+        assert (tmp_path / "model.safetensors.index.json").is_file() is (size != "50GB")
+        assert_same(answers(*load(tmp_path)[:3]), expected)
+
+
 def test_a_given_state_decides_for_weights_and_slots(world, tmp_path):
     """As ``Trainer`` and accelerate give it: gathered, with the adapter's tensors in it."""
     model = load(world.folder / "llava-l2p")[1]

@@ -259,6 +259,7 @@ def test_a_cache_that_grew_to_beams_takes_its_routes_along(stage):
     close(found[::2], one)
     close(found[1::2], one)
     three.batch_select_indices(torch.tensor([0, 1, 1]))
-    with pytest.raises(ValueError, match=r"2 question\(s\) does not fit a batch of 3 row\(s\)"):
-        model(torch.tensor([[5], [6], [6]]), past_key_values=three)
+    close(model(torch.tensor([[5], [6], [6]]), past_key_values=three).logits, one[[0, 1, 1]])
+    with pytest.raises(ValueError, match=r"3 question\(s\) does not fit a batch of 4 row\(s\)"):
+        model(torch.tensor([[5], [6], [6], [6]]), past_key_values=three)
     assert beams(6, 2, "a route") == 3
