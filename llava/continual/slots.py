@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from llava.checkpoints.kinds import ADAPTER_CONFIG, SLOTS_FILE
 from llava.cli import flag, parse_command, word
 from llava.utils import UserError, quiet_libraries, run_cli
 
@@ -156,10 +157,21 @@ def do_export(args: Export) -> None:
     from llava.slots.peft_export import export_peft
 
     pool = read_place(args.place)
+    _check_export(Path(args.place), Path(args.output))
     mixture = export_peft(pool, args.task, args.output, args.weights, args.layout, args.model_base)
     write_export_card(Path(args.output), pool, args.task, mixture, args.model_base)
     parts = ", ".join(f"{weight:.4f} of slot {slot}" for slot, weight in mixture.items())
     print(f"task {args.task}: {parts}; adapter written to {args.output}")
+
+
+def _check_export(place: Path, target: Path) -> None:
+    if (place / ADAPTER_CONFIG).is_file():
+        raise UserError(
+            f"{place} has a LoRA beside its slots, which would be missing in the export; save the stage whole "
+            "(save_pretrained), and export from there with --model-base naming a base that holds those weights"
+        )
+    if there := next((name for name in ("config.json", SLOTS_FILE) if (target / name).is_file()), None):
+        raise UserError(f"{target} holds {there}, so it is a model's folder; give the adapter a new one")
 
 
 def do_import(args: Import) -> None:

@@ -12,8 +12,8 @@ question at a time. An answer row has LLaVA's ``round_id``, ``options`` and ``op
 from __future__ import annotations
 
 import base64
-import binascii
 import csv
+import re
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -31,6 +31,7 @@ from llava.utils import UserError, require_file, run_cli
 OPTIONS = ("A", "B", "C", "D")
 LETTER_PROMPTS = {"en": LETTER_ONLY, "cn": "请直接回答选项字母。"}
 NEEDED = ("index", "question", "A", "B", "image")
+_NO_TEXT = re.compile("[\ud800-\udfff]")  # what bytes that are no UTF-8 become
 CARRIED = ("round_id", "options", "option_char")
 
 
@@ -64,11 +65,14 @@ def question_rows(table: str, folder: Path, all_rounds: bool) -> Iterator[dict[s
     """Question rows of MMBench's table; their pictures are written into ``folder``.
 
     Raises:
-        UserError: naming the row, where a column is missing or a picture is not base64.
+        UserError: naming the row, where a column is missing or a picture is not base64; no table, or none in UTF-8.
     """
     csv.field_size_limit(sys.maxsize)  # a picture is one field
-    with open(require_file(table, "table of questions", "check the path"), encoding="utf-8", newline="") as stream:
+    source = require_file(table, "table of questions", "check the path")
+    with open(source, encoding="utf-8-sig", errors="surrogateescape", newline="") as stream:
         for number, row in enumerate(csv.DictReader(stream, delimiter="\t"), start=1):
+            if any(_NO_TEXT.search(value) for value in row.values() if isinstance(value, str)):
+                raise UserError(f"{table} row {number}: not UTF-8 (save the file as UTF-8)")
             lacking = [name for name in NEEDED if _is_none(row.get(name))]
             if lacking:
                 raise UserError(f"{table} row {number}: column {lacking[0]!r} is missing or empty")
@@ -108,8 +112,8 @@ def _is_none(value: str | None) -> bool:
 
 def _decoded(text: str, where: str) -> bytes:
     try:
-        return base64.b64decode(text, validate=True)
-    except binascii.Error as error:
+        return base64.b64decode("".join(text.split()), validate=True)  # it may be broken into lines
+    except ValueError as error:
         raise UserError(f"{where}: column 'image' is no base64 text ({error})") from error
 
 

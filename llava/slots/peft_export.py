@@ -14,6 +14,7 @@ names in ``target_modules`` (SGLang takes each name's last part and knows no pat
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import tempfile
@@ -29,7 +30,7 @@ from llava.slots.merge import refuse_more_than_slots
 from llava.slots.offsets import ATTENTION_TARGETS
 from llava.slots.pool import Pool
 from llava.slots.task_slots import TaskSlots
-from llava.utils import UserError
+from llava.utils import UserError, rank0_print
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 DECODERS = {"llava": "model.layers", "hf": "model.language_model.layers"}
@@ -45,11 +46,13 @@ def fixed_mixture(pool: Pool, task: TaskSlots, weights: list[float] | None = Non
     not), restricted to the ``top_k`` heaviest slots and scaled to sum to 1.
 
     Raises:
-        UserError: another number of weights than slots, or none of them differs from 0.
+        UserError: another number of weights than slots, one that is no finite number, or none that differs from 0.
     """
     if weights is not None:
         if len(weights) != task.count:
             raise UserError(f"{len(weights)} weights given, but task {task.name!r} has {task.count} slots")
+        if not all(map(math.isfinite, weights)):
+            raise UserError(f"weights {', '.join(map(str, weights))}: give finite numbers")
         chosen = {slot: weight for slot, weight in enumerate(weights) if weight}
         if not chosen:
             raise UserError("all weights are 0: there is nothing to export")
@@ -128,6 +131,11 @@ def _hf_class(base: str | None, pool: Pool) -> dict[str, str]:
     config = read_config(Path(base)) if base and (Path(base) / "config.json").is_file() else {}
     tiles = pool.prompt.get("aspect_ratio") == "anyres"
     name = next((name for name in config.get("architectures") or [] if name in HF_ARCHITECTURES), "")
+    if config and not name:
+        rank0_print(
+            f"note: {base} is not in Hugging Face's layout, so PEFT does not find the base by itself; convert it "
+            "(scripts/convert_llava_weights.py --direction to_hf) and give it as --model-base"
+        )
     name = name or HF_ARCHITECTURES[tiles]
     module = "llava_next" if "Next" in name else "llava"
     return {"base_model_class": name, "parent_library": f"transformers.models.{module}.modeling_{module}"}

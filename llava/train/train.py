@@ -174,6 +174,8 @@ def plan(
     if "llava" not in folder.name.lower():
         raise UserError(f"--output_dir {folder}: the folder's name must contain 'llava'")
     previous = Run.open(args.previous_stage) if args.previous_stage else None
+    if previous is not None and previous.folder.resolve() == folder.resolve():
+        raise UserError(f"--output_dir {folder} is the stage before; give the new stage a folder of its own")
     keys = Pool.read(args.retriever_state_dict) if recipe.needs_keys else no_slots(base)
     data_args.image_folder = data_args.image_folder or sequence.image_folder
     files = [data_args.data_path] if data_args.data_path else recipe.files(sequence, data_args.task)

@@ -41,9 +41,8 @@ only_ct, only_mri, only_xray = (partial(only, modality) for modality in ("ct", "
 
 
 def pictures(doc: dict[str, Any], folder: Path) -> list[Image.Image]:
-    """The doc's picture, upright and RGB as everywhere in this project; an empty list for a text-only row."""
-    name = row_of(doc).image
-    return [] if name is None else [load_image(folder / name)]
+    """The question's pictures, upright and RGB as everywhere in this project; an empty list for a text-only row."""
+    return [load_image(folder / name) for name in row_of(doc).shown]
 
 
 def vqa_rad_pictures(doc: dict[str, Any]) -> list[Image.Image]:

@@ -195,6 +195,13 @@ def test_a_stage_is_not_written_over_a_link_or_a_file(world, capsys, tmp_path):
         assert "is no folder of its own" in refused(world, capsys, tmp_path / name)
 
 
+def test_a_stage_is_not_written_over_the_one_before(world, stage, capsys):
+    before = (stage / "slots.pth").read_bytes()
+    words = world.train_arguments("chest", stage, stage)
+    assert "is the stage before" in refusal(world, capsys, words)
+    assert (stage / "slots.pth").read_bytes() == before
+
+
 def test_a_stage_of_another_kind_is_not_replaced(world, stage, capsys):
     (stage / "slots.pth").unlink()  # as in the folder of a recipe that leaves no slots
     record = json.loads((stage / "training.json").read_text())

@@ -161,8 +161,26 @@ def test_a_table_that_lacks_something_is_refused(place, tmp_path, line, message)
         list(model_vqa_mmbench.question_rows(str(table), tmp_path, all_rounds=False))
 
 
-def test_a_picture_that_is_no_base64_is_named(tmp_path):
-    (tmp_path / "bad.tsv").write_text("index\tquestion\tA\tB\timage\n5\twhere\ta\tb\tx!y\n", encoding="utf-8")
+def test_a_table_with_a_byte_order_mark_and_pictures_in_lines(place, tmp_path, table):
+    plain = list(model_vqa_mmbench.question_rows(str(table), tmp_path, all_rounds=True))
+    head, *rows = [line.split("\t") for line in table.read_text(encoding="utf-8").splitlines()]
+    for row in rows:
+        picture = base64.encodebytes((place / f"{'ab'[row[0] == '8']}.png").read_bytes()).decode()
+        row[-1] = f'"{picture}"'
+    table.write_text("\n".join("\t".join(row) for row in [head, *rows]), encoding="utf-8-sig")
+    assert list(model_vqa_mmbench.question_rows(str(table), tmp_path, all_rounds=True)) == plain
+
+
+def test_a_table_of_another_encoding_is_named(place, tmp_path, table):
+    table.write_bytes(table.read_bytes().replace(b"where", "wh\u00f6".encode("latin-1")))
+    with pytest.raises(UserError, match="dev.tsv row 2: not UTF-8"):
+        list(model_vqa_mmbench.question_rows(str(table), tmp_path, all_rounds=False))
+
+
+@pytest.mark.parametrize("picture", ["x!y", "\u00e9eee"])
+def test_a_picture_that_is_no_base64_is_named(tmp_path, picture):
+    text = f"index\tquestion\tA\tB\timage\n5\twhere\ta\tb\t{picture}\n"
+    (tmp_path / "bad.tsv").write_text(text, encoding="utf-8")
     with pytest.raises(UserError, match="bad.tsv row 1: column 'image' is no base64"):
         list(model_vqa_mmbench.question_rows(str(tmp_path / "bad.tsv"), tmp_path, all_rounds=False))
 

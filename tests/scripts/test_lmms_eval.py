@@ -110,6 +110,8 @@ def test_docs_are_rows_again_with_question_and_picture(utils, place, monkeypatch
         assert picture.mode == "RGB" and picture.size in ((24, 16), (16, 20))
     assert utils.question(docs[0], {"pre_prompt": "Q: ", "post_prompt": "\nshort."}) == "Q: what 0?\nshort."
     assert utils.vqa_rad_pictures({**docs[0], "image": None, "text": "what?"}) == []
+    both = {**docs[0], "image": [docs[0]["image"], docs[1]["image"]], "text": "what?"}
+    assert len(utils.vqa_rad_pictures(both)) == 2
 
 
 def test_a_domains_rows_are_its_own(utils, place):

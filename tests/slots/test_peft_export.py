@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -145,6 +146,37 @@ def test_the_command_writes_it_and_names_the_converted_base(made, tmp_path):
 
 def safetensors_bytes(folder):
     return (folder / "adapter_model.safetensors").read_bytes()
+
+
+def test_a_stage_with_a_lora_beside_its_slots_is_not_exported_without_it(made, tmp_path):
+    stage = shutil.copytree(made["folder"] / "llava-stage", tmp_path / "llava-lora")
+    (stage / "adapter_config.json").write_text("{}")
+    with pytest.raises(UserError, match="has a LoRA beside its slots"):
+        run_main(slots_command.main, "export-peft", stage, "abd", "--output", tmp_path / "abd")
+    assert not (tmp_path / "abd").exists()
+
+
+@pytest.mark.parametrize("name", ["llava-stage", "base"])
+def test_an_adapter_is_not_put_into_a_models_folder(made, tmp_path, name):
+    target = shutil.copytree(made["folder"] / name, tmp_path / name)
+    before = sorted(target.iterdir())
+    with pytest.raises(UserError, match="is a model's folder"):
+        run_main(slots_command.main, "export-peft", made["folder"] / "llava-stage", "abd", "--output", target)
+    assert sorted(target.iterdir()) == before
+
+
+def test_a_base_that_the_layout_does_not_fit_is_told(made, tmp_path, capsys):
+    export_peft(made["slots"], "abd", tmp_path / "abd", layout="hf")
+    assert "is not in Hugging Face's layout" in capsys.readouterr().out
+    export(made, "abd", "hf")
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("weight", [float("nan"), float("inf")])
+def test_weights_are_finite(made, weight):
+    slots = made["slots"]
+    with pytest.raises(UserError, match="finite"):
+        fixed_mixture(slots, slots.task("abd"), [weight, 1, 0, 0])
 
 
 def test_an_unknown_layout_is_refused(made, tmp_path):
