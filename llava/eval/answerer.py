@@ -46,6 +46,7 @@ from llava.eval.question_cache import QuestionCache
 from llava.mm_utils import KeywordsStoppingCriteria, get_model_name_from_path
 from llava.model.builder import attach_slots, load_pretrained_model, tell_prompt
 from llava.model.configs import llava_config
+from llava.model.saving import refuse_lost_weights
 from llava.padding import pad
 from llava.slots.adapter import read_memory
 from llava.slots.names import ROUTERS
@@ -161,6 +162,7 @@ class Answerer:
         checkpoint = Checkpoint.open(place, get_model_name_from_path(place))
         _check_asked(checkpoint, asked)
         if stage is not None and is_light(checkpoint):
+            refuse_lost_weights(checkpoint)
             slots = Pool.read(checkpoint.folder / SLOTS_FILE)
             recorded = slots.base.get("path")
             if not self.base and not recorded:

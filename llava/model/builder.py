@@ -26,7 +26,7 @@ from llava.mm_utils import get_model_name_from_path
 from llava.model.adapters import adapter_base, apply_adapter, load_extra_tensors
 from llava.model.configs import FAMILIES, Config, Model, llava_config
 from llava.model.loading import known_dtype, loading_options
-from llava.model.saving import refuse_lost_slots
+from llava.model.saving import OWN_WEIGHTS, refuse_lost_slots, refuse_lost_weights
 from llava.model.vision.features import load_vision_tower
 from llava.model.vision.setup import add_picture_tokens
 from llava.slots.adapter import ADAPTERS, RETRIEVER, read_memory
@@ -143,6 +143,7 @@ _DESCRIPTION = {
 def _base_of(checkpoint: Checkpoint, slots: Pool | None, model_base: str | None, name: str | None) -> Checkpoint:
     """The checkpoint that holds the full weights: itself, or its base, which goes by the same name in ties."""
     if slots is not None and not checkpoint.has_weights:
+        refuse_lost_weights(checkpoint)
         recorded = slots.base.get("path")
         if not model_base and not recorded:
             raise UserError(f"{checkpoint} holds only slots; give the base model they were trained on as --model-base")
@@ -186,6 +187,7 @@ def load_base(
     configured = _configured(checkpoint, config_from)
     config = llava_config(configured, weights=checkpoint)
     config.update(dict(overwrite_config or {}))
+    vars(config).pop(OWN_WEIGHTS, None)  # of the files, not of what is trained over them
     if config_from is not None:
         config.vocab_size = checkpoint.vocab_size  # a longer one is in the tensors beside the adapter
         add_picture_tokens(config, tokenizer)  # the base's own has none

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import BaseImageProcessor, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
+from llava.checkpoints.checkpoint import Checkpoint
 from llava.checkpoints.kinds import ADAPTER_CONFIG, SLOTS_FILE
 from llava.files import atomic_folder, atomic_write
 from llava.slots.adapter import MEMORY_FILE
@@ -28,6 +29,8 @@ from llava.slots.pool import Pool
 from llava.utils import UserError, rank0_print
 
 ADAPTER_PREFIX = "retriever."
+OWN_WEIGHTS = "stage_has_weights"
+"""In the ``config.json`` of a stage that was saved whole: without its weights it is not the stage over its base."""
 HUB_OPTIONS = ("repo_id", "commit_message", "create_pr", "private", "token", "revision")
 
 
@@ -76,7 +79,8 @@ class StageFolder:
         if writes:
             for name in (SLOTS_FILE, MEMORY_FILE, QUERY_TABLE_FILE):  # of an earlier save: they are written last
                 (folder / name).unlink(missing_ok=True)
-        with _without_adapter(model), _told_its_tower(model, told=adapter is not None):
+        stage = adapter is not None
+        with _without_adapter(model), _told_its_tower(model, told=stage, as_stage=stage):
             super().save_pretrained(  # type: ignore[misc]
                 folder, is_main_process, state, max_shard_size=max_shard_size, **kwargs
             )
@@ -131,6 +135,12 @@ def refuse_lost_slots(config: Any, place: Any) -> None:
             f"{place}: config.json says that slots act on this model, but {SLOTS_FILE} is not there, and without it "
             "the base would answer; save or copy the stage again"
         )
+
+
+def refuse_lost_weights(stage: Checkpoint) -> None:
+    """``UserError`` for a folder of slots that was saved with weights, which may be others than its base's."""
+    if stage.has("config.json") and stage.config.get(OWN_WEIGHTS):
+        raise UserError(f"{stage}: the stage was saved with weights of its own, which are gone; copy it again")
 
 
 def save_whole_model(
@@ -193,16 +203,23 @@ def _without_adapter(model: Any) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _told_its_tower(model: Any, told: bool = True) -> Iterator[None]:
-    """``vision_config`` in the config while it is written: the tower's weights go along, fine-tuned or not."""
+def _told_its_tower(model: Any, told: bool = True, as_stage: bool = False) -> Iterator[None]:
+    """``vision_config`` in the config while it is written: the tower's weights go along, fine-tuned or not.
+
+    Args:
+        as_stage: say there, too, that the weights belong to the slots.
+    """
     find_tower = getattr(model, "get_vision_tower", None)  # a plain language model has none
     tower = find_tower() if find_tower and told else None
     before = dict(vars(model.config))
     if tower is not None and tower.is_loaded:
         model.config.vision_config = tower.config.to_dict()
+    if as_stage:
+        model.config.update({OWN_WEIGHTS: True})
     try:
         yield
     finally:
+        vars(model.config).pop(OWN_WEIGHTS, None)
         if "vision_config" in before:
             model.config.vision_config = before["vision_config"]
         else:

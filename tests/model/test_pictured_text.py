@@ -55,9 +55,10 @@ def logits(model, rows, images, **more):
 
 
 def answer(model, rows, images, **more):
+    prompts = batch(*rows)
     output = model.generate(
-        **batch(*rows), images=images, max_new_tokens=2, do_sample=False, pad_token_id=0, eos_token_id=None,
-        output_logits=True, return_dict_in_generate=True, **queries(model, len(rows)), **more,
+        prompts.pop("input_ids"), **prompts, images=images, max_new_tokens=2, do_sample=False, pad_token_id=0,
+        eos_token_id=None, output_logits=True, return_dict_in_generate=True, **queries(model, len(rows)), **more,
     )  # fmt: skip
     return output.sequences.tolist(), torch.stack(output.logits), model.last_route
 

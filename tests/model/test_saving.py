@@ -19,6 +19,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingA
 
 from llava.checkpoints.checkpoint import Checkpoint
 from llava.data.labels import prompt_ids
+from llava.eval.answerer import Answerer
+from llava.eval.generation import Loading
 from llava.mm_utils import process_images
 from llava.model.builder import load_pretrained_model
 from llava.slots.pool import Pool
@@ -126,6 +128,22 @@ def test_shards_and_the_flags_of_older_programs(world, tmp_path):
     model.save_pretrained(tmp_path, max_shard_size="100KB", safe_serialization=True)
     assert len(list(tmp_path.glob("model-*.safetensors"))) > 1
     assert_same(answers(*load(tmp_path)[:3]), answers(tokenizer, model, image_processor))
+
+
+def test_a_stage_saved_whole_is_not_loaded_over_its_base_where_its_weights_are_gone(world, tmp_path):
+    """They may have a LoRA in them, or be fine-tuned."""
+    model = load(world.folder / "llava-lora")[1]
+    model.save_pretrained(tmp_path)
+    assert not hasattr(model.config, "stage_has_weights")
+    assert not hasattr(load(tmp_path)[1].config, "stage_has_weights")
+    (tmp_path / "model.safetensors").unlink()
+    for base in (None, world.base):
+        with pytest.raises(UserError, match="saved with weights of its own, which are gone"):
+            load(tmp_path, base)
+    with pytest.raises(UserError, match="saved with weights of its own, which are gone"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+    with pytest.raises(UserError, match="saved with weights of its own, which are gone"):
+        Answerer(str(world.base), Loading(device="cpu")).use(str(tmp_path))
 
 
 def test_weights_in_shards_replace_those_in_one_file_and_the_other_way_round(world, tmp_path):
