@@ -115,6 +115,8 @@ class Prompt:
         names = [field.name for field in fields(self) if field.name != "max_length"]
         mine = self.to_dict()
         found = [name for name in names if name in other and other[name] != mine[name]]
+        if "conv_mode" in found and get_conversation(mine["conv_mode"]) == get_conversation(other["conv_mode"]):
+            found.remove("conv_mode")  # two names of one template, such as v1 and vicuna_v1
         return "; ".join(f"{name} is {mine[name]!r}, was {other[name]!r}" for name in found)
 
 

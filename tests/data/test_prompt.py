@@ -75,6 +75,8 @@ def test_it_survives_a_file_and_a_config():
 def test_a_difference_names_the_fields_but_not_the_length():
     prompt = Prompt("v1", aspect_ratio="pad", max_length=5)
     assert prompt.difference(Prompt("v1", aspect_ratio="pad", max_length=9).to_dict()) == ""
+    assert prompt.difference({"conv_mode": "vicuna_v1"}) == ""  # another name of the same template
+    assert prompt.difference({"conv_mode": "llava_v1"}) == "conv_mode is 'v1', was 'llava_v1'"
     assert prompt.difference({"aspect_ratio": "square"}) == "aspect_ratio is 'pad', was 'square'"
 
 
