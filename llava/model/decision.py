@@ -128,7 +128,8 @@ class _Followed:
             setattr(self, _CARRIED, before.picked(rows, width))
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        _, (kind, *arguments), *state = super().__reduce_ex__(max(protocol, 2))
+        reduced: Any = super().__reduce_ex__(max(protocol, 2))
+        _, (kind, *arguments), *state = reduced
         return (_remade, (kind.__mro__[2], *arguments), *state)
 
 
@@ -156,7 +157,8 @@ def carry(cache: Any, prefill: Prefill) -> None:
         return
     setattr(cache, _CARRIED, prefill)
     if hasattr(cache, "batch_select_indices") and not isinstance(cache, _Followed):
-        cache.__class__ = _followed(type(cache))
+        kind: Any = type(cache)
+        cache.__class__ = _followed(kind)
 
 
 def carried(cache: Any) -> Prefill | None:

@@ -57,7 +57,7 @@ class Asked:
 
     def check(self, rows: int) -> None:
         """``ValueError`` where there is not one of each for each of ``rows``, or a question is no text."""
-        given = {"question(s)": self.questions, "text_query row(s)": self.text_query}
+        given: dict[str, Any] = {"question(s)": self.questions, "text_query row(s)": self.text_query}
         given |= {"image_query row(s)": self.image_query, "task(s)": self.tasks}
         for what, values in given.items():
             if values is not None and len(values) != rows:

@@ -41,8 +41,9 @@ def check_prompts(input_ids: Tensor | None, attention_mask: Tensor | None) -> No
     if not isinstance(input_ids, Tensor) or input_ids.dim() != 2:
         found = list(input_ids.shape) if isinstance(input_ids, Tensor) else type(input_ids).__name__
         raise ValueError(f"input_ids are {found}; give a tensor of shape [batch, tokens]")
-    flat = isinstance(attention_mask, Tensor) and attention_mask.dim() == 2
-    if flat and attention_mask.shape != input_ids.shape:  # type: ignore[union-attr]
+    if not isinstance(attention_mask, Tensor) or attention_mask.dim() != 2:
+        return
+    if attention_mask.shape != input_ids.shape:
         raise ValueError(f"attention_mask is {list(attention_mask.shape)}, for input_ids {list(input_ids.shape)}")
 
 
