@@ -221,6 +221,8 @@ def _conversations(turns: Any, where: str) -> tuple[str | None, tuple[tuple[str,
             raise UserError(f"{where}, turn {number}: expected 'from' to be '{HUMAN}' or '{GPT}'{first}")
         pairs.append((turn["from"], text_of(turn.get("value"), f"{where}, turn {number}, 'value'")))
     system = pairs.pop(0)[1].strip() if pairs[0][0] == SYSTEM else ""
+    if DEFAULT_IMAGE_TOKEN in system:
+        raise UserError(f"{where}, turn 1: the system turn names {DEFAULT_IMAGE_TOKEN} (put it into a human turn)")
     if pairs and pairs[0][0] == GPT:
         pairs = pairs[1:]
     expected = [(HUMAN, GPT)[index % 2] for index in range(len(pairs))]

@@ -39,7 +39,10 @@ def consolidate_ckpt(src_path: str, dst_path: str, model_base: str | None = None
     name = get_model_name_from_path(src_path)
     tokenizer, model, image_processor, _ = load_pretrained_model(src_path, model_base, name, **options)
     if getattr(model, "retriever", None) is not None:
-        raise UserError(f"{src_path} holds slots, which route each question; they cannot be merged into the weights")
+        raise UserError(
+            f"{src_path} holds slots, which route each question; they cannot be merged into the weights (a stage that "
+            "needs no base: model.save_pretrained)"
+        )
     save_whole_model(Path(dst_path), tokenizer, model, image_processor)
     write_merged_card(Path(dst_path), src_path, model_base)
 

@@ -114,6 +114,14 @@ def test_byte_order_mark_and_windows_line_ends(tmp_path):
 BAD_ROWS = [
     ([1, 2], "expected a JSON object, found a list"),
     ({}, "field 'text' is missing"),
+    (
+        {
+            "id": 1,
+            "image": "a.png",
+            "conversations": [{"from": "system", "value": "<image>"}, {"from": "human", "value": "q"}],
+        },
+        "field 'conversations', turn 1: the system turn names <image>",
+    ),
     ({**DEMO, "question_id": None}, "field 'question_id': expected a whole number or a string, found nothing"),
     ({**DEMO, "question_id": 1.0}, "field 'question_id': expected a whole number or a string, found a number (1.0)"),
     ({**DEMO, "question_id": True}, "field 'question_id'"),
