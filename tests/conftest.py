@@ -4,6 +4,34 @@ import gc
 
 import pytest
 
+LONGEST = (
+    "tests/scripts/test_quickstart.py",
+    "tests/test_pipeline.py",
+    "tests/train/test_llava_parallel.py",
+    "tests/train/test_train.py",
+    "tests/test_prototype_commands.py",
+    "tests/scripts",
+    "tests/clients",
+    "tests/toy",
+)
+"""Files that take longest, which come first: at the end no process waits for another that has one of them alone."""
+
+
+def pytest_addoption(parser):
+    parser.addoption("--thorough", action="store_true", help="also run the combinations that others stand for")
+
+
+def pytest_collection_modifyitems(config, items):
+    if not config.getoption("--thorough"):
+        left_out = [item for item in items if item.get_closest_marker("thorough")]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in left_out]
+
+    def rank(item):
+        return next((place for place, name in enumerate(LONGEST) if item.nodeid.startswith(name)), len(LONGEST))
+
+    items.sort(key=rank)
+
 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory):

@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.utils.output_capturing import maybe_install_capturing_hooks
 
 from llava.constants import IMAGE_TOKEN_INDEX
 from llava.model.decision import Prefill, cache_of, cached_length, carried, carry, continue_mask
@@ -46,9 +45,6 @@ class LlavaMetaModel:
             self.mm_projector = build_vision_projector(config)
             if "unpad" in (getattr(config, "mm_patch_merge_type", None) or ""):
                 self.image_newline = nn.Parameter(torch.zeros(config.hidden_size))
-        # The decoder's hooks first: installed when attentions are asked for, they'd go on a tower that has its own
-        # already, which from then on would return each of its layers twice.
-        maybe_install_capturing_hooks(self)
 
     def get_vision_tower(self):
         return getattr(self, "vision_tower", None)

@@ -87,18 +87,25 @@ def check(found, expected, still):
         assert (found[name] - value).abs().max() < 1e-5, name
 
 
+def cases(usual, every):
+    """Those that always run, and the others for ``--thorough``."""
+    return [case if case in usual else pytest.param(*case, marks=pytest.mark.thorough) for case in every]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind",), cases([("align",), ("instruct",)], [(kind,) for kind in KINDS]))
 def test_two_processes_train_what_one_does(parts, alone, tmp_path, kind):
     """Also where the rows of one of them, or of both, hold no picture."""
     found = together(parts, tmp_path / "llava-two", kind)
     check(found, alone(kind), alone(kind, "--learning_rate", 0))
 
 
+USUAL = [("instruct", 2), ("align", 3), ("instruct", 3), ("lora", 3)]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", [2, 3])
-@pytest.mark.parametrize("kind", KINDS)
-def test_zero_trains_what_plain_training_does(parts, alone, tmp_path, stage, kind):
+@pytest.mark.parametrize(("kind", "stage"), cases(USUAL, [(kind, stage) for kind in KINDS for stage in (2, 3)]))
+def test_zero_trains_what_plain_training_does(parts, alone, tmp_path, kind, stage):
     """The parts of the weights are gathered into whole files."""
     pytest.importorskip("deepspeed")
     found = together(parts, tmp_path / "llava-zero", kind, "--deepspeed", ROOT / "scripts" / f"zero{stage}.json")
@@ -123,7 +130,7 @@ main()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize(("stage",), cases([(3,)], [(2,), (3,)]))
 def test_a_run_under_zero_goes_on_where_it_was_stopped(parts, tmp_path, stage):
     pytest.importorskip("deepspeed")
     zero = ("--deepspeed", ROOT / "scripts" / f"zero{stage}.json", "--save_strategy", "steps", "--save_steps", 2)
