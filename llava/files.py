@@ -11,7 +11,7 @@ import hashlib
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -45,7 +45,7 @@ def atomic_write(path: str | os.PathLike, mode: str = "w") -> Iterator[IO[Any]]:
             yield stream
             stream.flush()
             os.fsync(stream.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())
+        share([Path(temporary)])
         os.replace(temporary, target)
     except BaseException:
         with contextlib.suppress(FileNotFoundError):
@@ -57,7 +57,7 @@ def atomic_write(path: str | os.PathLike, mode: str = "w") -> Iterator[IO[Any]]:
 def atomic_folder(path: str | os.PathLike) -> Iterator[Path]:
     """A new folder beside ``path`` that takes its place only when the block ends without an error.
 
-    A folder that stood there before is replaced as a whole.
+    A folder that stood there before is replaced as a whole. Its files may be read by whoever the umask lets.
     """
     target = Path(path)
     partial = target.with_name(f".{target.name}.partial")
@@ -66,11 +66,18 @@ def atomic_folder(path: str | os.PathLike) -> Iterator[Path]:
         with full_disk_named(partial):
             partial.mkdir(parents=True)
             yield partial
+        share(file for file in partial.rglob("*") if file.is_file())
         shutil.rmtree(target, ignore_errors=True)
         partial.rename(target)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
+
+
+def share(files: Iterable[Path]) -> None:
+    """Give files the rights that the umask leaves: safetensors writes for its owner alone, whatever the umask is."""
+    for file in files:
+        file.chmod(0o666 & ~_umask())
 
 
 @contextlib.contextmanager

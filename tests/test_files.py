@@ -11,8 +11,10 @@ import threading
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
-from llava.files import atomic_write, only_writer
+from llava.files import atomic_folder, atomic_write, only_writer
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -92,3 +94,20 @@ def test_a_folder_in_a_files_place_is_named_before_anything_is_written(tmp_path)
     with pytest.raises(IsADirectoryError) as refused, atomic_write(tmp_path):
         pass
     assert refused.value.filename == str(tmp_path) and list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("mask", "rights"), [(0o022, 0o644), (0o002, 0o664), (0o077, 0o600)])
+def test_files_have_the_rights_that_the_umask_leaves(mask, rights, tmp_path):
+    """safetensors, for one, writes files that nobody but their owner may read."""
+    before = os.umask(mask)
+    try:
+        with atomic_folder(tmp_path / "stage") as partial:
+            (partial / "inner").mkdir()
+            save_file({"weight": torch.zeros(2)}, partial / "model.safetensors")
+            (partial / "inner" / "config.json").write_text("{}")
+        with atomic_write(tmp_path / "answers.jsonl") as stream:
+            stream.write("{}")
+    finally:
+        os.umask(before)
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert len(files) == 3 and {path.stat().st_mode & 0o777 for path in files} == {rights}

@@ -21,7 +21,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from llava.checkpoints.checkpoint import Checkpoint
 from llava.checkpoints.kinds import ADAPTER_CONFIG, SLOTS_FILE
-from llava.files import atomic_folder, atomic_write
+from llava.files import atomic_folder, atomic_write, share
 from llava.slots.adapter import MEMORY_FILE
 from llava.slots.card import write_slots_card
 from llava.slots.encoders import QUERY_TABLE_FILE, BaseEmbeddingEncoder, table_fingerprints
@@ -84,6 +84,8 @@ class StageFolder:
             super().save_pretrained(  # type: ignore[misc]
                 folder, is_main_process, state, max_shard_size=max_shard_size, **kwargs
             )
+        if is_main_process:
+            share(folder.glob("*.safetensors"))
         if writes:
             _remove_stale_weights(folder, before)
             _write_beside(model, folder)

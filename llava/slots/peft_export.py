@@ -26,6 +26,7 @@ from torch import Tensor
 
 from llava.checkpoints.hf_layout import HF_ARCHITECTURES
 from llava.checkpoints.weights import read_config
+from llava.files import share
 from llava.slots.merge import refuse_more_than_slots
 from llava.slots.offsets import ATTENTION_TARGETS
 from llava.slots.pool import Pool
@@ -121,6 +122,7 @@ def export_peft(
     with tempfile.TemporaryDirectory(dir=folder, prefix=".partial.") as partial:
         save_file(adapter_tensors(pool, task, mixture, layout), Path(partial) / WEIGHTS, metadata={"format": "pt"})
         config.save_pretrained(partial)
+        share([Path(partial) / WEIGHTS])
         for name in (WEIGHTS, CONFIG):
             os.replace(Path(partial) / name, folder / name)
     return mixture
