@@ -19,6 +19,6 @@ then
 fi
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 PATH="$PWD/$lower/bin:$PATH"
-[ $# -gt 0 ] || set -- -n 2 --dist loadfile   # two processes; a file's tests share what its fixtures make
+[ $# -gt 0 ] || set -- -n 2 --dist loadfile --no-loadscope-reorder   # as scripts/test.sh
 echo "[test] python -m pytest $* (transformers $version)"
 python -m pytest -ra --durations=5 "$@"
