@@ -286,12 +286,16 @@ class LlavaMetaForCausalLM(Routed, PicturedText):
         return _behind_prompt(input_ids, out) if text_alone and input_ids is not None else out
 
 
+_ASSISTED = ("assistant_model", "assistant_early_exit", "prompt_lookup_num_tokens")
+
+
 def _refuse_assistant(options: dict[str, Any]) -> None:
-    """An assistant would be asked with ids and embeddings both, and the early exit of a refused one is never undone."""
+    """Refuse decoding by candidates: an assistant would be asked with ids and embeddings both, the early exit of a
+    refused one is never undone, and some versions of transformers look prompts up wrongly where they are embeddings.
+    """
     settings = options.get("generation_config")
-    early = options.get("assistant_early_exit") or getattr(settings, "assistant_early_exit", None)
-    if options.get("assistant_model") is not None or early:
-        raise ValueError("generate() knows no assistant model; give prompt_lookup_num_tokens, or neither")
+    if any(options.get(name) or getattr(settings, name, None) for name in _ASSISTED):
+        raise ValueError("generate() knows no assistant model and no prompt look-up; leave them out")
 
 
 def _behind_prompt(input_ids: Tensor, out):
