@@ -256,7 +256,7 @@ def _ready_tower(model: Model, checkpoint: Checkpoint) -> BaseImageProcessor | N
     else:
         tower.load_model()
         tower.to(device=model.device, dtype=model.get_input_embeddings().weight.dtype)
-    model.config.mm_patches_per_side, model.config.mm_leading_tokens = tower.num_patches_per_side, tower.leading_tokens
+    tower.tell(model.config)
     return tower.image_processor
 
 

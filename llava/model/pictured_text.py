@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -22,13 +23,10 @@ class PicturedText:
         prompts_cut: how many rows were longer than the model's window, ``config.tokenizer_model_max_length``.
     """
 
+    get_model: Callable[[], Any]
     config: Any
     training: bool
     prompts_cut = 0
-
-    def get_model(self) -> Any:
-        """The decoder, with tower, projector and embeddings."""
-        raise NotImplementedError
 
     def get_vision_tower(self):
         return self.get_model().get_vision_tower()

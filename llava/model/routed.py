@@ -31,7 +31,7 @@ from llava.slots.queries import Query
 from llava.slots.route import Route
 
 _ROUTE_OR_NONE = 'give a route decided before (route=model.last_route), or route="none"'
-_HOW = 'give questions=[...] (or text_query), a route decided before (route=model.last_route), or route="none"'
+_HOW = f"give questions=[...] (or text_query); else {_ROUTE_OR_NONE}"
 
 
 @dataclass

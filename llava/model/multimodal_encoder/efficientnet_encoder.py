@@ -130,11 +130,10 @@ class EfficientNetVisionTower(VisionTower):
     def check_selection(self) -> None:
         super().check_selection()
         refuse_class_token(self.select_feature, "EfficientNet")
-        layers = len(self._network.widths()) if self.is_loaded else None
-        if layers is not None and not -layers <= self.select_layer < layers:
-            raise UserError(
-                f"mm_vision_select_layer is {self.select_layer}; the tower has {layers} layers, give -{layers} to -1"
-            )
+
+    @property
+    def layers(self) -> int:
+        return len(self._network.widths()) - 1  # the stem counts as the embeddings do
 
     @classmethod
     def read_config(cls, name: str) -> PretrainedConfig:
@@ -171,10 +170,6 @@ class EfficientNetVisionTower(VisionTower):
             image_std=list(STD),
         )
         return processor
-
-    def _finish_loading(self) -> None:
-        super()._finish_loading()
-        self.check_selection()
 
     @property
     def _network(self) -> EfficientNetLiteModel:

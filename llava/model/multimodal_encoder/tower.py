@@ -67,10 +67,21 @@ class VisionTower(nn.Module):
             self.load_model()
 
     def check_selection(self) -> None:
-        """Refuse a feature selection that is unknown."""
+        """Refuse a feature selection that is unknown, and, of a loaded tower, a layer that it does not have."""
         if self.select_feature not in FEATURES:
             known = " or ".join(map(repr, FEATURES))
             raise UserError(f"mm_vision_select_feature must be {known}, not {self.select_feature!r}")
+        if self.is_loaded and not -(self.layers + 1) <= self.select_layer <= self.layers:
+            raise UserError(
+                f"mm_vision_select_layer is {self.select_layer}; the tower has {self.layers} layers, give "
+                f"-{self.layers} to -1"
+            )
+
+    @property
+    def layers(self) -> int:
+        """Layers that can be looked at, the embeddings not counted."""
+        count: Any = self.vision_tower.config.num_hidden_layers
+        return int(count)
 
     def load_model(self, device_map: str | dict[str, Any] | None = None) -> None:
         """Read the tower's weights and image processor from ``vision_tower_name`` (once).
@@ -87,6 +98,7 @@ class VisionTower(nn.Module):
     def _finish_loading(self) -> None:
         self.vision_tower.requires_grad_(False)
         self.is_loaded = True
+        self.check_selection()
 
     @classmethod
     def read_config(cls, name: str) -> PretrainedConfig:
@@ -180,6 +192,10 @@ class VisionTower(nn.Module):
         named = self.named_modules()
         behind = [*list(layers)[depth:], *(part for name, part in named if name.endswith(_BEHIND_ALL_LAYERS))]
         return {id(parameter) for part in behind for parameter in part.parameters()}
+
+    def tell(self, config: PretrainedConfig) -> None:
+        """Write into a model's config what decides how many positions a picture takes."""
+        config.mm_patches_per_side, config.mm_leading_tokens = self.num_patches_per_side, self.leading_tokens
 
     @property
     def trains(self) -> bool:

@@ -89,9 +89,8 @@ def initialize_vision_modules(model: Any, model_args: Any) -> None:
         tower.to(device=like.device, dtype=like.dtype)
     tower.select_layer, tower.select_feature = config.mm_vision_select_layer, config.mm_vision_select_feature
     tower.check_selection()
-    _check_layer(tower)
+    tower.tell(config)
     config.mm_hidden_size, config.use_mm_proj = tower.hidden_size, True
-    config.mm_patches_per_side = tower.num_patches_per_side
     if config.mm_projector_type == "identity" and config.mm_hidden_size != config.hidden_size:
         raise UserError(
             f"mm_projector_type is 'identity', but the tower's features are {config.mm_hidden_size} wide and the "
@@ -108,14 +107,6 @@ def initialize_vision_modules(model: Any, model_args: Any) -> None:
     path = getattr(model_args, "pretrain_mm_mlp_adapter", None)
     if path:
         _read_trained(model, path)
-
-
-def _check_layer(tower: Any) -> None:
-    layers = getattr(tower.config, "num_hidden_layers", None)
-    if layers is not None and not -(layers + 1) <= tower.select_layer <= layers:
-        raise UserError(
-            f"mm_vision_select_layer is {tower.select_layer}; the tower has {layers} layers, give -{layers} to -1"
-        )
 
 
 def _read_trained(model: Any, path: str) -> None:

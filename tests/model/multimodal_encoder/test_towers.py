@@ -198,6 +198,22 @@ def test_the_parameters_behind_the_chosen_layer_get_no_gradient_and_all_others_d
     assert reached | chosen.unseen() | mask == {id(each) for each in chosen.parameters()}
 
 
+def test_a_layer_that_the_tower_does_not_have_is_refused_on_loading(kind, tower):
+    args = SimpleNamespace(mm_vision_tower=str(tower), mm_vision_select_layer=-40)
+    with pytest.raises(UserError, match=r"mm_vision_select_layer is -40; the tower has \d+ layers"):
+        build_vision_tower(args)
+
+
+@pytest.mark.parametrize("kind", ["dinov2_with_registers"], indirect=True)
+def test_a_tower_that_is_given_to_a_decoder_tells_its_positions_too(kind, tower, base):
+    _, model, processor, _ = load_pretrained_model(str(base), None, device="cpu")
+    for name in ("mm_patches_per_side", "mm_leading_tokens"):
+        vars(model.config).pop(name)
+    asked = SimpleNamespace(vision_tower=str(tower), mm_vision_select_feature="cls_patch")
+    model.get_model().initialize_vision_modules(asked)
+    assert image_token_count(model.config, processor, "pad") == LEADING[kind] + 4
+
+
 def test_another_layer_of_the_convolutional_tower_has_another_width_and_grid():
     config = EfficientNetLiteConfig(image_size=32)
     make("efficientnet_lite")
@@ -207,7 +223,7 @@ def test_another_layer_of_the_convolutional_tower_has_another_width_and_grid():
     tower.select_layer = -4
     assert (tower.hidden_size, tower.num_patches, tower.config.patch_size) == (112, 4, 16)
     tower.select_layer = -10
-    with pytest.raises(UserError, match="mm_vision_select_layer is -10; the tower has 9 layers, give -9 to -1"):
+    with pytest.raises(UserError, match="mm_vision_select_layer is -10; the tower has 8 layers, give -8 to -1"):
         tower.check_selection()
 
 
