@@ -1,10 +1,11 @@
 """The pretended GPU: it refuses what a GPU refuses, and counts what a GPU waits for."""
 
-import pretend_gpu
 import pytest
 import torch
-from pretend_gpu import Log, MixedDevices, OnGpu, pretending
 from torch import nn
+
+import pretend_gpu
+from pretend_gpu import Log, MixedDevices, OnGpu, pretending
 
 
 def on(device, *shape):
