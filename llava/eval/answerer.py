@@ -370,7 +370,8 @@ class Answerer:
         )
         texts = self.tokenizer.batch_decode(output, skip_special_tokens=True)
         route = model.last_route
-        routes = [None if route is None else route.describe(number) for number in range(len(rows))]
+        told = None if route is None else route.on_host()
+        routes = [None if told is None else told.describe(number, row.domain) for number, row in enumerate(rows)]
         return [
             Reply(
                 row,
