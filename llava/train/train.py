@@ -33,6 +33,7 @@ from llava.devices import has_accelerator
 from llava.model.configs import llava_config
 from llava.model.partitioned import size_of
 from llava.slots.fit import seed_of
+from llava.slots.names import ALL
 from llava.slots.pool import Pool
 from llava.slots.settings import RetrieverSettings
 from llava.train import align, instruct  # noqa: F401 - they register LLaVA's own stages
@@ -202,6 +203,7 @@ def plan(
         "prompt": prompt.to_dict(),
         "base": keys.base.get("fingerprint"),
         **({"keys": checksums([args.retriever_state_dict])[0]} if recipe.needs_keys else {}),
+        **({"offset_scope": keys.settings.offset_scope} if keys.settings.offset_scope != ALL else {}),
         **({} if recipe.needs_keys else parts_record(model_args)),
         "training_files": checksums(files),
         "pictures": pictures_checksum(rows, data_args.image_folder),
