@@ -94,6 +94,7 @@ class DataArguments:
         metadata={"help": "sizes for anyres, such as '[(336, 672), (672, 336)]' (default: the checkpoint's)"},
     )
     lazy_preprocess: bool = field(default=True, metadata={"help": "rows are always prepared when they are needed"})
+    turns_apart: bool = own("the turns of a row are questions of their own: none sees another", False)
     is_multimodal: bool | None = field(default=None, metadata={"help": "each row says whether it has a picture"})
     sequence: str = sequence_flag(aliases=spelled("dataset_type"))
     task: str | None = task_field()

@@ -94,6 +94,8 @@ class LLaVATrainer(Trainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The recipe's loss in training, the answers' cross-entropy in evaluation."""
+        if self.recipe is not None:
+            inputs = {**inputs, "answers_only": True}
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         if model.training and self.recipe is not None:
             loss = self.recipe.loss(self.context, inputs, outputs, loss)

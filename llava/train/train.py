@@ -121,7 +121,7 @@ def train(attn_implementation: str | None = None) -> None:
     recipe = METHODS.get(early.method)()
     model_args, data_args, args, options = parse_arguments(argv, recipe.Options, recipe.needs_keys)
     check_agreement(args)
-    check_flags(model_args, args)
+    check_flags(model_args, data_args, args)
     model_args.attn_implementation = model_args.attn_implementation or attn_implementation
     transformers.logging.set_verbosity_error()
     context, prompt, rows = plan(recipe, model_args, data_args, args, options)
@@ -267,9 +267,10 @@ def prepare(
     encoder = PromptEncoder(prompt, tokenizer, image_processor, model.config, data_args.image_folder)
     source = picture_source(model, context.base, prompt, data_args.image_folder, args)
     settings = context.pool.settings
-    dataset, held_out = build_dataset(rows, encoder, settings, source, args), None
+    build = partial(build_dataset, encoder=encoder, settings=settings, source=source, args=args)
+    dataset, held_out = build(rows, apart=data_args.turns_apart), None
     if data_args.eval_data_path:
-        held_out = build_dataset(read_training_rows([data_args.eval_data_path]), encoder, settings, source, args)
+        held_out = build(read_training_rows([data_args.eval_data_path]), apart=data_args.turns_apart)
     trainer = build_trainer(recipe, context, dataset, args, held_out)
     trainer.groups = [group for group in groups if isinstance(group, Mapping)]
     return trainer
