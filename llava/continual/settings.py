@@ -72,12 +72,16 @@ class TrainSettings:
     weight_decay: float = setting(0.0, "weight decay", flag="weight_decay")
     adam_beta2: float = setting(0.999, "memory of squared gradients", flag="adam_beta2")
     seed: int = setting(42, "seed of both stages", flag="seed")
+    bf16: str | None = setting(
+        None, "auto: bfloat16 where the machine multiplies it by itself", choices=("auto", "true", "false"), flag="bf16"
+    )
     zero: str | None = setting(None, "DeepSpeed's json, or none; left out: scripts/zero3.json where DeepSpeed starts")
 
     def flags(self, names: Iterable[str] | None = None) -> dict[str, Any]:
         """Values by the trainer's names; of all fields that it has, or of ``names``."""
         flags = {entry.name: entry.metadata["flag"] for entry in fields(self) if "flag" in entry.metadata}
-        return {flags[name]: getattr(self, name) for name in (flags if names is None else names) if name in flags}
+        found = {flags[name]: getattr(self, name) for name in (flags if names is None else names) if name in flags}
+        return {name: value for name, value in found.items() if value is not None}
 
 
 @dataclass(frozen=True)
