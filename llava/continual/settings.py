@@ -93,10 +93,8 @@ class BaseSettings:
 
     VARIABLES: ClassVar[str] = "BASE_"
 
-    recipe: str | None = setting(
-        "phantom", "tiny base that is made where no model is given", choices=("phantom", "medical")
-    )
-    model: str | None = setting(None, "folder or hub name of a LLaVA checkpoint, in place of the tiny base")
+    recipe: str | None = setting("phantom", "base that is made where no model is given", choices=("phantom", "medical"))
+    model: str | None = setting(None, "folder or hub name of a LLaVA checkpoint, in place of the one that is made")
 
 
 def read_block(kind: type[Block], values: Any, where: str) -> Block:
