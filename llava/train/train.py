@@ -12,6 +12,7 @@ from __future__ import annotations
 import shutil
 import sys
 from collections.abc import Mapping
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -126,9 +127,24 @@ def train(attn_implementation: str | None = None) -> None:
     model_args.attn_implementation = model_args.attn_implementation or attn_implementation
     transformers.logging.set_verbosity_error()
     context, prompt, rows = plan(recipe, model_args, data_args, args, options)
+    with context.run.held() if args.should_save else nullcontext():
+        _train(recipe, context, prompt, rows, model_args, data_args, args)
+
+
+def _train(
+    recipe: Recipe,
+    context: Context,
+    prompt: Prompt,
+    rows: list[Row],
+    model_args: ModelArguments,
+    data_args: DataArguments,
+    args: TrainingArguments,
+) -> None:
     run = context.run
     if run.finished():
         rank0_print(f"{run.folder} is finished already; skipped")
+        if args.should_save:
+            shutil.rmtree(run.work, ignore_errors=True)  # of a run that was killed while it cleared up
         return
     run.check_work()
     args.output_dir, args.seed = str(run.work), context.seed
