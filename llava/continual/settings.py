@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import Field, dataclass, field, fields, replace
 from typing import Any, ClassVar, Protocol, TypeVar
 
-from llava.slots.names import KINDS, QUERY_MODES
+from llava.slots.names import ALL, KINDS, QUERY_MODES, SCOPES
 from llava.utils import UserError
 
 
@@ -51,6 +51,9 @@ class KeySettings:
     router: str = setting("gaussian", "keys, gaussian, ridge, uniform, random or batch_vote")
     unknown_share: float = setting(0.005, "share of a task's own questions that may count as unknown")
     targets: tuple[str, ...] = setting(("o_proj",), "projections that get offsets")
+    offset_scope: str = setting(
+        ALL, "positions that offsets act on; question: those behind the picture", choices=SCOPES
+    )
     held_out: float = setting(0.1, "share of pictures kept to measure routing")
     iterations: int = setting(50, "rounds of key fitting at most", least=1)
 

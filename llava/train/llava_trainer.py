@@ -18,7 +18,7 @@ from transformers import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from llava.continual.methods import Context, Recipe
-from llava.files import atomic_write, full_disk_named
+from llava.files import atomic_write, system_errors_named
 from llava.train.deepspeed_config import checkpoint_world_size
 from llava.train.sampling import (
     LengthGroupedSampler,
@@ -151,7 +151,7 @@ class LLaVATrainer(Trainer):
 
     def _save_checkpoint(self, model, trial) -> None:
         folder = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        with full_disk_named(folder):
+        with system_errors_named(folder):
             super()._save_checkpoint(model, trial)
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
