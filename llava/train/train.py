@@ -180,7 +180,7 @@ def plan(
     keys = Pool.read(args.retriever_state_dict) if recipe.needs_keys else no_slots(base)
     data_args.image_folder = data_args.image_folder or sequence.image_folder
     files = [data_args.data_path] if data_args.data_path else recipe.files(sequence, data_args.task)
-    rows = read_training_rows(files)
+    rows = read_training_rows(files, tasks_of(sequence, data_args.task))
     config = asked_config(base, recipe.needs_keys, model_args, data_args)
     if recipe.needs_keys:
         check_frozen_base(config, model_args, data_args, args)
@@ -210,6 +210,11 @@ def plan(
         **({} if previous is None else previous.contents()),
     }
     return context, prompt, rows
+
+
+def tasks_of(sequence: TaskSequence, task: str | None) -> list[str]:
+    """The domains that training rows may have: the task, or all of the sequence; empty for a recipe without tasks."""
+    return [task] if task else [entry.name for entry in sequence.tasks]
 
 
 def no_sequence(name: str) -> TaskSequence:
@@ -253,7 +258,8 @@ def prepare(
     settings = context.pool.settings
     dataset, held_out = build_dataset(rows, encoder, settings, source, args), None
     if data_args.eval_data_path:
-        held_out = build_dataset(read_training_rows([data_args.eval_data_path]), encoder, settings, source, args)
+        asked = read_training_rows([data_args.eval_data_path], tasks_of(context.sequence, context.task))
+        held_out = build_dataset(asked, encoder, settings, source, args)
     trainer = build_trainer(recipe, context, dataset, args, held_out)
     trainer.groups = [group for group in groups if isinstance(group, Mapping)]
     return trainer
