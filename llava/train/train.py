@@ -30,6 +30,7 @@ from llava.data.prompt import Prompt, PromptEncoder
 from llava.data.rows import Row
 from llava.data.samples import DataCollatorForSupervisedDataset, TrainingSamples, pictures_checksum
 from llava.devices import has_accelerator
+from llava.image_io import allow_pixels
 from llava.model.configs import llava_config
 from llava.model.partitioned import size_of
 from llava.slots.fit import seed_of
@@ -169,6 +170,7 @@ def plan(
     recipe: Recipe, model_args: ModelArguments, data_args: DataArguments, args: TrainingArguments, options: Any
 ) -> tuple[Context, Prompt, list[Row]]:
     """Read and check everything but the base's weights: the stage, how its questions are asked, its rows."""
+    allow_pixels(data_args.max_pixels)
     sequence = load_sequence(data_args.sequence) if recipe.needs_keys else no_sequence(recipe.name)
     base = Checkpoint.open(model_args.model_name_or_path)
     folder = Path(args.output_dir)
