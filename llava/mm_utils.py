@@ -7,19 +7,17 @@ from __future__ import annotations
 
 import ast
 import base64
-import binascii
 import math
 import re
-from io import BytesIO
 from pathlib import PurePath
 from typing import Any
 
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from transformers import StoppingCriteria
 
 from llava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX
-from llava.image_io import expand2square, load_image, to_rgb
+from llava.image_io import MAX_PIXELS, expand2square, load_image, open_image, to_rgb
 from llava.utils import UserError
 
 __all__ = [
@@ -39,6 +37,8 @@ __all__ = [
 ]
 
 Size = tuple[int, int]
+_KEPT_OF_STRIP = 16
+"""Widths that are kept of a strip's length."""
 
 
 def select_best_resolution(original_size: Size, possible_resolutions: list[Size]) -> Size:
@@ -117,9 +117,10 @@ def load_image_from_base64(image: str | bytes) -> Image.Image:
         UserError: the text is no base64 or holds no picture.
     """
     try:
-        return Image.open(BytesIO(base64.b64decode(image)))
-    except (binascii.Error, UnidentifiedImageError) as error:
+        data = base64.b64decode(image)
+    except ValueError as error:
         raise UserError("the base64 text holds no readable picture (send the bytes of an image file)") from error
+    return open_image(data, "the base64 text")
 
 
 def process_images(
@@ -141,9 +142,20 @@ def process_images(
         background = tuple(int(mean * 255) for mean in image_processor.image_mean)
         tensors = [_pixels(expand2square(image, background), image_processor) for image in pictures]
     else:
-        tensors = [_pixels(image, image_processor) for image in pictures]
+        tensors = [_pixels(_without_far_ends(image, image_processor), image_processor) for image in pictures]
     same = tensors and all(tensor.shape == tensors[0].shape for tensor in tensors)
     return torch.stack(tensors) if same else tensors
+
+
+def _without_far_ends(image: Image.Image, processor: Any) -> Image.Image:
+    """The middle of a strip of which the processor would make gigabytes and keep the middle; others as they are."""
+    edge = (processor.size or {}).get("shortest_edge")
+    shorter, longer = sorted(image.size)
+    if not edge or not getattr(processor, "do_center_crop", False) or longer * edge**2 / shorter <= MAX_PIXELS:
+        return image
+    width, height = (min(side, shorter * _KEPT_OF_STRIP) for side in image.size)
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    return image.crop((left, top, left + width, top + height))
 
 
 def bos_ids(tokenizer: Any) -> list[int]:

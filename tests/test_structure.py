@@ -17,7 +17,8 @@ ZERO = sorted((ROOT / "scripts").glob("zero*.json"))
 # Each room may import the rooms named beside it, and itself.
 BELOW_ALL = {"constants", "utils", "files", "locks", "registry", "folds", "padding", "devices", "truncation"}
 BELOW_ALL |= {"normal_form"}
-HELPERS = BELOW_ALL | {"conversation", "image_io", "mm_utils"}
+PICTURES = {"image_io", "dicom", "deep_grey"}
+HELPERS = BELOW_ALL | PICTURES | {"conversation", "mm_utils"}
 MODEL = HELPERS | {"checkpoints", "slots", "data"}
 MAY_IMPORT = {
     "constants": set(),
@@ -32,7 +33,9 @@ MAY_IMPORT = {
     "normal_form": set(),
     "devices": set(),
     "conversation": BELOW_ALL | {"image_io"},
-    "image_io": BELOW_ALL,
+    "image_io": BELOW_ALL | {"dicom", "deep_grey"},
+    "dicom": {"utils", "deep_grey"},
+    "deep_grey": set(),
     "mm_utils": BELOW_ALL | {"image_io"},
     "checkpoints": BELOW_ALL,
     "slots": BELOW_ALL | {"checkpoints"},

@@ -53,7 +53,7 @@ def fit_task(
     """
     base = resolve_checkpoint(base_name)
     prompt = Prompt.of(llava_config(base), get_model_name_from_path(str(base_name)), **asked)
-    rows = [row for path in data_paths for row in read_rows(path, one_task=True)]
+    rows = [row for path in data_paths for row in read_rows(path, one_task=True, tasks=[task])]
     queries = compute_queries(
         rows,
         base,

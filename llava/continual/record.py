@@ -72,6 +72,7 @@ IGNORED: dict[str, str] = {
     ),
     "deepspeed": "its optimiser, schedule and clipping are recorded; the rest spreads the same steps over memory",
     "do_train": "is what every run does",
+    "max_pixels": "refuses pictures, and changes none",
     "is_multimodal": "each row says whether it has a picture",
     "disable_task_id": "is kept for the prototype's scripts and decides nothing",
     "remove_unused_columns": "rows have no columns that could be removed",

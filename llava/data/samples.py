@@ -20,13 +20,12 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset
 
-from llava.constants import IGNORE_INDEX
+from llava.constants import IGNORE_INDEX, NO_SEGMENT
 from llava.data.apart import turns_apart
 from llava.data.labels import expanded_length, has_labels
 from llava.data.prompt import Picture, PromptEncoder, pictures_of
 from llava.data.rows import Row
 from llava.files import file_sha256
-from llava.model.apart import PADDING
 from llava.padding import pad
 from llava.utils import UserError, rank0_print
 
@@ -258,7 +257,7 @@ class DataCollatorForSupervisedDataset:
         if "picture_names" in samples[0]:
             batch["picture_names"] = [sample["picture_names"] for sample in samples]
         if "segments" in samples[0]:
-            batch["segments"] = pad([sample["segments"] for sample in samples], value=PADDING)[0]
+            batch["segments"] = pad([sample["segments"] for sample in samples], value=NO_SEGMENT)[0]
         if "image_features" in samples[0]:
             batch["image_features"] = [sample["image_features"] for sample in samples]
         else:

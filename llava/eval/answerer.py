@@ -16,7 +16,7 @@ import gc
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -207,7 +207,7 @@ class Answerer:
             raise UserError(f"{place} is a plain language model, not a LLaVA checkpoint")
         if self.base is not None and place != self.base:
             rank0_print(f"{place}: has weights of its own, so it was loaded by itself")
-        model.prefixes = PrefixStore(MEGABYTES * 2**20)
+        cast(Any, model).prefixes = PrefixStore(MEGABYTES * 2**20)
         entries = {name: value for name, value in vars(model.config).items() if name in _PROMPT_ENTRIES}
         return _Loaded((place, base), tokenizer, model.eval(), image_processor, model.retriever, entries)
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from llava.cli import flag
 from llava.eval.generation import Generation, Loading
+from llava.image_io import allow_pixels
 
 LOADING = ("device", "load_8bit", "load_4bit", "attn_implementation")
 GENERATION = ("temperature", "top_p", "num_beams", "max_new_tokens", "batch_size", "seed", "refuse_unknown")
@@ -24,6 +25,7 @@ class LoadingFlags:
         "default: sdpa, which also stands in for a FlashAttention that is not installed",
         choices=("sdpa", "flash_attention_2", "eager"),
     )
+    max_pixels: int | None = flag(None, "pixels that a picture may have (default: LLAVA_MAX_PIXELS or 100 million)")
 
 
 @dataclass(kw_only=True)
@@ -40,7 +42,8 @@ class PromptFlags:
 
 
 def loading_of(arguments: Any) -> Loading:
-    """Where and in which form a command line wants the model."""
+    """Where and in which form a command line wants the model; its limit for pictures holds from here on."""
+    allow_pixels(getattr(arguments, "max_pixels", None))
     return Loading(**_given(arguments, LOADING))
 
 

@@ -88,6 +88,9 @@ class DataArguments:
     data_path: str | None = field(default=None, metadata={"help": "training rows (default: the sequence's)"})
     eval_data_path: str | None = field(default=None, metadata={"help": "rows for a validation loss while training"})
     image_folder: str | None = field(default=None, metadata={"help": "picture folder (default: the sequence's)"})
+    max_pixels: int | None = field(
+        default=None, metadata={"help": "pixels that a picture may have (default: LLAVA_MAX_PIXELS or 100 million)"}
+    )
     image_aspect_ratio: str | None = field(default=None, metadata={"help": "default: the checkpoint's"})
     image_grid_pinpoints: str | None = field(
         default=None,

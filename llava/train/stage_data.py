@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,9 +34,9 @@ from llava.train.arguments import DataArguments, ModelArguments, TrainingArgumen
 from llava.utils import rank0_print
 
 
-def read_training_rows(files: list[str]) -> list[Row]:
-    """The files' rows; each has an answer to each question, and its ``domain``, where it has one, is one task."""
-    return [row for file in files for row in read_rows(file, require_answer=True, one_task=True)]
+def read_training_rows(files: list[str], tasks: Collection[str] = ()) -> list[Row]:
+    """The files' rows, each with an answer to each question; a ``domain``, where a row has one, is one of the tasks."""
+    return [row for file in files for row in read_rows(file, require_answer=True, one_task=True, tasks=tasks)]
 
 
 def stage_prompt(

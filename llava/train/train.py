@@ -31,6 +31,7 @@ from llava.data.prompt import Prompt, PromptEncoder
 from llava.data.rows import Row
 from llava.data.samples import DataCollatorForSupervisedDataset, TrainingSamples, pictures_checksum
 from llava.devices import has_accelerator
+from llava.image_io import allow_pixels
 from llava.model.configs import llava_config
 from llava.model.partitioned import size_of
 from llava.slots.fit import seed_of
@@ -187,6 +188,7 @@ def plan(
     recipe: Recipe, model_args: ModelArguments, data_args: DataArguments, args: TrainingArguments, options: Any
 ) -> tuple[Context, Prompt, list[Row]]:
     """Read and check everything but the base's weights: the stage, how its questions are asked, its rows."""
+    allow_pixels(data_args.max_pixels)
     sequence = load_sequence(data_args.sequence) if recipe.needs_keys else no_sequence(recipe.name)
     base = Checkpoint.open(model_args.model_name_or_path)
     folder = Path(args.output_dir)
@@ -198,7 +200,7 @@ def plan(
     keys = Pool.read(args.retriever_state_dict) if recipe.needs_keys else no_slots(base)
     data_args.image_folder = data_args.image_folder or sequence.image_folder
     files = [data_args.data_path] if data_args.data_path else recipe.files(sequence, data_args.task)
-    rows = read_training_rows(files)
+    rows = read_training_rows(files, tasks_of(sequence, data_args.task))
     config = asked_config(base, recipe.needs_keys, model_args, data_args)
     if recipe.needs_keys:
         check_frozen_base(config, model_args, data_args, args)
@@ -229,6 +231,11 @@ def plan(
         **({} if previous is None else previous.contents()),
     }
     return context, prompt, rows
+
+
+def tasks_of(sequence: TaskSequence, task: str | None) -> list[str]:
+    """The domains that training rows may have: the task, or all of the sequence; empty for a recipe without tasks."""
+    return [task] if task else [entry.name for entry in sequence.tasks]
 
 
 def no_sequence(name: str) -> TaskSequence:
@@ -273,7 +280,8 @@ def prepare(
     build = partial(build_dataset, encoder=encoder, settings=settings, source=source, args=args)
     dataset, held_out = build(rows, apart=data_args.turns_apart), None
     if data_args.eval_data_path:
-        held_out = build(read_training_rows([data_args.eval_data_path]), apart=data_args.turns_apart)
+        asked = read_training_rows([data_args.eval_data_path], tasks_of(context.sequence, context.task))
+        held_out = build(asked, apart=data_args.turns_apart)
     share_prefixes(model, filter(None, (dataset, held_out)), settings, args)
     trainer = build_trainer(recipe, context, dataset, args, held_out)
     trainer.groups = [group for group in groups if isinstance(group, Mapping)]
