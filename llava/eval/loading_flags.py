@@ -8,7 +8,7 @@ from typing import Any
 from llava.cli import flag
 from llava.eval.generation import Generation, Loading
 
-LOADING = ("device", "load_8bit", "load_4bit", "attn_implementation")
+LOADING = ("device", "device_map", "load_8bit", "load_4bit", "attn_implementation")
 GENERATION = ("temperature", "top_p", "num_beams", "max_new_tokens", "batch_size", "seed", "refuse_unknown")
 
 
@@ -17,6 +17,9 @@ class LoadingFlags:
     """Where the model runs and in which form."""
 
     device: str | None = flag(None, "cuda or cpu (default: cuda where there is one)")
+    device_map: str | None = flag(
+        None, "auto: a model too large for one GPU on all of them (default: on one)", choices=("auto",)
+    )
     load_8bit: bool = False
     load_4bit: bool = False
     attn_implementation: str | None = flag(

@@ -41,6 +41,17 @@ def never_parted() -> Iterator[None]:
             integration.set_hf_deepspeed_config(config)
 
 
+def optimizer_copy(parameter: Tensor) -> Tensor | None:
+    """The whole float32 copy that DeepSpeed's optimizer steps on, of which the parameter is a rounding in 16 bits;
+    ``None`` where there is none. Every process must call this."""
+    if not (hasattr(parameter, "_z3_optimizer") or hasattr(parameter, "_hp_mapping")):
+        return None
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    found: Tensor | None = safe_get_full_fp32_param(parameter)
+    return found
+
+
 def size_of(parameter: Tensor) -> int:
     """How many numbers a parameter has in all its parts."""
     return int(getattr(parameter, "ds_numel", parameter.numel()))

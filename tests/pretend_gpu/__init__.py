@@ -7,8 +7,8 @@
     log.syncs, log.copies, log.kernels        # by the line that caused them
 
 An operation over two devices raises ``MixedDevices``, as it would on a GPU. Counted are what the host waits for
-(``item``, ``tolist``, ``bool``, a copy to the CPU, indexing with a mask), copies from the host, and kernels. The numbers
-are the CPU's, so an answer must equal the CPU's; backward passes and CUDA's own arithmetic are not seen.
+(``item``, ``tolist``, ``bool``, a copy to the CPU, indexing with a mask), copies from the host, and kernels. The
+numbers are the CPU's, so an answer must equal the CPU's; backward passes and CUDA's own arithmetic are not seen.
 """
 
 from __future__ import annotations
