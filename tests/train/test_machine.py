@@ -36,3 +36,10 @@ def test_what_a_user_decides_stays(monkeypatch, capsys):
     line = ["--bf16", "False", "--output_dir", "auto", "--bf16=True", "--bf16"]
     assert with_precision(line) == ["--bf16", "False", "--output_dir", "auto", "--bf16", "True", "--bf16"]
     assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("words", [["--gradient_checkpointing", "auto"], ["--gradient_checkpointing=auto"]])
+def test_checkpointing_is_left_to_the_estimate(words):
+    expected = ["--gradient_checkpointing", "False", "--checkpoint_if_needed", "True"]
+    assert with_precision(["--task", "abd", *words]) == ["--task", "abd", *expected]
+    assert with_precision(["--gradient_checkpointing", "True"]) == ["--gradient_checkpointing", "True"]
