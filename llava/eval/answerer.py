@@ -42,7 +42,7 @@ from llava.eval.generation import (
     given_tasks,
     sorted_batches,
 )
-from llava.eval.question_cache import QuestionCache
+from llava.eval.question_cache import BlankEncoder, QuestionCache
 from llava.mm_utils import KeywordsStoppingCriteria, get_model_name_from_path
 from llava.model.builder import attach_slots, load_pretrained_model, tell_prompt
 from llava.model.configs import llava_config
@@ -230,16 +230,21 @@ class Answerer:
 
     # -- answers -----------------------------------------------------------------------------------------------------
 
-    def encoder(self, image_folder: str = "") -> PromptEncoder:
-        """What turns rows and conversations into this model's inputs, as training does."""
+    def encoder(self, image_folder: str = "", blank: bool = False) -> PromptEncoder:
+        """What turns rows and conversations into this model's inputs, as training does; or with blanks for pictures."""
         loaded = self._in_memory
         parts = (self.prompt, loaded.tokenizer, loaded.image_processor, loaded.model.config)
-        return PromptEncoder(*parts, image_folder, cache_megabytes=0)
+        return (BlankEncoder if blank else PromptEncoder)(*parts, image_folder, cache_megabytes=0)
 
     def answer(
-        self, rows: Sequence[Row], generation: Generation | None = None, image_folder: str = "", done: int = 0
+        self,
+        rows: Sequence[Row],
+        generation: Generation | None = None,
+        image_folder: str = "",
+        done: int = 0,
+        blank: bool = False,
     ) -> Iterator[Reply]:
-        """Replies to ``rows[done:]``, in order, as they come.
+        """Replies to ``rows[done:]``, in order, as they come; with ``blank`` a blank stands for every picture.
 
         Batches depend on the rows and the batch size alone: with ``done`` rows answered before, what follows is what
         would have followed.
@@ -248,13 +253,13 @@ class Answerer:
             UserError: a picture cannot be read, or a row has none of the tasks that ``use`` was told to go by.
             RuntimeError: ``use`` has chosen another model before the last reply came.
         """
-        return self._answers(rows, generation or Generation(), image_folder, done, self._choices)
+        return self._answers(rows, generation or Generation(), (image_folder, blank), done, self._choices)
 
     def _answers(
-        self, rows: Sequence[Row], generation: Generation, image_folder: str, done: int, choice: int
+        self, rows: Sequence[Row], generation: Generation, pictures: tuple[str, bool], done: int, choice: int
     ) -> Iterator[Reply]:
         self._still(choice)
-        encoder = self.encoder(image_folder)
+        encoder = self.encoder(*pictures)
         self.cache.look_with(self.model)
         tasks = given_tasks(rows, self._route, self._task)
         encoder.check(rows)
@@ -335,9 +340,8 @@ class Answerer:
         return inputs
 
     def _padded(self, ids: Sequence[list[int]]) -> dict[str, Tensor]:
-        """Ids and mask, on the host: there it is planned where words and pictures go."""
         padded, mask = pad([torch.tensor(row) for row in ids], "left", self._pad_id)
-        return {"input_ids": padded, "attention_mask": mask.long()}
+        return {"input_ids": padded, "attention_mask": mask.long()}  # on the host, where splicing is planned
 
     @property
     def _pad_id(self) -> int:
@@ -389,7 +393,7 @@ def _moved(features: list[list[Tensor]], device: torch.device) -> list[list[Tens
     flat = [picture for row in features for picture in row]
     if not flat:
         return features
-    moved = iter(torch.cat(flat).to(device).split([len(picture) for picture in flat]))
+    moved = iter(torch.cat(flat).to(device).split(list(map(len, flat))))
     return [[next(moved) for _ in row] for row in features]
 
 

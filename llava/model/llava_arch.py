@@ -21,7 +21,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from llava.constants import IMAGE_TOKEN_INDEX
 from llava.model.answer_loss import answer_loss
 from llava.model.apart import spread, who_sees_whom
-from llava.model.decision import Prefill, cache_of, cached_length, carried, carry, continue_mask
+from llava.model.decision import Decision, Prefill, cache_of, cached_length, carried, carry, continue_mask
 from llava.model.multimodal_encoder.builder import build_vision_tower
 from llava.model.multimodal_projector.builder import build_vision_projector
 from llava.model.pictured_text import PicturedText
@@ -118,10 +118,11 @@ class LlavaMetaForCausalLM(Routed, PicturedText):
             decision = self._begun(asked, input_ids, None, attention_mask, labels, features, pictures)
         prefix = decision.action(len(input_ids), self.get_model().embed_tokens.weight.dtype).prefix
         projected = self.project_features(features, image_sizes)
-        embeds, mask, positions, new_labels = self._splice(
+        embeds, mask, positions, new_labels, _, starts = self._splice(
             input_ids, attention_mask, labels, projected, prefix=None if cached_length(past_key_values) else prefix
         )
-        self._embedding_routes.remember(embeds, decision.route)
+        decision = decision.starting(starts)
+        self._embedding_routes.remember(embeds, decision.route, starts)
         self._settle(decision.route)
         return (
             None,
@@ -197,6 +198,8 @@ class LlavaMetaForCausalLM(Routed, PicturedText):
             decision = self._continued(asked, before)
         else:
             decision = self._begun(asked, input_ids, inputs_embeds, attention_mask, labels, image_features, images)
+        if not isinstance(route, Decision):
+            decision = self._starting(decision, inputs_embeds, length)
         rows = len(_first_given(input_ids, inputs_embeds))
         dtype = self.get_model().embed_tokens.weight.dtype if inputs_embeds is None else inputs_embeds.dtype
         action = decision.action(rows, dtype)
@@ -206,10 +209,11 @@ class LlavaMetaForCausalLM(Routed, PicturedText):
         if inputs_embeds is None and (image_features is not None or prefix is not None):
             features = [[] for _ in input_ids] if image_features is None else image_features
             projected = self.project_features(features, image_sizes)
-            inputs_embeds, attention_mask, position_ids, spliced = self._splice(
+            inputs_embeds, attention_mask, position_ids, spliced, _, starts = self._splice(
                 input_ids, attention_mask, labels, projected, prefix=prefix
             )
             labels = None if labels is None else spliced
+            decision = decision.starting([length + start for start in starts])
             input_ids, spliced_mask, pictures = None, attention_mask, projected
         if segments is not None:
             taken = [[len(picture) for picture in row] for row in pictures]
@@ -225,7 +229,7 @@ class LlavaMetaForCausalLM(Routed, PicturedText):
             spliced_mask = attention_mask
         kwargs |= {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
         kwargs |= {"past_key_values": past_key_values, "inputs_embeds": inputs_embeds, "use_cache": use_cache}
-        kwargs[ARGUMENT] = action.offset
+        kwargs[ARGUMENT] = decision.placed(action.offset, *_first_given(input_ids, inputs_embeds).shape[:2], length)
         if answers_only and labels is not None:
             items = kwargs.pop("num_items_in_batch", None)
             hidden = self.get_model()(**kwargs).last_hidden_state
@@ -291,7 +295,10 @@ class LlavaMetaForCausalLM(Routed, PicturedText):
             features = [[] for _ in input_ids] if image_features is None else image_features
             projected = self.project_features(features, image_sizes)
             action = decision.action(len(input_ids), self.get_model().embed_tokens.weight.dtype)
-            embeds, mask, _, _ = self._splice(input_ids, mask, None, projected, "left", action.prefix)
+            embeds, mask, _, _, _, starts = self._splice(input_ids, mask, None, projected, "left", action.prefix)
+            decision = decision.starting(starts)
+        else:
+            decision = self._starting(decision, embeds)
         out = super().generate(
             inputs_embeds=embeds, attention_mask=None if mask is None else mask.long(), route=decision, **kwargs
         )

@@ -21,13 +21,15 @@ Embed = Callable[[Tensor], Tensor]
 
 
 class Spliced(NamedTuple):
-    """Embeddings ``[batch, length, hidden]``; mask, positions and labels ``[batch, length]``; tokens cut per row."""
+    """Embeddings ``[batch, length, hidden]``; mask, positions and labels ``[batch, length]``; tokens cut per row, and
+    the position in the batch at which what stands behind the row's last picture begins: without one the row's own."""
 
     embeds: Tensor
     mask: Tensor
     positions: Tensor
     labels: Tensor
     cut: list[int]
+    starts: list[int]
 
 
 class Row(NamedTuple):
@@ -89,7 +91,7 @@ def splice(
     weight = getattr(embed, "weight", input_ids)
     device = input_ids.device if weight.device.type == "meta" else weight.device  # a hook may bring the weight
     input_ids, keep, labels = _on_host(input_ids, attention_mask, labels)
-    shortened, cut = [], []
+    shortened, cut, behind = [], [], []
     for index, pictures in enumerate(features):
         ids = input_ids[index][keep[index]]
         row_label = torch.full_like(ids, IGNORE_INDEX) if labels is None else labels[index][keep[index]]
@@ -104,8 +106,11 @@ def splice(
                 f"row {index} of the batch: pictures of {sum(map(len, pictures))} positions leave no room for an "
                 f"answer in the model's window of {limit} (give fewer, or a larger tokenizer_model_max_length)"
             )
+        if lost:
+            places = (row.ids == IMAGE_TOKEN_INDEX).nonzero().flatten().tolist()
         shortened.append(row)
         cut.append(lost)
+        behind.append(len(row.ids) - 1 - places[-1] if places else None)
     # Once for the whole batch: under ZeRO-3 processes must call it equally often, whatever pictures their rows have.
     words = embed(torch.cat([row.ids.clamp(min=0) for row in shortened]).to(device))  # [tokens of all rows, hidden]
     flat = [picture.to(words) for row in shortened for picture in row.pictures]
@@ -122,10 +127,12 @@ def splice(
         row_labels.append(torch.cat([spliced.new_full((length,), IGNORE_INDEX), spliced]))
         word, picture = word + len(row.ids), picture + sum(map(len, row.pictures))
     sources, mask = pad(rows, side)  # [batch, longest]
+    ends = [sources.shape[1] if side == "left" else len(row) for row in rows]
+    starts = [end - (len(row) if own is None else own) for end, row, own in zip(ends, rows, behind, strict=True)]
     positions = (mask.cumsum(1) - 1) * mask  # counted from each row's own start; 0 on padding
     plan = torch.stack([sources, mask.long(), positions, pad(row_labels, side, IGNORE_INDEX)[0]]).to(words.device)
     embeds = table.index_select(0, plan[0].flatten()).unflatten(0, sources.shape)
-    return Spliced(embeds, plan[1].bool(), plan[2], plan[3], cut)
+    return Spliced(embeds, plan[1].bool(), plan[2], plan[3], cut, starts)
 
 
 def _on_host(ids: Tensor, mask: Tensor | None, labels: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:

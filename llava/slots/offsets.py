@@ -44,18 +44,21 @@ class WeightOffset:
         down: per target ``[layers, batch or 1, m, in]``; ``m`` = ranks of all gathered slots.
         up: per target ``[layers, batch or 1, m, out]``.
         gate: ``[batch, 1, m]``, the sample's slot weight times ``scale``, repeated over each slot's ranks.
+        where: ``[batch, length, 1]``, the positions that the offsets act on; ``None`` for all.
     """
 
     down: dict[str, Tensor]
     up: dict[str, Tensor]
     gate: Tensor
+    where: Tensor | None = None
 
     def __post_init__(self) -> None:
         # Once, not at each layer: the backward pass of an index is a tensor of all layers for each of them.
         self._layers = {target: list(zip(self.down[target].unbind(0), self.up[target].unbind(0))) for target in self.up}
         # In half precision what overflows in a slot that a sample did not select would be no number: inf * 0.
-        closed = self.gate == 0 if self.gate.dtype == torch.float16 else None
-        self._gates = {self.gate.device: (self.gate, closed)}
+        gate = self.gate if self.where is None else self.gate * self.where  # [batch, length or 1, m]
+        closed = gate == 0 if gate.dtype == torch.float16 else None
+        self._gates = {gate.device: (gate, closed)}
 
     def add_to(self, output: Tensor, target: str, layer: int, x: Tensor) -> Tensor:
         """``output`` ``[batch, length, out]`` of a projection, with the offset's share for its ``x``

@@ -52,8 +52,8 @@ class TaskSlots(nn.Module):
     """
 
     stays = True
-    """Whether the slots stay where and what they are when a model moves or changes its type, as all but those in a
-    training run do: questions are routed on the host, and offsets are copied to the device (see ``resident``)."""
+    """Whether frozen slots stay where and what they are when a model moves or changes its type, as they do outside of
+    training: questions are routed on the host, and offsets are copied to the device (see ``resident``)."""
 
     def __init__(
         self,
@@ -113,7 +113,7 @@ class TaskSlots(nn.Module):
             self.B[target] = nn.Parameter(values, requires_grad=False)
 
     def _apply(self, fn: Any, recurse: bool = True) -> TaskSlots:
-        if not self.stays:
+        if not self.stays or any(parameter.requires_grad for parameter in self.parameters()):
             super()._apply(fn, recurse)
         return self
 

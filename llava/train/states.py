@@ -5,7 +5,7 @@ Beside the trainer's own there are LLaVA's helpers under their names, which othe
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from llava.checkpoints.kinds import PROJECTOR_FILE
 from llava.files import atomic_write
-from llava.model.partitioned import gathered, optimizer_copy
+from llava.model.partitioned import gathered, optimizer_copy, set_optimizer_copy
 from llava.utils import is_main_process, rank0_print
 
 Named = Iterable[tuple[str, Tensor]]
@@ -31,6 +31,13 @@ def trainable_state(model: nn.Module) -> dict[str, Tensor]:
     exact = {name: copy for name, value in trained.items() if (copy := optimizer_copy(value)) is not None}
     with gathered([value for name, value in trained.items() if name not in exact]):
         return {name: exact.get(name, value).detach().float().cpu().clone() for name, value in trained.items()}
+
+
+def begin_exactly(model: nn.Module, values: Mapping[str, Tensor]) -> None:
+    """Let DeepSpeed's optimizer step on ``values`` by parameter name, and not on their roundings to 16 bits."""
+    named = dict(model.named_parameters())
+    for name, value in values.items():
+        set_optimizer_copy(named[name], value)
 
 
 def all_finite(model: nn.Module) -> bool:

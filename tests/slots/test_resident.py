@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from llava.slots.pool import Pool
 from llava.slots.resident import Resident
@@ -74,3 +75,23 @@ def test_slots_and_keys_stay_exact_where_a_model_moves_and_a_training_task_goes_
     pool.train_only("t0")
     assert {value.device.type for value in pool.task("t0").parameters()} == {"meta"}
     assert pool.task("t0").text_keys.device.type == "cpu"
+
+
+def test_what_is_written_for_a_batch_is_what_it_takes(pool):
+    """One new tensor a side and target, of the slots taken, whatever the pool holds."""
+    tasks = {name: pool.task(name) for name in ("t1", "t4")}
+    places = [("t1", 0), ("t4", 1), ("t4", 0)]
+    table = Resident(SETTINGS, pool.size)
+    table.take(tasks, places, CPU, torch.bfloat16)
+    written = []
+
+    class Written(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            made = func(*args, **(kwargs or {}))
+            if isinstance(made, torch.Tensor) and made.is_floating_point():
+                written.append(made.nbytes)
+            return made
+
+    with Written():
+        table.take(tasks, places, CPU, torch.bfloat16)
+    assert sum(written) == len(places) * SLOT_BYTES // 2

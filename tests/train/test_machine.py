@@ -43,3 +43,11 @@ def test_checkpointing_is_left_to_the_estimate(words):
     expected = ["--gradient_checkpointing", "False", "--checkpoint_if_needed", "True"]
     assert with_precision(["--task", "abd", *words]) == ["--task", "abd", *expected]
     assert with_precision(["--gradient_checkpointing", "True"]) == ["--gradient_checkpointing", "True"]
+
+
+@pytest.mark.parametrize("line", [["--bf16", "False"], ["--fp16=True"]])
+def test_a_sequences_precision_is_a_default(monkeypatch, capsys, line):
+    here(monkeypatch, False)
+    assert with_precision(["--task", "abd"], "auto")[:2] == ["--bf16", "False"]
+    capsys.readouterr()
+    assert with_precision(line, "auto") == line and capsys.readouterr().out == ""
