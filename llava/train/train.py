@@ -69,6 +69,7 @@ from llava.train.stage_data import (
     parts_record,
     picture_source,
     read_training_rows,
+    share_prefixes,
     stage_prompt,
 )
 from llava.train.states import (
@@ -274,6 +275,7 @@ def prepare(
     dataset, held_out = build(rows, apart=data_args.turns_apart), None
     if data_args.eval_data_path:
         held_out = build(read_training_rows([data_args.eval_data_path]), apart=data_args.turns_apart)
+    share_prefixes(model, filter(None, (dataset, held_out)), settings, args)
     if args.checkpoint_if_needed:
         settle_checkpointing(model, max(dataset.lengths), args, zero_stage(args.deepspeed))
     exact = trainable_state(model) if args.deepspeed and not recipe.writes_whole(context) else {}
