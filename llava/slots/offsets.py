@@ -67,13 +67,13 @@ class WeightOffset:
         gate, closed = self._gate(x.device)
         shared = down.shape[0] == 1
         x = x.to(down.dtype)
-        low = (x @ down[0].T if shared else torch.bmm(x, down.mT)) * gate  # [batch, length, m]
+        low = (x @ down.squeeze(0).T if shared else torch.bmm(x, down.mT)) * gate  # [batch, length, m]
         if closed is not None:
             low = low.masked_fill(closed, 0)
         if output.dtype != low.dtype:
             return output + (low @ up).to(output.dtype)
         if shared:
-            return torch.addmm(output.flatten(0, -2), low.flatten(0, -2), up[0]).view(output.shape)
+            return torch.addmm(output.flatten(0, -2), low.flatten(0, -2), up.squeeze(0)).view(output.shape)
         return torch.baddbmm(output, low, up)
 
     def _layer(self, target: str, layer: int, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -102,11 +102,11 @@ class Resident:
         state = tuple(_mark(side[target]) for target in self._tables for side in (task.B, task.A))
         if self._states.get(name) == state:
             return
-        rows = torch.tensor(self._rows[name])
+        device = next(iter(self._tables.values()))[0].device
+        rows = torch.tensor(self._rows[name]).to(device)
         for target, tables in self._tables.items():
             for table, tensor in zip(tables, (task.B[target], task.A[target]), strict=True):
-                layered = tensor.detach().to(table.device, table.dtype).transpose(0, 1)
-                table.index_copy_(1, rows.to(table.device), layered)
+                table.index_copy_(1, rows, tensor.detach().to(device, table.dtype).transpose(0, 1))
         self._states[name] = state
 
 
