@@ -102,11 +102,12 @@ class Resident:
         state = tuple(_mark(side[target]) for target in self._tables for side in (task.B, task.A))
         if self._states.get(name) == state:
             return
-        device = next(iter(self._tables.values()))[0].device
+        assert self._kind is not None  # there is room by now
+        device, dtype = self._kind
         rows = torch.tensor(self._rows[name]).to(device)
         for target, tables in self._tables.items():
             for table, tensor in zip(tables, (task.B[target], task.A[target]), strict=True):
-                table.index_copy_(1, rows, tensor.detach().to(device, table.dtype).transpose(0, 1))
+                table.index_copy_(1, rows, tensor.detach().to(device, dtype).transpose(0, 1))
         self._states[name] = state
 
 
