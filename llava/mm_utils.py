@@ -208,13 +208,14 @@ class KeywordsStoppingCriteria(StoppingCriteria):
     def __init__(self, keywords: list[str], tokenizer: Any, input_ids: torch.Tensor) -> None:
         self.keywords = keywords
         self.tokenizer = tokenizer
-        self.prompt = input_ids
+        self.prompt = input_ids.cpu()
         self.keyword_ids = [tokenizer(keyword, add_special_tokens=False)["input_ids"] for keyword in keywords]
         # A keyword may be spelt with more tokens than on its own: every byte could be one, plus a leading space.
         self.max_keyword_len = max((len(keyword.encode()) + 1 for keyword in keywords), default=0)
 
     def call_for_batch(self, output_ids: torch.Tensor, scores: Any = None, **kwargs: Any) -> bool:
         """True when the one row ``output_ids`` ``[1, T]`` ends with a keyword."""
+        output_ids = output_ids.cpu()
         tail = output_ids[0, self._start(output_ids) :][-self.max_keyword_len :].tolist() if self.keywords else []
         if any(ids and tail[-len(ids) :] == ids for ids in self.keyword_ids):
             return True
@@ -223,11 +224,14 @@ class KeywordsStoppingCriteria(StoppingCriteria):
 
     def __call__(self, output_ids: torch.Tensor, scores: Any = None, **kwargs: Any) -> torch.Tensor:
         """Which rows are done: ``[B]`` booleans."""
-        done = [self.call_for_batch(output_ids[row : row + 1], scores) for row in range(output_ids.shape[0])]
+        host = output_ids.cpu()  # once for all rows
+        done = [self.call_for_batch(host[row : row + 1], scores) for row in range(len(host))]
         return torch.tensor(done, dtype=torch.bool, device=output_ids.device)
 
     def _start(self, output_ids: torch.Tensor) -> int:
         """Where the new tokens begin; 0 when ``generate`` ran on embeddings and returns new tokens only."""
         length = self.prompt.shape[1]
-        echoed = output_ids.shape[1] >= length and (self.prompt == output_ids[0, :length]).all(dim=1).any()
+        if output_ids.shape[1] < length:
+            return 0
+        echoed = (self.prompt == output_ids[0, :length]).all(dim=1).any()
         return length if echoed else 0

@@ -67,7 +67,7 @@ IGNORED: dict[str, str] = {
         "torch_compile_backend torch_compile_mode torch_empty_cache_steps ddp_find_unused_parameters ddp_bucket_cap_mb "
         "ddp_broadcast_buffers ddp_static_graph ddp_backend ddp_timeout fsdp fsdp_config accelerator_config "
         "parallelism_config local_rank use_cache feature_cache_mb auto_find_batch_size attn_implementation "
-        "lazy_preprocess".split(),
+        "lazy_preprocess checkpoint_if_needed".split(),
         _MACHINE,
     ),
     "deepspeed": "its optimiser, schedule and clipping are recorded; the rest spreads the same steps over memory",

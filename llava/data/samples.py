@@ -25,6 +25,7 @@ from llava.data.apart import turns_apart
 from llava.data.labels import expanded_length, has_labels
 from llava.data.prompt import Picture, PromptEncoder, pictures_of
 from llava.data.rows import Row
+from llava.devices import OnHost
 from llava.files import file_sha256
 from llava.padding import pad
 from llava.utils import UserError, rank0_print
@@ -241,9 +242,13 @@ class DataCollatorForSupervisedDataset:
     and ``image_query`` ``[B, d]`` and ``segments`` ``[B, T]``. Samples with ``image_features`` give a list per sample
     of these instead of ``images``; ``picture_names`` are a list too. The mask comes from the lengths, never from the
     padding id, which may be a real token.
+
+    Args:
+        hold_queries: give queries as ``OnHost``, so that no trainer moves or casts them.
     """
 
     tokenizer: Any
+    hold_queries: bool = False
 
     def __call__(self, samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
         ids, mask = pad([sample["input_ids"] for sample in samples], value=self.tokenizer.pad_token_id or 0)
@@ -265,7 +270,8 @@ class DataCollatorForSupervisedDataset:
             batch["images"] = torch.stack(images) if _stackable(images) else images
         for name in ("text_query", "image_query"):
             if name in samples[0]:
-                batch[name] = torch.stack([sample[name] for sample in samples])
+                queries = torch.stack([sample[name] for sample in samples])
+                batch[name] = OnHost(queries) if self.hold_queries else queries
         return batch
 
 

@@ -193,13 +193,15 @@ class Answerer:
 
     def _load(self, place: str, base: str | None) -> _Loaded:
         loading = self.loading
+        device = default_device(loading.device)
         tokenizer, model, image_processor, _ = load_pretrained_model(
             place,
             base,
             get_model_name_from_path(place),
             load_8bit=loading.load_8bit,
             load_4bit=loading.load_4bit,
-            device=default_device(loading.device),
+            device_map=loading.device_map or {"": device},
+            device=device,
             attn_implementation=loading.attn_implementation,
             dtype=loading.dtype,
         )
@@ -325,7 +327,7 @@ class Answerer:
         sights = [self.cache.look(row, encoder, model) for row in rows]
         inputs = {
             **self._padded(ids),
-            "image_features": [[sight.features.to(model.device) for sight in seen] for seen in sights],
+            "image_features": _moved([[sight.features for sight in seen] for seen in sights], model.device),
             "image_sizes": [one_or_all([sight.size for sight in seen]) for seen in sights],
             "picture_names": [self.cache.names(row, encoder) for row in rows],
             "rows": rows,
@@ -337,12 +339,12 @@ class Answerer:
             queries = [
                 joined_query(kind, [sight.queries[kind] for sight in seen]) if seen else blank for seen in sights
             ]
-            inputs["image_query"] = torch.stack(queries).to(model.device)
+            inputs["image_query"] = torch.stack(queries)  # on the host, where routes are decided
         return inputs
 
     def _padded(self, ids: Sequence[list[int]]) -> dict[str, Tensor]:
         padded, mask = pad([torch.tensor(row) for row in ids], "left", self._pad_id)
-        return {"input_ids": padded.to(self.model.device), "attention_mask": mask.long().to(self.model.device)}
+        return {"input_ids": padded, "attention_mask": mask.long()}  # on the host, where splicing is planned
 
     @property
     def _pad_id(self) -> int:
@@ -387,6 +389,15 @@ class Answerer:
     def _clean(self, text: str) -> str:
         """The answer without the template's end mark and what a model says after it."""
         return (text.split(self._stop)[0] if self._stop and self._stop.strip() else text).strip()
+
+
+def _moved(features: list[list[Tensor]], device: torch.device) -> list[list[Tensor]]:
+    """Features of each row's pictures ``[tiles, patches, size]`` on a device, in one copy."""
+    flat = [picture for row in features for picture in row]
+    if not flat:
+        return features
+    moved = iter(torch.cat(flat).to(device).split(list(map(len, flat))))
+    return [[next(moved) for _ in row] for row in features]
 
 
 def _clear(loaded: _Loaded) -> None:

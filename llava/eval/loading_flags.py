@@ -9,7 +9,7 @@ from llava.cli import flag
 from llava.eval.generation import Generation, Loading
 from llava.image_io import allow_pixels
 
-LOADING = ("device", "load_8bit", "load_4bit", "attn_implementation")
+LOADING = ("device", "device_map", "load_8bit", "load_4bit", "attn_implementation")
 GENERATION = ("temperature", "top_p", "num_beams", "max_new_tokens", "batch_size", "seed", "refuse_unknown")
 
 
@@ -18,6 +18,9 @@ class LoadingFlags:
     """Where the model runs and in which form."""
 
     device: str | None = flag(None, "cuda or cpu (default: cuda where there is one)")
+    device_map: str | None = flag(
+        None, "auto: a model too large for one GPU on all of them (default: on one)", choices=("auto",)
+    )
     load_8bit: bool = False
     load_4bit: bool = False
     attn_implementation: str | None = flag(

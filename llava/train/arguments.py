@@ -126,6 +126,9 @@ class TrainingArguments(transformers.TrainingArguments):
         default=None,
         metadata={"help": "where queries and picture features are kept (default: stage 1's; '' keeps none)"},
     )
+    checkpoint_if_needed: bool = field(
+        default=False, metadata={"help": "what --gradient_checkpointing auto stands for: on where memory asks for it"}
+    )
     bits: int = field(default=16, metadata={"help": "4 or 8: quantise the frozen base with bitsandbytes"})
     double_quant: bool = field(default=True, metadata={"help": "4 bits: quantise the scales too"})
     quant_type: str = field(default="nf4", metadata={"help": "4 bits: nf4 or fp4"})

@@ -27,6 +27,7 @@ from llava.train.sampling import (
     split_to_even_chunks,
 )
 from llava.train.states import (
+    begin_exactly,
     get_mm_adapter_state_maybe_zero_3,
     maybe_zero_3,
     safe_save_model_for_hf_trainer,
@@ -64,6 +65,7 @@ class LLaVATrainer(Trainer):
 
     Attributes:
         groups: parameters with optimizer settings of their own (``ParamGroup``); the others have the command's.
+        exact: what trains, as it was before DeepSpeed rounded it; may be left empty.
     """
 
     def __init__(self, *args, recipe: Recipe | None = None, context: Context | None = None, tokenizer=None, **kwargs):
@@ -72,6 +74,7 @@ class LLaVATrainer(Trainer):
         super().__init__(*args, **kwargs)
         self.recipe, self.context = recipe, context
         self.groups: list[Mapping[str, Any]] = []
+        self.exact: dict[str, torch.Tensor] = {}
         rate = getattr(self.args, "mm_projector_lr", None)
         if recipe is None and rate is not None:
             named = self.model.named_parameters()
@@ -147,6 +150,7 @@ class LLaVATrainer(Trainer):
         wrapped = getattr(self.accelerator, "deepspeed_engine_wrapped", None)
         if wrapped is not None and self.recipe is not None:
             _leave_frozen_out(wrapped.engine)
+            begin_exactly(self.model, self.exact)
         return super().create_scheduler(num_training_steps, optimizer)
 
     def _save_checkpoint(self, model, trial) -> None:

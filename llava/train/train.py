@@ -50,7 +50,8 @@ from llava.train.base import asked_config, load_for_training
 from llava.train.deepspeed_config import check_agreement, check_deepspeed_config, prepare_cpu_deepspeed
 from llava.train.flags import check_flags, check_frozen_base
 from llava.train.llava_trainer import LLaVATrainer, last_complete_checkpoint
-from llava.train.lora import add_lora, save_lora, slots_count_as_adapters
+from llava.train.lora import add_lora, save_lora, slots_count_as_adapters, zero_stage
+from llava.train.memory import settle_checkpointing
 from llava.train.preprocess import (
     LazySupervisedDataset,
     make_supervised_data_module,
@@ -283,7 +284,11 @@ def prepare(
         asked = read_training_rows([data_args.eval_data_path], tasks_of(context.sequence, context.task))
         held_out = build(asked, apart=data_args.turns_apart)
     share_prefixes(model, filter(None, (dataset, held_out)), settings, args)
+    if args.checkpoint_if_needed:
+        settle_checkpointing(model, max(dataset.lengths), args, zero_stage(args.deepspeed))
+    exact = trainable_state(model) if args.deepspeed and not recipe.writes_whole(context) else {}
     trainer = build_trainer(recipe, context, dataset, args, held_out)
+    trainer.exact = exact
     trainer.groups = [group for group in groups if isinstance(group, Mapping)]
     return trainer
 
@@ -310,7 +315,7 @@ def build_trainer(
             args=args,
             train_dataset=dataset,
             eval_dataset=held_out,
-            data_collator=DataCollatorForSupervisedDataset(context.tokenizer),
+            data_collator=DataCollatorForSupervisedDataset(context.tokenizer, hold_queries=True),
             processing_class=context.tokenizer,
             recipe=recipe,
             context=context,

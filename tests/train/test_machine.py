@@ -38,6 +38,13 @@ def test_what_a_user_decides_stays(monkeypatch, capsys):
     assert capsys.readouterr().out == ""
 
 
+@pytest.mark.parametrize("words", [["--gradient_checkpointing", "auto"], ["--gradient_checkpointing=auto"]])
+def test_checkpointing_is_left_to_the_estimate(words):
+    expected = ["--gradient_checkpointing", "False", "--checkpoint_if_needed", "True"]
+    assert with_precision(["--task", "abd", *words]) == ["--task", "abd", *expected]
+    assert with_precision(["--gradient_checkpointing", "True"]) == ["--gradient_checkpointing", "True"]
+
+
 @pytest.mark.parametrize("line", [["--bf16", "False"], ["--fp16=True"]])
 def test_a_sequences_precision_is_a_default(monkeypatch, capsys, line):
     here(monkeypatch, False)

@@ -376,6 +376,7 @@ def test_a_place_one_may_not_write_to(world, tmp_path, capsys, monkeypatch):
 
 # -- DeepSpeed ZeRO-3 --------------------------------------------------------------------------------------------------
 
+ZERO_STAGES = ("zero2", "zero3")
 DRIVER = """
 import os, sys
 sys.path[:0] = [{here!r}, {tests!r}, {root!r}]
@@ -398,6 +399,9 @@ def run(folder, kill=None, more=(), task="abd", before=None):
 
 print("STATUS", run("undisturbed"), run("killed", 3), run("killed"), run("lora", more=LORA), flush=True)
 print("WHOLE", run("whole", more=("--save_full_model", "True")), flush=True)
+for zero in test_train.ZERO_STAGES:
+    half = ("--bf16", "True", "--deepspeed", {config!r}.replace("zero3", zero))
+    print("HALF", zero, run(f"half-{{zero}}", more=half), flush=True)
 for name in test_train.METHODS_WITH_MEMORY:
     more = ("--method", name)
     codes = run(name, more=more), run(name, more=more, task="chest", before="llava-tiny_abd")
@@ -427,6 +431,7 @@ def zero3(world, tmp_path_factory):
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
     said = done.stdout[-3000:] + done.stderr[-3000:]
     assert f"STATUS 0 {-signal.SIGKILL} 0 0" in done.stdout and "WHOLE 0" in done.stdout, said
+    assert all(f"HALF {zero} 0" in done.stdout for zero in ZERO_STAGES), said
     assert all(f"METHOD {name} 0 0" in done.stdout for name in METHODS_WITH_MEMORY), said
     assert "going on from" in done.stdout and "checkpoint-2" in done.stdout
     return folder
@@ -467,6 +472,14 @@ def test_zero3_writes_the_whole_model_where_it_is_asked_to(zero3, world):
     expected = base.state_dict()
     assert all(torch.equal(found.state_dict()[name], value) for name, value in expected.items())
     assert found.retriever.pool.names == ["abd"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("zero", ZERO_STAGES)
+def test_slots_trained_in_bfloat16_are_written_as_the_optimizer_has_them(zero3, zero):
+    task = Pool.read(zero3 / f"half-{zero}" / "llava-tiny_abd" / "slots.pth").tasks[0]
+    for side in (task.A["o_proj"], task.B["o_proj"]):
+        assert side.dtype == torch.float32 and not torch.equal(side, side.bfloat16().float())
 
 
 @pytest.mark.slow
