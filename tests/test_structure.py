@@ -16,6 +16,7 @@ ZERO = sorted((ROOT / "scripts").glob("zero*.json"))
 
 # Each room may import the rooms named beside it, and itself.
 BELOW_ALL = {"constants", "utils", "files", "locks", "registry", "folds", "padding", "devices", "truncation"}
+BELOW_ALL |= {"normal_form"}
 HELPERS = BELOW_ALL | {"conversation", "image_io", "mm_utils"}
 MODEL = HELPERS | {"checkpoints", "slots", "data"}
 MAY_IMPORT = {
@@ -28,6 +29,7 @@ MAY_IMPORT = {
     "folds": set(),
     "padding": set(),
     "truncation": set(),
+    "normal_form": set(),
     "devices": set(),
     "conversation": BELOW_ALL | {"image_io"},
     "image_io": BELOW_ALL,

@@ -26,11 +26,14 @@ from pathlib import Path
 import numpy as np
 
 from llava.eval.statistics import Statistic, mean_statistic
+from llava.normal_form import DIGIT, LETTER, SIGN, composed, shape_of
 from llava.utils import UserError
 
 BLEU_ORDER = 4
 PTB_TOKENIZER = "PTBTokenizer (Stanford CoreNLP 3.4.1 as in pycocoevalcap, lower case, punctuation removed)"
-PLAIN_TOKENIZER = "plain (lower case; words of letters and digits, inner hyphen, point, slash and apostrophe kept)"
+PLAIN_TOKENIZER = (
+    "plain (lower case; words of letters and digits, inner hyphen, point, slash, apostrophe and signs kept)"
+)
 NO_JAVA = "Java was not found; install a Java runtime (8 or newer) to have METEOR"
 JAVA_OFF = "Java was switched off, and METEOR needs it"
 FORMULAS = {
@@ -49,7 +52,7 @@ _METEOR_MATCHERS = np.array([1.0, 0.6, 0.8, 0.6])
 _METEOR_ALPHA, _METEOR_BETA, _METEOR_GAMMA, _METEOR_DELTA = 0.85, 0.2, 0.6, 0.75
 _METEOR_COLUMNS = 23
 
-_PLAIN_WORD = re.compile(r"[^\W_]+(?:[-./'][^\W_]+)*|[%°]")
+_PLAIN_WORD = re.compile(rf"[{LETTER}{DIGIT}]+(?:[-./'][{LETTER}{DIGIT}]+)*|\{SIGN}")
 
 
 class TextScorer:
@@ -64,6 +67,8 @@ class TextScorer:
         if use_java and self._java is None:
             raise UserError(NO_JAVA)
         self._meteor: MeteorProcess | None = None
+        self._tokens: dict[str, str] = {}
+        self._meteor_rows: dict[tuple[str, str], np.ndarray] = {}
         self.tokenizer = PTB_TOKENIZER if self._java else PLAIN_TOKENIZER
         self.meteor_reason = None if self._java else JAVA_OFF if use_java is False else NO_JAVA
 
@@ -74,10 +79,12 @@ class TextScorer:
             self._meteor = None
 
     def tokenize(self, texts: Sequence[str]) -> list[str]:
-        """The texts as tokens joined by spaces, in order."""
+        """The texts as tokens joined by spaces, in order; a text is tokenised once, whoever asks for it again."""
         if self._java is None:
             return [" ".join(plain_tokens(text)) for text in texts]
-        return ptb_tokenize(texts, self._java)
+        new = [text for text in dict.fromkeys(texts) if text not in self._tokens]
+        self._tokens.update(zip(new, ptb_tokenize(new, self._java), strict=True))
+        return [self._tokens[text] for text in texts]
 
     def statistics(self, references: Sequence[str], predictions: Sequence[str]) -> dict[str, Statistic | str]:
         """The metrics of one group of tokenised rows; a string in place of a metric says why it is missing."""
@@ -91,11 +98,19 @@ class TextScorer:
         try:
             if self._meteor is None:
                 self._meteor = MeteorProcess(self._java or "java")
-            rows = self._meteor.rows(references, predictions)
+            rows = self._known_rows(self._meteor, list(zip(references, predictions, strict=True)))
         except (OSError, ValueError) as error:
             self.meteor_reason = f"METEOR's Java process failed: {error}"
             return self.meteor_reason
         return Statistic(FORMULAS["meteor"], rows, meteor_value, len(rows))
+
+    def _known_rows(self, meteor: MeteorProcess, pairs: Sequence[tuple[str, str]]) -> np.ndarray:
+        """Counts ``[rows, 23]``; each pair of texts is aligned once, in however many groups and files it stands."""
+        new = [pair for pair in dict.fromkeys(pairs) if pair not in self._meteor_rows]
+        if new:
+            rows = meteor.rows([reference for reference, _ in new], [prediction for _, prediction in new])
+            self._meteor_rows.update(zip(new, rows, strict=True))
+        return np.array([self._meteor_rows[pair] for pair in pairs]).reshape(-1, _METEOR_COLUMNS)
 
 
 # -- tokenisers ----------------------------------------------------------------------------------------------------
@@ -114,12 +129,13 @@ def find_java() -> str | None:
 
 
 def plain_tokens(text: str) -> list[str]:
-    """Words without Java: lower case, runs of letters and digits; an inner ``- . / '`` joins two runs.
+    """Words without Java: lower case, runs of letters, their marks and digits; an inner ``- . / '`` joins two runs.
 
     The same as the PTB tokenizer on plain words, numbers and hyphenated words; it does not split clitics
     (``patient's`` stays one word) or numbers from units.
     """
-    return _PLAIN_WORD.findall(text.lower())
+    lower = composed(text).lower()
+    return [lower[found.start() : found.end()] for found in _PLAIN_WORD.finditer(shape_of(lower))]
 
 
 def ptb_tokenize(texts: Sequence[str], java: str = "java") -> list[str]:
@@ -139,9 +155,10 @@ def ptb_tokenize(texts: Sequence[str], java: str = "java") -> list[str]:
     command = [java, "-Dfile.encoding=UTF-8", "-cp", str(jar), "edu.stanford.nlp.process.PTBTokenizer"]
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "texts.txt"
-        source.write_text("\n".join(lines[index] for index in filled), encoding="utf-8")
+        # The last line must hold a word: a line of which nothing is kept is printed by the line after it.
+        source.write_text("\n".join([*(lines[index] for index in filled), "end"]), encoding="utf-8")
         done = subprocess.run([*command, "-preserveLines", "-lowerCase", str(source)], capture_output=True, check=False)
-    found = done.stdout.decode("utf-8").removesuffix("\n").split("\n")
+    found = done.stdout.decode("utf-8").removesuffix("\n").split("\n")[:-1]
     if done.returncode or len(found) != len(filled):
         raise UserError(
             f"the PTB tokenizer failed (exit code {done.returncode}, {len(found)} of {len(filled)} lines): "

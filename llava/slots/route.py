@@ -29,7 +29,8 @@ class Route:
 
     ``novelty`` ``[batch]`` where the tasks are calibrated: above 1 a question fits none of them, its weights are 0 and
     the base model answers. ``given``: the task of each row that was given away (``None``: decided freely); such a row
-    has no novelty (NaN beside rows that have one).
+    has no novelty (NaN beside rows that have one). ``starts``: where weight offsets are scoped to the question, the
+    first position of each row that they act on, counted from the batch's first; ``None``: on all.
     """
 
     slot_indices: Tensor
@@ -38,6 +39,7 @@ class Route:
     tasks: list[str] = field(default_factory=list)
     novelty: Tensor | None = None
     given: list[str | None] | None = None
+    starts: list[int] | None = None
 
     @property
     def unknown(self) -> Tensor | None:
@@ -46,7 +48,7 @@ class Route:
 
     def on_host(self) -> Route:
         """The same route with its tensors on the CPU."""
-        parts = {name: part.cpu() for name, part in vars(self).items() if isinstance(part, Tensor)}
+        parts: dict[str, Any] = {name: part.cpu() for name, part in vars(self).items() if isinstance(part, Tensor)}
         return replace(self, **parts)
 
     def describe(self, row: int, domain: str | None = None) -> dict[str, Any]:

@@ -35,6 +35,7 @@ from llava.devices import has_accelerator
 from llava.model.configs import llava_config
 from llava.model.partitioned import size_of
 from llava.slots.fit import seed_of
+from llava.slots.names import ALL
 from llava.slots.pool import Pool
 from llava.slots.settings import RetrieverSettings
 from llava.train import align, instruct  # noqa: F401 - they register LLaVA's own stages
@@ -70,6 +71,7 @@ from llava.train.stage_data import (
     parts_record,
     picture_source,
     read_training_rows,
+    share_prefixes,
     stage_prompt,
 )
 from llava.train.states import (
@@ -223,6 +225,7 @@ def plan(
         "base": keys.base.get("fingerprint"),
         "base_content": content_of(base.manifest),
         **({"keys": checksums([args.retriever_state_dict])[0]} if recipe.needs_keys else {}),
+        **({"offset_scope": keys.settings.offset_scope} if keys.settings.offset_scope != ALL else {}),
         **({} if recipe.needs_keys else parts_record(model_args)),
         "training_files": checksums(files),
         "pictures": pictures_checksum(rows, data_args.image_folder),
@@ -276,6 +279,7 @@ def prepare(
     dataset, held_out = build(rows, apart=data_args.turns_apart), None
     if data_args.eval_data_path:
         held_out = build(read_training_rows([data_args.eval_data_path]), apart=data_args.turns_apart)
+    share_prefixes(model, filter(None, (dataset, held_out)), settings, args)
     trainer = build_trainer(recipe, context, dataset, args, held_out)
     trainer.groups = [group for group in groups if isinstance(group, Mapping)]
     return trainer

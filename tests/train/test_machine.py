@@ -53,3 +53,11 @@ def test_a_compilation_that_a_killed_process_left_locked_is_freed(tmp_path, monk
         machine.free_compilations()
     assert [lock.exists() for lock in locks] == [False, False, True, True]
     assert capsys.readouterr().out.count("was left by a killed compilation and is removed") == 2
+
+
+@pytest.mark.parametrize("line", [["--bf16", "False"], ["--fp16=True"]])
+def test_a_sequences_precision_is_a_default(monkeypatch, capsys, line):
+    here(monkeypatch, False)
+    assert with_precision(["--task", "abd"], "auto")[:2] == ["--bf16", "False"]
+    capsys.readouterr()
+    assert with_precision(line, "auto") == line and capsys.readouterr().out == ""
