@@ -17,8 +17,11 @@ from typing import Any
 from llava.files import file_sha256
 from llava.utils import UserError
 
-VERSION = 2
+VERSION = 3
 """Of the record. Records without a version were written by hand-picked names; they are compared as far as they go."""
+
+SINCE_THIRD = ("base_content", "tower_content")
+"""What records of the second version did not hold: they knew a base and a tower by samples of their weights."""
 
 FIRST_VERSION = {"lora_enable": False}
 """What records of the first version left out where it was not asked for."""
@@ -158,7 +161,7 @@ def difference(kept: Mapping[str, Any], now: Mapping[str, Any], unset: Mapping[s
     old = "record" not in kept
     kept, now = _flat({**FIRST_VERSION, **kept} if old else kept), _flat(now)
     for name in sorted({*kept, *now} - {"record"}):
-        if name not in kept and (old or (name in unset and unset[name] == now[name])):
+        if name not in kept and (old or name in SINCE_THIRD or (name in unset and unset[name] == now[name])):
             continue
         if name not in now and (old or name in unset):
             continue

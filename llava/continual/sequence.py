@@ -21,6 +21,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import sysconfig
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -40,7 +41,8 @@ from llava.data.rows import ANSWER_STYLES
 from llava.slots.names import check_task_name
 from llava.utils import UserError, require_file
 
-SEQUENCE_FOLDER = Path(__file__).resolve().parents[2] / "scripts" / "tasks"
+_IN_A_CLONE = Path(__file__).resolve().parents[2] / "scripts" / "tasks"
+SEQUENCE_FOLDER = _IN_A_CLONE if _IN_A_CLONE.is_dir() else Path(sysconfig.get_path("data"), "share", "llava", "tasks")
 _DEFAULTED_VARIABLE = re.compile(r"\$\{(\w+):-([^}]*)\}")
 
 

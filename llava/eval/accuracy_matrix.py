@@ -25,7 +25,7 @@ import numpy as np
 from llava.cli import fail, flag, parse
 from llava.continual.matrix import FORMULAS, learning_curve, summary
 from llava.continual.sequence import load_sequence
-from llava.eval.eval_video_qa import package_version
+from llava.eval.eval_video_qa import package_version, read_scores
 from llava.eval.matrix_report import draw, matrix_text
 from llava.eval.metrics import metric_names
 from llava.eval.statistics import DRAWS, SEED, interval, resample_weights
@@ -152,9 +152,11 @@ def load_stage(path: str | Path, tasks: Sequence[str]) -> Stage:
     """
     source = require_file(path, "scores file", "score the answers first: python -m llava.eval.eval_video_qa")
     try:
-        scores = json.loads(source.read_text(encoding="utf-8"))
+        scores = read_scores(source)
         groups, provenance, model_id = scores["groups"], scores["provenance"], scores["model_id"]
         rows = _read_rows(source.parent / scores["rows_file"])
+    except UserError:
+        raise
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{source}: not a scores file ({type(error).__name__}: {error}); score again") from error
     absent = [task for task in tasks if task not in groups]

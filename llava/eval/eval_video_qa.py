@@ -30,7 +30,7 @@ from typing import Any
 
 import llava
 from llava.cli import fail, flag, parse, spelled
-from llava.data.answers import parse_answer
+from llava.data.answers import CHECKSUM, parse_answer
 from llava.data.jsonl import json_values
 from llava.data.metric_names import METRICS
 from llava.data.rows import Row, read_rows, write_jsonl
@@ -41,7 +41,7 @@ from llava.eval.metrics.scoring import Prepared
 from llava.eval.score_table import score_table
 from llava.eval.statistics import DRAWS, SEED
 from llava.eval.text_metrics import TextScorer
-from llava.files import atomic_write, file_sha256
+from llava.files import atomic_write, file_sha256, values_sha256
 from llava.utils import UserError, require_file, run_cli
 
 FORMAT_VERSION = 2
@@ -205,11 +205,11 @@ class _Job(_Answers):
         if self.arguments.force or not self.target.is_file() or not self.target.with_name(ROWS_NAME).is_file():
             return None
         try:
-            scores = json.loads(self.target.read_text(encoding="utf-8"))
+            scores = read_scores(self.target)
             wanted = self.provenance(tokenizer)
             same = scores["format_version"] == FORMAT_VERSION
             return scores if same and _checksums(scores["provenance"]) == _checksums(wanted) else None
-        except (ValueError, KeyError, TypeError):  # an older or foreign file: it is replaced
+        except (ValueError, KeyError, TypeError):  # an older, foreign or damaged file: it is replaced
             return None
 
     def score(self, train_rows: Sequence[Row], scorer: TextScorer) -> dict[str, Any]:
@@ -226,6 +226,8 @@ class _Job(_Answers):
             "provenance": self.provenance(scorer.tokenizer),
         }
         write_jsonl(self.target.with_name(ROWS_NAME), _row_values(self.rows, self.answers, per_row, by_domain))
+        scores["rows_sha256"] = file_sha256(self.target.with_name(ROWS_NAME))
+        scores[CHECKSUM] = values_sha256(scores)
         _write(self.target, scores)
         return scores
 
@@ -233,6 +235,23 @@ class _Job(_Answers):
         """By kind of picture shown in place of the real ones, what is lost."""
         kinds = self.pictures.items()
         return {kind: {"groups": drops(_compared(self, other, self.arguments, scorer))} for kind, other in kinds}
+
+
+def read_scores(path: Path) -> dict[str, Any]:
+    """What a ``scores.json`` holds, compared with the checksums in it: its own, and that of the row values beside it.
+
+    Raises:
+        UserError: they do not agree. Files of earlier versions hold none.
+    """
+    scores: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    if CHECKSUM not in scores:
+        return scores
+    rows = path.with_name(ROWS_NAME)
+    if values_sha256({name: value for name, value in scores.items() if name != CHECKSUM}) != scores[CHECKSUM]:
+        raise UserError(f"{path}: is not what was written here; score again")
+    if rows.is_file() and file_sha256(rows) != scores["rows_sha256"]:
+        raise UserError(f"{rows}: is not what was written beside {SCORES_NAME}; score again")
+    return scores
 
 
 # -- reading ---------------------------------------------------------------------------------------------------------

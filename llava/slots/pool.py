@@ -321,7 +321,7 @@ class Pool(nn.Module):
         return self.here.device
 
     def _apply(self, fn: Any, recurse: bool = True) -> Pool:
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self.changed()
         return self
 

@@ -114,7 +114,7 @@ class TaskSlots(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> TaskSlots:
         if not self.stays or any(parameter.requires_grad for parameter in self.parameters()):
-            super()._apply(fn, recurse)
+            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
 
     def forward(self, targets: tuple[str, ...], dtype: torch.dtype) -> tuple[Tensor, ...]:

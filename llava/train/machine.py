@@ -1,8 +1,14 @@
-"""What a published command line asks of a machine, and what this one has: said where they differ."""
+"""What a published command line asks of a machine, and what this one has: said where they differ.
+
+Also what a killed process left on it: a compilation that is locked for ever.
+"""
 
 from __future__ import annotations
 
+import os
+import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from llava.devices import cpu_has_bfloat16, gpu_has_bfloat16, has_accelerator
@@ -65,3 +71,34 @@ def settle_machine(asked: Any) -> None:
         rank0_print("note: --fp16 True is left out: float16 is for GPUs, and there is none here; float32 it is")
         asked.fp16 = False
     asked.use_cpu = True
+
+
+IDLE = 300
+"""Seconds without a change in its folder after which a compilation that no process here holds is nobody's."""
+
+
+def free_compilations() -> None:
+    """Remove the locks that killed processes left on torch's compiled extensions: torch would wait for ever.
+
+    A lock that a process of this machine has open stays, and so does one in a folder that was written to lately, which
+    may be another machine's.
+    """
+    from torch.utils.cpp_extension import get_default_build_root
+
+    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
+    for lock in {*root.glob("*/lock"), *root.glob("*/*/lock")}:
+        changed = max(path.stat().st_mtime for path in (lock, *lock.parent.iterdir()) if path.exists())
+        if time.time() - changed > IDLE and not _is_open(lock):
+            lock.unlink(missing_ok=True)
+            rank0_print(f"note: {lock} was left by a killed compilation and is removed")
+
+
+def _is_open(path: Path) -> bool:
+    """Whether a process of this machine that can be looked at has a file open."""
+    for handle in Path("/proc").glob("[0-9]*/fd/*"):
+        try:
+            if os.readlink(handle) == str(path.resolve()):
+                return True
+        except OSError:  # closed meanwhile, or of a process that is gone
+            continue
+    return False

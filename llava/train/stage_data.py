@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from llava.checkpoints.checkpoint import Checkpoint
+from llava.checkpoints.manifest import content_of, manifest_of
 from llava.checkpoints.weights import fingerprint
 from llava.continual.queries import PictureSource, look_at_pictures, text_queries
 from llava.continual.query_cache import QueryCache
@@ -91,7 +92,7 @@ def build_dataset(
     texts = None
     if settings.uses_text and settings.encoder:
         texts = text_queries(
-            rows, settings.encoder, lambda: encoder_from_identity(settings.encoder, source.base), cache
+            rows, settings.encoder, source.base, lambda: encoder_from_identity(settings.encoder, source.base), cache
         )
     kind = settings.image_query if settings.uses_images else None
     room = 0 if source.trains else args.feature_cache_mb * 2**20
@@ -162,6 +163,7 @@ def parts_record(model_args: ModelArguments) -> dict[str, Any]:
     if model_args.vision_tower:
         folder = Path(model_args.vision_tower)
         found["tower"] = fingerprint(folder) if (folder / "config.json").is_file() else folder.name
+        found["tower_content"] = content_of(manifest_of(model_args.vision_tower))
     if model_args.pretrain_mm_mlp_adapter and Path(model_args.pretrain_mm_mlp_adapter).is_file():
         (found["projector"],) = checksums([model_args.pretrain_mm_mlp_adapter])
     return found

@@ -22,6 +22,7 @@ import transformers
 from accelerate.utils import set_seed
 
 from llava.checkpoints.checkpoint import Checkpoint
+from llava.checkpoints.manifest import content_of
 from llava.continual.methods import METHODS, Context, Recipe
 from llava.continual.model_card import write_stage_card
 from llava.continual.record import VERSION, checksums, deepspeed_record, defaults, first_version, settings_record
@@ -47,10 +48,12 @@ from llava.train.arguments import (
     parse_arguments,
 )
 from llava.train.base import asked_config, load_for_training
+from llava.train.checkpoint_mark import last_complete_checkpoint
 from llava.train.deepspeed_config import check_agreement, check_deepspeed_config, prepare_cpu_deepspeed
 from llava.train.flags import check_flags, check_frozen_base
-from llava.train.llava_trainer import LLaVATrainer, last_complete_checkpoint
+from llava.train.llava_trainer import LLaVATrainer
 from llava.train.lora import add_lora, save_lora, slots_count_as_adapters, zero_stage
+from llava.train.machine import free_compilations
 from llava.train.memory import settle_checkpointing
 from llava.train.preprocess import (
     LazySupervisedDataset,
@@ -181,6 +184,7 @@ def what_trains(recipe: Recipe, context: Context, parameters: list[torch.nn.Para
 def look_at_deepspeed(path: str) -> None:
     """Check DeepSpeed's file before anything is loaded, and set it up on a machine without a GPU."""
     check_deepspeed_config(path)
+    free_compilations()
     if not has_accelerator():
         prepare_cpu_deepspeed()
 
@@ -222,6 +226,7 @@ def plan(
         **settings_record(*groups),
         "prompt": prompt.to_dict(),
         "base": keys.base.get("fingerprint"),
+        "base_content": content_of(base.manifest),
         **({"keys": checksums([args.retriever_state_dict])[0]} if recipe.needs_keys else {}),
         **({"offset_scope": keys.settings.offset_scope} if keys.settings.offset_scope != ALL else {}),
         **({} if recipe.needs_keys else parts_record(model_args)),
@@ -247,7 +252,7 @@ def no_sequence(name: str) -> TaskSequence:
 def no_slots(base: Checkpoint) -> Pool:
     """For a recipe without keys: a pool that holds nothing, over this base."""
     settings = RetrieverSettings(num_layers=llava_config(base).num_hidden_layers, features={})
-    return Pool(settings, (), {"path": str(base), "fingerprint": base.fingerprint})
+    return Pool(settings, (), base.identity(str(base)))
 
 
 def prepare(

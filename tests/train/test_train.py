@@ -21,7 +21,8 @@ from llava.model.builder import load_pretrained_model
 from llava.slots.pool import Pool
 from llava.train import llava_trainer
 from llava.train import train as train_module
-from llava.train.llava_trainer import COMPLETE, LLaVATrainer, last_complete_checkpoint
+from llava.train.checkpoint_mark import COMPLETE, last_complete_checkpoint
+from llava.train.llava_trainer import LLaVATrainer
 from llava.utils import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -205,6 +206,13 @@ def kill_before_the_stage_appears(*_):
     Pool.write = write
 
 
+def logged(stage):
+    """A stage's log without the times that were measured."""
+    measured = ("train_runtime", "train_samples_per_second", "train_steps_per_second")
+    entries = json.loads((stage / "log_history.json").read_text())
+    return [{name: value for name, value in entry.items() if name not in measured} for entry in entries]
+
+
 @pytest.mark.parametrize("moment", ["in the first checkpoint", "in the third checkpoint", "in writing the stage"])
 def test_a_killed_run_ends_as_an_undisturbed_one(stage, world, tmp_path, moment, capsys):
     target = tmp_path / stage.name
@@ -226,6 +234,7 @@ def test_a_killed_run_ends_as_an_undisturbed_one(stage, world, tmp_path, moment,
     world.train("abd", target, None, *EACH_STEP)
     assert ("going on from" in capsys.readouterr().out) == bool(kept)
     assert (target / "slots.pth").read_bytes() == (stage / "slots.pth").read_bytes()
+    assert logged(target) == logged(stage)
     assert [path.name for path in target.parent.iterdir() if path.name.startswith(".")] == [] and not work.exists()
 
 
