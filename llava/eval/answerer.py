@@ -193,7 +193,7 @@ class Answerer:
 
     def _load(self, place: str, base: str | None) -> _Loaded:
         loading = self.loading
-        tokenizer, model, image_processor, _ = load_pretrained_model(
+        loaded: Any = load_pretrained_model(
             place,
             base,
             get_model_name_from_path(place),
@@ -203,6 +203,7 @@ class Answerer:
             attn_implementation=loading.attn_implementation,
             dtype=loading.dtype,
         )
+        tokenizer, model, image_processor, _ = loaded
         if not hasattr(model, "get_vision_tower"):
             raise UserError(f"{place} is a plain language model, not a LLaVA checkpoint")
         if self.base is not None and place != self.base:
