@@ -16,7 +16,7 @@ import gc
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -194,7 +194,7 @@ class Answerer:
     def _load(self, place: str, base: str | None) -> _Loaded:
         loading = self.loading
         device = default_device(loading.device)
-        tokenizer, model, image_processor, _ = load_pretrained_model(
+        loaded: Any = load_pretrained_model(
             place,
             base,
             get_model_name_from_path(place),
@@ -205,11 +205,12 @@ class Answerer:
             attn_implementation=loading.attn_implementation,
             dtype=loading.dtype,
         )
+        tokenizer, model, image_processor, _ = loaded
         if not hasattr(model, "get_vision_tower"):
             raise UserError(f"{place} is a plain language model, not a LLaVA checkpoint")
         if self.base is not None and place != self.base:
             rank0_print(f"{place}: has weights of its own, so it was loaded by itself")
-        cast(Any, model).prefixes = PrefixStore(MEGABYTES * 2**20)
+        model.prefixes = PrefixStore(MEGABYTES * 2**20)
         entries = {name: value for name, value in vars(model.config).items() if name in _PROMPT_ENTRIES}
         return _Loaded((place, base), tokenizer, model.eval(), image_processor, model.retriever, entries)
 
