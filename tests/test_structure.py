@@ -15,7 +15,8 @@ SHELL = sorted([*ROOT.glob("*.sh"), *(ROOT / "scripts").glob("*.sh"), ROOT / ".c
 ZERO = sorted((ROOT / "scripts").glob("zero*.json"))
 
 # Each room may import the rooms named beside it, and itself.
-BELOW_ALL = {"constants", "utils", "files", "registry", "folds", "padding", "devices", "truncation", "normal_form"}
+BELOW_ALL = {"constants", "utils", "files", "locks", "registry", "folds", "padding", "devices", "truncation"}
+BELOW_ALL |= {"normal_form"}
 PICTURES = {"image_io", "dicom", "deep_grey"}
 HELPERS = BELOW_ALL | PICTURES | {"conversation", "mm_utils"}
 MODEL = HELPERS | {"checkpoints", "slots", "data"}
@@ -23,6 +24,7 @@ MAY_IMPORT = {
     "constants": set(),
     "utils": {"constants"},
     "files": {"constants", "utils"},
+    "locks": {"utils", "files"},
     "registry": {"utils"},
     "cli": {"utils"},
     "folds": set(),

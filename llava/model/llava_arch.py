@@ -16,18 +16,23 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from llava.constants import IMAGE_TOKEN_INDEX
-from llava.model.decision import Prefill, cache_of, cached_length, carried, carry, continue_mask
+from llava.model.answer_loss import answer_loss
+from llava.model.apart import spread, who_sees_whom
+from llava.model.decision import Decision, Prefill, cache_of, cached_length, carried, carry, continue_mask
 from llava.model.multimodal_encoder.builder import build_vision_tower
 from llava.model.multimodal_projector.builder import build_vision_projector
 from llava.model.pictured_text import PicturedText
+from llava.model.prefixes import Names, SharedPrefixes
 from llava.model.routed import Asked, Routed
 from llava.model.splice import check_prompts
 from llava.model.vision.blank import blank_feature, blank_needed
 from llava.model.vision.hand_out import Images, are_modalities
 from llava.model.vision.setup import initialize_vision_modules, initialize_vision_tokenizer
 from llava.model.vision.tiles import unpad_image
+from llava.slots.offsets import ARGUMENT
 from llava.slots.picture_query import image_queries
 from llava.slots.route import Route
 
@@ -54,7 +59,7 @@ class LlavaMetaModel:
         initialize_vision_modules(self, model_args)
 
 
-class LlavaMetaForCausalLM(Routed, PicturedText):
+class LlavaMetaForCausalLM(Routed, SharedPrefixes, PicturedText):
     """``forward`` and ``generate`` with images and per-question routes, for any decoder with LLaVA's mix-in."""
 
     # -- parts ---------------------------------------------------------------------------------------------------
@@ -114,10 +119,11 @@ class LlavaMetaForCausalLM(Routed, PicturedText):
             decision = self._begun(asked, input_ids, None, attention_mask, labels, features, pictures)
         prefix = decision.action(len(input_ids), self.get_model().embed_tokens.weight.dtype).prefix
         projected = self.project_features(features, image_sizes)
-        embeds, mask, positions, new_labels = self._splice(
+        embeds, mask, positions, new_labels, _, starts = self._splice(
             input_ids, attention_mask, labels, projected, prefix=None if cached_length(past_key_values) else prefix
         )
-        self._embedding_routes.remember(embeds, decision.route)
+        decision = decision.starting(starts)
+        self._embedding_routes.remember(embeds, decision.route, starts)
         self._settle(decision.route)
         return (
             None,
@@ -150,6 +156,9 @@ class LlavaMetaForCausalLM(Routed, PicturedText):
         route: Route | str | None = None,
         slot_indices: torch.LongTensor | None = None,
         slot_weights: Tensor | None = None,
+        segments: torch.LongTensor | None = None,
+        answers_only: bool = False,
+        picture_names: Names | None = None,
         **kwargs,
     ):
         """Next-token logits, and the cross-entropy on ``labels`` where given.
@@ -161,6 +170,11 @@ class LlavaMetaForCausalLM(Routed, PicturedText):
             questions, text_query, image_query, tasks: as in ``generate``; with a filled cache they count for nothing.
             route: a route decided before, or ``"none"``: the base model answers.
             slot_indices, slot_weights: ``[batch, k]`` a route decided before, as its two tensors.
+            segments: ``[batch, length]``, right-padded: which turns see each other (``llava.model.apart``).
+            answers_only: compute the loss on ``labels`` and no other logits than it needs, ``[answer tokens, vocab]``.
+            picture_names: tell each row's pictures apart. With them, ``labels`` and a store of prefixes
+                (``llava.model.prefixes``) only what stands behind the pictures is run, where that gives the same loss;
+                logits are then those of these positions.
 
         Without a word of the question the prompt's own decides (see ``QuestionReader.read``). A step with a filled
         cache keeps the route of its prefill, and ``inputs_embeds`` that of ``prepare_inputs_labels_for_multimodal``.
@@ -188,19 +202,36 @@ class LlavaMetaForCausalLM(Routed, PicturedText):
             decision = self._continued(asked, before)
         else:
             decision = self._begun(asked, input_ids, inputs_embeds, attention_mask, labels, image_features, images)
+        if not isinstance(route, Decision):
+            decision = self._starting(decision, inputs_embeds, length)
         rows = len(_first_given(input_ids, inputs_embeds))
         dtype = self.get_model().embed_tokens.weight.dtype if inputs_embeds is None else inputs_embeds.dtype
         action = decision.action(rows, dtype)
+        plain = not (embedded or length or use_cache) and position_ids is None and segments is None
+        if picture_names is not None and labels is not None and plain and self._may_share(decision, action, kwargs):
+            rows_of = input_ids, attention_mask, labels, picture_names, image_features, image_sizes
+            if (behind := self._behind(*rows_of)) is not None:
+                given = kwargs | behind.inputs | {ARGUMENT: action.offset}
+                out = self._passed(behind.labels, answers_only, **given)
+                out.past_key_values = None
+                return out
         prefix = None if length else action.prefix
-        spliced_mask = None
+        spliced_mask, pictures = None, [[] for _ in range(rows)]
+        ids, mask = input_ids, attention_mask
         if inputs_embeds is None and (image_features is not None or prefix is not None):
             features = [[] for _ in input_ids] if image_features is None else image_features
             projected = self.project_features(features, image_sizes)
-            inputs_embeds, attention_mask, position_ids, spliced = self._splice(
+            inputs_embeds, attention_mask, position_ids, spliced, _, starts = self._splice(
                 input_ids, attention_mask, labels, projected, prefix=prefix
             )
             labels = None if labels is None else spliced
-            input_ids, spliced_mask = None, attention_mask
+            decision = decision.starting([length + start for start in starts])
+            input_ids, spliced_mask, pictures = None, attention_mask, projected
+        if segments is not None:
+            taken = [[len(picture) for picture in row] for row in pictures]
+            total = _first_given(input_ids, inputs_embeds).shape[1]
+            added = dtype if self.config._attn_implementation == "eager" else None
+            attention_mask, position_ids = who_sees_whom(spread(segments, ids, mask, taken, total), added)
         if blank is not None:
             embeds = self.get_model().embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
             input_ids, inputs_embeds = None, embeds + blank.to(embeds.dtype)
@@ -208,19 +239,20 @@ class LlavaMetaForCausalLM(Routed, PicturedText):
             new = _first_given(input_ids, inputs_embeds).shape[1]
             attention_mask, position_ids = continue_mask(before.mask, rows, new, attention_mask, position_ids)
             spliced_mask = attention_mask
-        out = super().forward(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            labels=labels,
-            use_cache=use_cache,
-            weight_offset=action.offset,
-            **kwargs,
-        )
+        kwargs |= {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
+        kwargs |= {"past_key_values": past_key_values, "inputs_embeds": inputs_embeds, "use_cache": use_cache}
+        kwargs[ARGUMENT] = decision.placed(action.offset, *_first_given(input_ids, inputs_embeds).shape[:2], length)
+        out = self._passed(labels, answers_only, **kwargs)
         carry(cache_of(out, past_key_values), Prefill(decision, spliced_mask))
         return out
+
+    def _passed(self, labels: Tensor | None, answers_only: bool, **kwargs):
+        """The back-end's own pass, or with ``answers_only`` its decoder's and the loss of the answers."""
+        if labels is None or not answers_only:
+            return super().forward(labels=labels, **kwargs)
+        items = kwargs.pop("num_items_in_batch", None)
+        hidden = self.get_model()(**kwargs).last_hidden_state
+        return CausalLMOutputWithPast(*answer_loss(self.lm_head, hidden, labels, items))
 
     @torch.no_grad()
     def generate(
@@ -235,6 +267,7 @@ class LlavaMetaForCausalLM(Routed, PicturedText):
         image_query: Tensor | None = None,
         tasks: Sequence[str | None] | None = None,
         route: Route | str | None = None,
+        picture_names: Names | None = None,
         **kwargs,
     ) -> Tensor:
         """Answer token ids ``[batch, new tokens]`` (only the new ones).
@@ -254,6 +287,8 @@ class LlavaMetaForCausalLM(Routed, PicturedText):
             tasks: the true task of each question; given, only that task's slots compete (oracle routing); ``None`` in a
                 row: the router decides.
             route: a route decided before, or ``"none"``: the base model answers.
+            picture_names: tell each row's pictures apart. With them and a store of prefixes (``llava.model.prefixes``)
+                the prefill begins behind the pictures, where that gives the same answer.
 
         The route used is kept as ``last_route`` (``None`` when the base model answered).
 
@@ -277,9 +312,20 @@ class LlavaMetaForCausalLM(Routed, PicturedText):
         self._settle(decision.route)
         if embeds is None:
             features = [[] for _ in input_ids] if image_features is None else image_features
-            projected = self.project_features(features, image_sizes)
             action = decision.action(len(input_ids), self.get_model().embed_tokens.weight.dtype)
-            embeds, mask, _, _ = self._splice(input_ids, mask, None, projected, "left", action.prefix)
+            laid = None
+            if picture_names is not None and self._may_share(decision, action, kwargs):
+                if self._may_go_on(kwargs, self.generation_config):
+                    laid = self._laid_out(input_ids, mask, picture_names, features, image_sizes)
+            if laid is not None:
+                embeds, mask, kwargs["past_key_values"], start = laid
+                starts = [start] * len(input_ids)
+            else:
+                projected = self.project_features(features, image_sizes)
+                embeds, mask, _, _, _, starts = self._splice(input_ids, mask, None, projected, "left", action.prefix)
+            decision = decision.starting(starts)
+        else:
+            decision = self._starting(decision, embeds)
         out = super().generate(
             inputs_embeds=embeds, attention_mask=None if mask is None else mask.long(), route=decision, **kwargs
         )

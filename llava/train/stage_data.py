@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,8 +25,10 @@ from llava.mm_utils import get_model_name_from_path
 from llava.model.multimodal_encoder.builder import build_vision_tower
 from llava.model.multimodal_encoder.tower import VisionTower
 from llava.model.partitioned import never_parted
+from llava.model.prefixes import PrefixStore
 from llava.model.vision.features import load_vision_tower
 from llava.slots.encoders import encoder_from_identity
+from llava.slots.names import QUESTION
 from llava.slots.settings import RetrieverSettings
 from llava.train.arguments import DataArguments, ModelArguments, TrainingArguments
 from llava.utils import rank0_print
@@ -74,13 +76,18 @@ def base_dtype(args: TrainingArguments) -> torch.dtype:
 
 
 def build_dataset(
-    rows: list[Row], encoder: PromptEncoder, settings: RetrieverSettings, source: Looks, args: TrainingArguments
+    rows: list[Row],
+    encoder: PromptEncoder,
+    settings: RetrieverSettings,
+    source: Looks,
+    args: TrainingArguments,
+    apart: bool = False,
 ) -> TrainingSamples:
     """Training samples with their queries, and with the frozen tower's features where these fit the memory.
 
     The rows are checked before anything is computed of them; each picture is then looked at once.
     """
-    dataset, cache = TrainingSamples(rows, encoder), QueryCache(args.query_cache)
+    dataset, cache = TrainingSamples(rows, encoder, apart), QueryCache(args.query_cache)
     texts = None
     if settings.uses_text and settings.encoder:
         texts = text_queries(
@@ -94,6 +101,20 @@ def build_dataset(
     if features is None and not source.trains:
         rank0_print("note: the pictures' features exceed --feature_cache_mb; the tower runs every step")
     return dataset.add(texts, images, features)
+
+
+def share_prefixes(
+    model: Any, datasets: Iterable[TrainingSamples], settings: RetrieverSettings, args: TrainingArguments
+) -> None:
+    """Where offsets leave alone what stands in front of a question, let the model keep what its frozen base makes of it
+    (``llava.model.prefixes``), in the memory that the pictures' features leave of ``--feature_cache_mb``."""
+    if settings.offset_scope != QUESTION:
+        return
+    room = args.feature_cache_mb * 2**20
+    for dataset in datasets:
+        dataset.named = True
+        room -= sum(features.nbytes for features, _ in (dataset.features or {}).values())
+    model.prefixes = PrefixStore(max(room, 0))
 
 
 @dataclass(frozen=True)
