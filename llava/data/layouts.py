@@ -67,6 +67,13 @@ def in_our_layout(value: dict[str, Any], where: str) -> tuple[dict[str, Any], bo
     return row, layout is not None or "images" in value
 
 
+def other_field(value: Any) -> str | None:
+    """The field that a row has its picture in where it is not ``image``."""
+    if not isinstance(value, dict) or value.get("image") not in (None, []):
+        return None
+    return next((name for name in PICTURE_FIELDS if value.get(name) not in (None, [])), None)
+
+
 def refuse_slips(names: Any, known: tuple[str, ...], where: str) -> None:
     """Refuse a field whose name is nearly that of a known one which the row lacks.
 

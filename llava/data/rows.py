@@ -20,8 +20,8 @@ from typing import Any
 from llava.constants import DEFAULT_IMAGE_TOKEN
 from llava.conversation import plain_question
 from llava.data.jsonl import identifier_of, json_line, json_values, kind_of, text_of, write_jsonl
-from llava.data.layouts import CONVERSATION_KEYS, in_our_layout, is_missing
-from llava.utils import UserError, require_file
+from llava.data.layouts import CONVERSATION_KEYS, in_our_layout, is_missing, other_field
+from llava.utils import UserError, rank0_print, require_file
 
 __all__ = ["Row", "in_lower_case", "json_line", "json_values", "parse_row", "question_row", "read_rows", "write_jsonl"]
 
@@ -105,8 +105,11 @@ def read_rows(
     """
     source = require_file(path, "row file", "check the path, or build it with: python fusion.py")
     rows: list[Row] = []
+    others: dict[str, None] = {}  # in the order of their first use
     for place, (where, value) in enumerate(json_values(source)):
         row = parse_row(value, where, place)
+        if name := other_field(value):
+            others[name] = None
         if require_answer:
             _require_answers(row, where)
         if one_task:
@@ -114,6 +117,8 @@ def read_rows(
         rows.append(row)
     if not rows:
         raise UserError(f"{source}: the file holds no rows (write one JSON object a line)")
+    if others:
+        rank0_print(f"note: {source}: pictures are read from {', '.join(map(repr, others))}, which stands for 'image'")
     return with_positions(rows)
 
 

@@ -60,6 +60,19 @@ def test_other_programs_rows_are_read_as_what_they_are(row, tmp_path):
     assert rows[0].raw == row
 
 
+def test_it_is_said_once_where_pictures_are_read_from(tmp_path, capsys):
+    rows = [{"id": number, "conversations": TURNS, name: "a.png"} for number, name in enumerate(["images", "img"] * 2)]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    read_rows(tmp_path / "rows.json")
+    said = capsys.readouterr().out
+    assert said.count("note:") == 1 and "pictures are read from 'images', 'img', which stands for 'image'" in said
+    (tmp_path / "own.json").write_text(
+        json.dumps([{"id": 1, "image": "a.png", "image_name": "a", "conversations": TURNS}])
+    )
+    read_rows(tmp_path / "own.json")
+    assert capsys.readouterr().out == ""
+
+
 def test_history_and_system_are_turns():
     row = parse_row(
         {"query": "And now?", "response": "no", "history": [["What is it?", "A rib."]], "system": "Be brief."}
