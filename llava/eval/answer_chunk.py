@@ -81,7 +81,7 @@ class Chunk:
             {
                 "version": llava.__version__,
                 "model": manifest_of(self.model),
-                "base": manifest_of(self.base or base_of(self.model)),
+                "base": manifest_of(self.base or base_of(self.model) or self.model),
                 "question_file": file_sha256(self.question_file),
                 "pictures": pictures_checksum(self.rows, self.image_folder),
                 "prompt": [self.asked, self.defaults],

@@ -130,13 +130,14 @@ def _compare(files: Sequence[_Answers], arguments: Arguments, scorer: TextScorer
     print(f"\n{second.path} against {first.path}")
     print(comparison_table(found, ("first", "second")), flush=True)
     if arguments.output_dir:
-        provenance: dict[str, Any] = {"question_file": _fingerprint(arguments.question_file)}
-        provenance |= {
-            "tokenizer": scorer.tokenizer,
+        provenance = {
+            "question_file": _fingerprint(arguments.question_file),
             "first": _fingerprint(first.path),
             "second": _fingerprint(second.path),
+            "tokenizer": scorer.tokenizer,
+            "draws": arguments.draws,
+            "seed": arguments.seed,
         }
-        provenance |= {"draws": arguments.draws, "seed": arguments.seed}
         result = {"format_version": FORMAT_VERSION, "groups": found, "provenance": provenance}
         _write(Path(arguments.output_dir) / COMPARISON_NAME, result)
 

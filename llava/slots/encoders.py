@@ -18,7 +18,7 @@ import re
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import safe_open
@@ -36,6 +36,9 @@ UNUSED_PART = re.compile(r"(^|\.)pooler\.")
 QUERY_TABLE_FILE = "query_table.safetensors"
 """Beside a stage's own weights: the table of its queries, where the weights don't hold those numbers any more."""
 EMBEDDING_KEYS = ("model.embed_tokens.weight", "language_model.model.embed_tokens.weight", "embed_tokens.weight")
+
+Manifest = dict[str, str]
+"""Files by checksum."""
 
 _ENCODING = threading.Lock()
 """A fast tokenizer may not be used by two threads at once."""
@@ -152,7 +155,8 @@ def encoder_from_identity(identity: dict[str, Any], base_path: Place | None) -> 
     else:
         encoder = load_text_encoder(identity["name"], base_path)
     if not same_encoder(encoder.identity, identity):
-        files = difference(identity.get("files", {}), encoder.identity.get("files", {})) or ""
+        kept, now = (one.get("files", {}) for one in (identity, encoder.identity))
+        files = difference(cast(Manifest, kept), cast(Manifest, now)) or ""
         raise UserError(
             f"the slots were fitted with text encoder {identity['name']!r} ({identity['fingerprint']}, "
             f"{identity['dim']} dimensions), here it is {encoder.identity['fingerprint']} with {encoder.dim}"
@@ -167,10 +171,10 @@ def same_encoder(one: dict[str, Any], other: dict[str, Any]) -> bool:
     return all(one.get(name) == other.get(name) for name in shared)
 
 
-def encoder_content(identity: dict[str, Any], base_path: Place | None) -> dict[str, str]:
+def encoder_content(identity: dict[str, Any], base_path: Place | None) -> Manifest:
     """Every file that decides the queries of the encoder of an identity, by checksum: its own, or the base's."""
     if "files" in identity:
-        return identity["files"]
+        return cast(Manifest, identity["files"])
     if identity["name"] == BaseEmbeddingEncoder.kind and base_path is not None:
         return Checkpoint.open(base_path).manifest
     return manifest_of(_packaged_minilm() if identity["name"] == "minilm" else identity["name"])
