@@ -48,6 +48,7 @@ from llava.model.builder import attach_slots, load_pretrained_model, tell_prompt
 from llava.model.configs import llava_config
 from llava.model.prefixes import PrefixStore
 from llava.model.saving import refuse_lost_weights
+from llava.model.vision.features import on_device
 from llava.padding import pad
 from llava.slots.adapter import read_memory
 from llava.slots.names import ROUTERS
@@ -328,7 +329,7 @@ class Answerer:
         sights = [self.cache.look(row, encoder, model) for row in rows]
         inputs = {
             **self._padded(ids),
-            "image_features": _moved([[sight.features for sight in seen] for seen in sights], model.device),
+            "image_features": on_device([[sight.features for sight in seen] for seen in sights], model.device),
             "image_sizes": [one_or_all([sight.size for sight in seen]) for seen in sights],
             "picture_names": [self.cache.names(row, encoder) for row in rows],
             "rows": rows,
@@ -390,15 +391,6 @@ class Answerer:
     def _clean(self, text: str) -> str:
         """The answer without the template's end mark and what a model says after it."""
         return (text.split(self._stop)[0] if self._stop and self._stop.strip() else text).strip()
-
-
-def _moved(features: list[list[Tensor]], device: torch.device) -> list[list[Tensor]]:
-    """Features of each row's pictures ``[tiles, patches, size]`` on a device, in one copy."""
-    flat = [picture for row in features for picture in row]
-    if not flat:
-        return features
-    moved = iter(torch.cat(flat).to(device).split(list(map(len, flat))))
-    return [[next(moved) for _ in row] for row in features]
 
 
 def _clear(loaded: _Loaded) -> None:
