@@ -205,7 +205,7 @@ def plan(
     keys = Pool.read(args.retriever_state_dict) if recipe.needs_keys else no_slots(base)
     data_args.image_folder = data_args.image_folder or sequence.image_folder
     files = [data_args.data_path] if data_args.data_path else recipe.files(sequence, data_args.task)
-    rows = read_training_rows(files, tasks_of(sequence, data_args.task))
+    rows = read_training_rows(files, tasks_of(recipe, sequence, data_args.task))
     config = asked_config(base, recipe.needs_keys, model_args, data_args)
     if recipe.needs_keys:
         check_frozen_base(config, model_args, data_args, args)
@@ -239,9 +239,12 @@ def plan(
     return context, prompt, rows
 
 
-def tasks_of(sequence: TaskSequence, task: str | None) -> list[str]:
-    """The domains that training rows may have: the task, or all of the sequence; empty for a recipe without tasks."""
-    return [task] if task else [entry.name for entry in sequence.tasks]
+def tasks_of(recipe: Recipe, sequence: TaskSequence, task: str | None) -> list[str]:
+    """The domains that training rows may have: those of the recipe's files; empty for a recipe without tasks."""
+    if not task:
+        return []
+    files = set(recipe.files(sequence, task))
+    return [entry.name for entry in sequence.tasks if entry.name == task or files & set(entry.files)]
 
 
 def no_sequence(name: str) -> TaskSequence:
@@ -286,7 +289,7 @@ def prepare(
     build = partial(build_dataset, encoder=encoder, settings=settings, source=source, args=args)
     dataset, held_out = build(rows, apart=data_args.turns_apart), None
     if data_args.eval_data_path:
-        asked = read_training_rows([data_args.eval_data_path], tasks_of(context.sequence, context.task))
+        asked = read_training_rows([data_args.eval_data_path], tasks_of(recipe, context.sequence, context.task))
         held_out = build(asked, apart=data_args.turns_apart)
     share_prefixes(model, filter(None, (dataset, held_out)), settings, args)
     if args.checkpoint_if_needed:
