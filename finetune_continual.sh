@@ -40,7 +40,7 @@ mapfile -t tasks <<<"$task_list"
 mapfile -t stages <<<"$stage_list"
 mapfile -t arguments <<<"$flag_list"
 if [ -z "$zero" ]; then
-    if [ "$gpus" = 1 ]; then zero=none; else zero=$root/scripts/zero3.json; fi # one GPU has nothing to share out
+    if [ "$gpus" -le 1 ]; then zero=none; else zero=$root/scripts/zero3.json; fi # one device has nothing to share out
 fi
 
 arguments+=(--sequence "$SEQUENCE" --method "$METHOD" --save_strategy steps --logging_steps 10 --report_to none)

@@ -96,10 +96,12 @@ def build_dataset(
         )
     kind = settings.image_query if settings.uses_images else None
     room = 0 if source.trains else args.feature_cache_mb * 2**20
-    if kind is None and len(picture_names(rows)) * source.least_bytes > room:
-        room = 0  # known before any picture is looked at
+    shown = len(picture_names(rows))
+    once = args.num_train_epochs <= 1 and args.max_steps <= 0 and shown == sum(len(row.images) for row in rows)
+    if kind is None and (once or shown * source.least_bytes > room):
+        room = 0  # known before any picture is looked at: they don't fit, or each is needed once
     images, features = look_at_pictures(rows, source.pictures, kind, cache, room) if kind or room else (None, None)
-    if features is None and not source.trains:
+    if features is None and not source.trains and not once:
         rank0_print("note: the pictures' features exceed --feature_cache_mb; the tower runs every step")
     return dataset.add(texts, images, features)
 
