@@ -3,6 +3,7 @@
 import gc
 
 import pytest
+import warm_python
 
 LONGEST = (
     "tests/scripts/test_quickstart.py",
@@ -20,6 +21,10 @@ LONGEST = (
 
 def pytest_addoption(parser):
     parser.addoption("--thorough", action="store_true", help="also run the combinations that others stand for")
+
+
+def pytest_configure(config):
+    warm_python.cold = config.getoption("--thorough")
 
 
 def pytest_collection_modifyitems(config, items):
