@@ -6,15 +6,18 @@ import pytest
 import warm_python
 
 LONGEST = (
-    "tests/scripts/test_quickstart.py",
-    "tests/test_pipeline.py",
+    "tests/faults",
     "tests/train/test_llava_parallel.py",
     "tests/train/test_train_zero.py",
     "tests/train/test_train.py",
-    "tests/test_prototype_commands.py",
+    "tests/slots/test_offsets.py",
     "tests/scripts",
+    "tests/test_pipeline.py",
+    "tests/test_prototype_commands.py",
     "tests/clients",
     "tests/toy",
+    "tests/test_guarantees.py",
+    "tests/test_cli.py",
 )
 """Files that take longest, which come first: at the end no process waits for another that has one of them alone."""
 

@@ -36,11 +36,11 @@ cold = False
 
 CLIENT = """#!{python} -IS
 import json, os, signal, socket, sys
-words = sys.argv[1:]
+words = sys.argv[2:] if sys.argv[1:2] == ["-u"] else sys.argv[1:]  # lines are not held back anyway
 plain = ("PYTHON", "PYTHONPATH", "PYTHONUNBUFFERED", "PYTHONDONTWRITEBYTECODE")
 own = [name for name in os.environ if name.startswith("PYTHON") and name not in plain]
 if own or not words or (words[0].startswith("-") and words[0] not in ("-m", "-c")):
-    os.execv({python!r}, [{python!r}, *words])
+    os.execv({python!r}, [{python!r}, *sys.argv[1:]])
 server = socket.socket(socket.AF_UNIX)
 server.connect({address!r})
 call = json.dumps([words, os.getcwd(), dict(os.environ)]).encode()
@@ -48,7 +48,8 @@ socket.send_fds(server, [len(call).to_bytes(8, "big")], [0, 1, 2])
 server.sendall(call)
 code = int(server.recv(16) or 255)
 if code < 0:
-    signal.signal(-code, signal.SIG_DFL)
+    if -code in (signal.SIGINT, signal.SIGPIPE):  # Python handles them itself
+        signal.signal(-code, signal.SIG_DFL)
     os.kill(os.getpid(), -code)
 os._exit(code)
 """
