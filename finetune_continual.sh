@@ -21,6 +21,7 @@ export ZERO=${ZERO:-}                          # DeepSpeed settings; "none" trai
 export EPOCHS=${EPOCHS:-} LEARNING_RATE=${LEARNING_RATE:-} SEED=${SEED:-}
 export BATCH_SIZE=${BATCH_SIZE:-} GRADIENT_ACCUMULATION=${GRADIENT_ACCUMULATION:-}   # the batch is per device
 export MAX_LENGTH=${MAX_LENGTH:-} SAVE_STEPS=${SAVE_STEPS:-}
+FOLLOW_LINKS=${FOLLOW_LINKS:-0}                # 1: open pictures that are links out of their folder
 MASTER_PORT=${MASTER_PORT:-29500}
 EXTRA_ARGS=${EXTRA_ARGS:-}                     # more flags for llava/train/train_mem.py, e.g. "--save_full_model True"
 # ----------------------------------------------------------------------------------------------------------------------
@@ -41,7 +42,8 @@ mapfile -t stages <<<"$stage_list"
 mapfile -t arguments <<<"$flag_list"
 zero=${zero:-$root/scripts/zero3.json}
 
-arguments+=(--sequence "$SEQUENCE" --method "$METHOD" --save_strategy steps --logging_steps 10 --report_to none)
+arguments+=(--sequence "$SEQUENCE" --method "$METHOD" --save_strategy steps --logging_steps 10 --report_to none
+    --follow_links "$FOLLOW_LINKS")
 if [ -n "$KEYS" ]; then arguments+=(--retriever_state_dict "$KEYS"); fi
 if [ "$gpus" -gt 0 ]; then
     arguments+=(--bf16 True --gradient_checkpointing True --dataloader_num_workers 4)

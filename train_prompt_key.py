@@ -17,6 +17,7 @@ from llava.cli import flag, flags_of, given, parse
 from llava.continual.sequence import sequence_flag
 from llava.continual.settings import KeySettings
 from llava.devices import default_device
+from llava.inside import opened_to_links
 from llava.train.ignored_flags import ignored, say_ignored
 from llava.utils import UserError, quiet_libraries, run_cli
 
@@ -49,6 +50,7 @@ class Arguments(flags_of(KeySettings, default="the sequence's"), WithoutEffect):
     sequence: str = sequence_flag()
     model_base: str | None = flag(None, "base model (default: BASE_MODEL or the sequence's)")
     image_folder: str | None = flag(None, "picture folder (default: the sequence's)")
+    follow_links: bool = flag(False, "open pictures that are links out of their folder")
     image_aspect_ratio: str | None = flag(None, "pad, square or anyres (default: the base's)")
     seed: int | None = flag(None, "default: the sequence's")
     batch_size: int = flag(16, "pictures encoded at a time")
@@ -88,7 +90,7 @@ def main() -> None:
         sequence.slot_range(args.task),
         args.data_paths or list(sequence.task(args.task).files),
         base,
-        args.image_folder or sequence.image_folder,
+        opened_to_links(args.image_folder or sequence.image_folder, args.follow_links) or "",
         options,
         str(places.query_cache) if args.cache_dir is None else args.cache_dir or None,
         answer_suffix=sequence.answer_suffix,

@@ -17,6 +17,7 @@ from typing import IO, Any
 
 from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
 
+from llava.targets import open_in_place, replaceable
 from llava.utils import rank0_print
 
 _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
@@ -28,17 +29,15 @@ def atomic_write(path: str | os.PathLike, mode: str = "w") -> Iterator[IO[Any]]:
     """Open a temporary file beside ``path`` that replaces it only when the block ends without an error.
 
     A killed or failed writer leaves the old file as it was. Missing parent folders are made. What is no file, such as
-    ``/dev/null`` or a pipe, is written to and stays.
+    ``/dev/null`` or a pipe, is written to and stays; so does a link, whose file is replaced.
     """
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    encoding = None if "b" in mode else "utf-8"
-    if target.is_dir():
-        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(target))
-    if _is_device(target):
-        with open(target, mode, encoding=encoding) as stream:
+    target = replaceable(path)
+    if target is None:
+        with open_in_place(path, mode) as stream:
             yield stream
         return
+    target.parent.mkdir(parents=True, exist_ok=True)
+    encoding = None if "b" in mode else "utf-8"
     handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp")
     try:
         with os.fdopen(handle, mode, encoding=encoding) as stream:
@@ -57,9 +56,12 @@ def atomic_write(path: str | os.PathLike, mode: str = "w") -> Iterator[IO[Any]]:
 def atomic_folder(path: str | os.PathLike) -> Iterator[Path]:
     """A new folder beside ``path`` that takes its place only when the block ends without an error.
 
-    A folder that stood there before is replaced as a whole. Its files may be read by whoever the umask lets.
+    A folder that stood there before is replaced as a whole; of a link, the folder that it leads to. Its files may be
+    read by whoever the umask lets.
     """
-    target = Path(path)
+    target = Path(os.path.realpath(path))
+    if target.exists() and not target.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path))
     partial = target.with_name(f".{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
@@ -127,11 +129,6 @@ def _wait_for(lock: BaseFileLock, target: Path, hint: str) -> None:
     except Timeout:
         rank0_print(f"{target}: another process is writing this file; waiting for it{hint}")
         lock.acquire()
-
-
-def _is_device(target: Path) -> bool:
-    """Whether to rename a file over it would take something away from the whole machine, or from a reader."""
-    return target.parent == Path("/dev") or (target.exists() and not target.is_file())
 
 
 def _umask() -> int:

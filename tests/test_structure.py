@@ -15,7 +15,10 @@ SHELL = sorted([*ROOT.glob("*.sh"), *(ROOT / "scripts").glob("*.sh"), ROOT / ".c
 ZERO = sorted((ROOT / "scripts").glob("zero*.json"))
 
 # Each room may import the rooms named beside it, and itself.
-BELOW_ALL = {"constants", "utils", "files", "registry", "folds", "padding", "devices", "truncation"}
+BELOW_ALL = {
+    *("constants", "utils", "files", "registry", "folds", "padding", "devices", "truncation"),
+    *("outside", "schema", "inside", "targets"),
+}
 HELPERS = BELOW_ALL | {"conversation", "image_io", "mm_utils"}
 MODEL = HELPERS | {"checkpoints", "slots", "data"}
 MAY_IMPORT = {
@@ -23,6 +26,10 @@ MAY_IMPORT = {
     "utils": {"constants"},
     "files": {"constants", "utils"},
     "registry": {"utils"},
+    "outside": {"utils"},
+    "schema": {"outside", "utils"},
+    "inside": {"utils"},
+    "targets": {"utils"},
     "cli": {"utils"},
     "folds": set(),
     "padding": set(),
@@ -118,6 +125,40 @@ def test_modules_have_a_docstring_and_fit_in_a_head(path):
     text = path.read_text(encoding="utf-8")
     assert not text.strip() or ast.get_docstring(ast.parse(text)), "no module docstring"
     assert len(text.splitlines()) <= 420
+
+
+READS = re.compile(r"\bjson\.loads?\(|\byaml\.(safe_)?load|\.read_text\(|(?<![.\w])open\(")
+READERS = {
+    "llava/outside.py": "the one place that reads text of others",
+    "llava/files.py": "writes, and reads bytes for checksums",
+    "llava/checkpoints/weights.py": "reads the ends of weights for the fingerprint",
+    "llava/checkpoints/card.py": "a card of any encoding is kept as it is",
+    "llava/data/raw/download.py": "writes the pictures of a zip",
+    "llava/eval/model_vqa_mmbench.py": "a table of gigabytes is read line by line",
+    "llava/eval/answer_file.py": "appends answers, and samples weights for their checksum",
+    "llava/image_io.py": "looks for DICOM's mark",
+}
+
+
+def test_text_from_outside_is_read_in_one_place():
+    """JSON read anywhere else reaches code unchecked; whoever must open a file stands above with the reason."""
+    sources = [*SOURCES, *ROOT.glob("*.py"), *(ROOT / "scripts").glob("*.py")]
+    found = {
+        str(path.relative_to(ROOT))
+        for path in sources
+        if READS.search(re.sub(r"\bdef open\(", "", path.read_text(encoding="utf-8"))) and "toy" not in path.parts
+    }
+    assert found - {"scripts/check_env.py"} == set(READERS), found ^ set(READERS)
+
+
+REPLACES = re.compile(r"\.unlink\(|\bos\.(replace|remove|rename)\(")
+
+
+def test_files_are_replaced_and_removed_in_two_places():
+    """Anything else might take a device, a pipe or a link away (``llava.targets`` knows which file may go)."""
+    sources = [*SOURCES, *ROOT.glob("*.py"), *(ROOT / "scripts").glob("*.py")]
+    found = {str(path.relative_to(ROOT)) for path in sources if REPLACES.search(path.read_text(encoding="utf-8"))}
+    assert found <= {"llava/files.py", "llava/targets.py"}, found
 
 
 ACCELERATORS = re.compile(r"(cuda|hip|rocm|mps|npu|xpu|hpu|tpu)(:\d+)?")

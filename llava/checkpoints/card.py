@@ -14,7 +14,8 @@ from typing import Any
 import yaml
 
 from llava.files import atomic_write
-from llava.utils import rank0_print
+from llava.outside import parsed_yaml
+from llava.utils import UserError, rank0_print
 
 CARD_FILE = "README.md"
 PIPELINE = "image-text-to-text"
@@ -72,8 +73,8 @@ def front_matter(folder: Path | None) -> dict[str, Any]:
         return {}
     found = _FRONT.match(path.read_text(encoding="utf-8-sig", errors="replace"))
     try:
-        values = yaml.safe_load(found[1]) if found else None
-    except yaml.YAMLError:
+        values = parsed_yaml(found[1], str(path)) if found else None
+    except UserError:
         rank0_print(f"note: {path}: the block at its top is no YAML; its licence is not read")
         return {}
     return values if isinstance(values, dict) else {}
@@ -82,13 +83,20 @@ def front_matter(folder: Path | None) -> dict[str, Any]:
 def licence_of(folder: Path | None) -> str:
     """The licence that a checkpoint's card states, empty where it states none."""
     values = front_matter(folder)
-    return str(values.get("license_name") or values.get("license") or "")
+    return _plain(values.get("license_name")) or _plain(values.get("license"))
 
 
 def licence_fields(folder: Path | None) -> dict[str, str]:
     """What a checkpoint's card says of its licence in its YAML block, for the block of what is made from it."""
     values = front_matter(folder)
-    return {name: str(values[name]) for name in ("license", "license_name", "license_link") if values.get(name)}
+    return {name: text for name in ("license", "license_name", "license_link") if (text := _plain(values.get(name)))}
+
+
+def _plain(value: Any) -> str:
+    """A text, or a list of some, as a text; anything else is no licence."""
+    if isinstance(value, list) and all(isinstance(one, str) for one in value):
+        return ", ".join(value)
+    return value if isinstance(value, str) else ""
 
 
 def licence_section(base: str, licence: str, data: str = "") -> str:

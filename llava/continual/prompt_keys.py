@@ -16,6 +16,7 @@ from llava.data.prompt import Prompt
 from llava.data.rows import Row, read_rows
 from llava.data.samples import picture_groups
 from llava.folds import held_out
+from llava.inside import Folder
 from llava.mm_utils import get_model_name_from_path
 from llava.model.configs import llava_config
 from llava.slots.fit import FittedKeys, fit_task_slots
@@ -40,7 +41,7 @@ def fit_task(
     slot_range: tuple[int, int],
     data_paths: list[str],
     base_name: str,
-    image_folder: str,
+    image_folder: Folder,
     options: KeyOptions,
     cache_dir: str | None,
     **asked: Any,

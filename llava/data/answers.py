@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from llava.data.jsonl import identifier_of, json_values, kind_of, text_of
+from llava.data.jsonl import identifier_of, json_values, text_of
+from llava.outside import kind_of
 from llava.utils import UserError, require_file
 
 

@@ -18,7 +18,8 @@ from typing import Any
 
 from llava.constants import DEFAULT_IMAGE_TOKEN
 from llava.conversation import plain_question
-from llava.data.jsonl import identifier_of, json_line, json_values, kind_of, text_of, write_jsonl
+from llava.data.jsonl import identifier_of, json_line, json_values, text_of, write_jsonl
+from llava.outside import kind_of
 from llava.utils import UserError, require_file
 
 __all__ = ["Row", "in_lower_case", "json_line", "json_values", "parse_row", "question_row", "read_rows", "write_jsonl"]

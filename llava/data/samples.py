@@ -25,6 +25,7 @@ from llava.data.labels import expanded_length, has_labels
 from llava.data.prompt import Picture, PromptEncoder, pictures_of
 from llava.data.rows import Row
 from llava.files import file_sha256
+from llava.inside import Folder, inside
 from llava.padding import pad
 from llava.utils import UserError, rank0_print
 
@@ -144,11 +145,11 @@ class TrainingSamples(Dataset):
         return len(empty)
 
 
-def check_image_files(rows: Sequence[Row], image_folder: str | Path | None) -> None:
+def check_image_files(rows: Sequence[Row], image_folder: Folder | None) -> None:
     """Refuse rows whose picture is not there, before any of them is opened.
 
     Raises:
-        UserError: names the first such row and file and counts the others.
+        UserError: names the first such row and file and counts the others; a name leads out of the folder.
     """
     pictured = [row for row in rows if row.images]
     if not pictured:
@@ -158,7 +159,8 @@ def check_image_files(rows: Sequence[Row], image_folder: str | Path | None) -> N
     folder = Path(image_folder)
     if not folder.is_dir():
         raise UserError(f"image folder not found: {folder} (check --image_folder)")
-    absent = {name for name in picture_names(pictured) if not (folder / name).is_file()}
+    named = {name: row for row in reversed(pictured) for name in row.images}
+    absent = {name for name, row in named.items() if not inside(image_folder, name, f"row {row.id!r}").is_file()}
     if not absent:
         return
     row, first = next((row, name) for row in pictured for name in row.images if name in absent)
@@ -202,7 +204,7 @@ def _hashed(path: str, size: int, changed: int) -> str:
     return file_sha256(path)
 
 
-def pictures_checksum(rows: Sequence[Row], image_folder: str | Path | None) -> str | None:
+def pictures_checksum(rows: Sequence[Row], image_folder: Folder | None) -> str | None:
     """16 hex digits over the contents of the rows' pictures, whatever their folder is called; None without any.
 
     Raises:
@@ -214,7 +216,7 @@ def pictures_checksum(rows: Sequence[Row], image_folder: str | Path | None) -> s
     digest = hashlib.sha256()
     try:
         for name in sorted(names):
-            digest.update(f"{name}:{picture_sha256(Path(image_folder or '') / name)}\n".encode())
+            digest.update(f"{name}:{picture_sha256(inside(image_folder or '', name))}\n".encode())
     except FileNotFoundError:
         check_image_files(rows, image_folder)  # names the row and counts the others
         raise

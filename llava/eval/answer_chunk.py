@@ -14,6 +14,7 @@ from llava.data.rows import Row
 from llava.eval.answer_file import answer_row, append, appending, chunk_range, model_fingerprint, progress, run_id
 from llava.eval.generation import Generation, Loading, given_tasks
 from llava.files import file_sha256
+from llava.inside import Folder
 from llava.mm_utils import get_model_name_from_path
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ class Chunk:
 
     question_file: str
     rows: Sequence[Row] = field(repr=False)
-    image_folder: str
+    image_folder: Folder
     answers_file: Path
     model: str
     base: str | None

@@ -20,6 +20,7 @@ from llava.data.answers import read_answers
 from llava.data.rows import Row
 from llava.eval.answer_match import answers_of, missing_rows, position_of
 from llava.files import file_sha256, only_writer
+from llava.targets import open_in_place, remove, replaceable
 from llava.utils import UserError
 
 RUN_LENGTH = 16
@@ -128,7 +129,11 @@ def appending(
     Raises:
         UserError: the file holds something else than the first answers of this run.
     """
-    target = Path(path)
+    target = replaceable(path)
+    if target is None:  # a device or a pipe: nothing of it can be read again
+        with open_in_place(path) as stream:
+            yield 0, stream
+        return
     with _opened(target) as stream:
         _cut_torn_line(stream)
         done, reason = progress(target, rows, model_id, run, replace)
@@ -154,7 +159,7 @@ def _opened(target: Path) -> Iterator[IO[bytes]]:
                 yield stream
         except BaseException:
             if target.is_file() and target.stat().st_size == 0:
-                target.unlink()
+                remove(target)
             raise
 
 
@@ -173,7 +178,7 @@ def progress(
     Raises:
         UserError: it must, and is not to be replaced.
     """
-    if not Path(path).is_file():
+    if replaceable(path) is None or not Path(path).is_file():
         return 0, None
     try:
         answers = read_answers(path, partial_last_line=True)

@@ -43,6 +43,7 @@ from llava.eval.generation import (
     sorted_batches,
 )
 from llava.eval.question_cache import QuestionCache
+from llava.inside import Folder
 from llava.mm_utils import KeywordsStoppingCriteria, get_model_name_from_path
 from llava.model.builder import attach_slots, load_pretrained_model, tell_prompt
 from llava.model.configs import llava_config
@@ -228,14 +229,14 @@ class Answerer:
 
     # -- answers -----------------------------------------------------------------------------------------------------
 
-    def encoder(self, image_folder: str = "") -> PromptEncoder:
+    def encoder(self, image_folder: Folder = "") -> PromptEncoder:
         """What turns rows and conversations into this model's inputs, as training does."""
         loaded = self._in_memory
         parts = (self.prompt, loaded.tokenizer, loaded.image_processor, loaded.model.config)
         return PromptEncoder(*parts, image_folder, cache_megabytes=0)
 
     def answer(
-        self, rows: Sequence[Row], generation: Generation | None = None, image_folder: str = "", done: int = 0
+        self, rows: Sequence[Row], generation: Generation | None = None, image_folder: Folder = "", done: int = 0
     ) -> Iterator[Reply]:
         """Replies to ``rows[done:]``, in order, as they come.
 
@@ -249,7 +250,7 @@ class Answerer:
         return self._answers(rows, generation or Generation(), image_folder, done, self._choices)
 
     def _answers(
-        self, rows: Sequence[Row], generation: Generation, image_folder: str, done: int, choice: int
+        self, rows: Sequence[Row], generation: Generation, image_folder: Folder, done: int, choice: int
     ) -> Iterator[Reply]:
         self._still(choice)
         encoder = self.encoder(image_folder)

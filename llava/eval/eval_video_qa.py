@@ -32,9 +32,11 @@ from llava.data.metric_names import METRICS, metric_names
 from llava.data.rows import Row, read_rows, write_jsonl
 from llava.eval.answer_match import answers_of, missing_rows, some, taken_by_order
 from llava.eval.metrics import OVERALL, normalise, score
+from llava.eval.score_schema import read_scores
 from llava.eval.statistics import DRAWS, SEED
 from llava.eval.text_metrics import TextScorer
 from llava.files import atomic_write, file_sha256
+from llava.inside import check_file_name
 from llava.utils import UserError, require_file, run_cli
 
 FORMAT_VERSION = 1
@@ -134,11 +136,10 @@ class _Job:
         if self.arguments.force or not self.target.is_file() or not self.target.with_name(ROWS_NAME).is_file():
             return None
         try:
-            scores = json.loads(self.target.read_text(encoding="utf-8"))
-            wanted = self.provenance(tokenizer)
-            return scores if _checksums(scores["provenance"]) == _checksums(wanted) else None
-        except (ValueError, KeyError, TypeError):  # an older or foreign file: it is replaced
+            scores, _ = read_scores(self.target)
+        except UserError:  # an older or foreign file: it is replaced
             return None
+        return scores if _checksums(scores["provenance"]) == _checksums(self.provenance(tokenizer)) else None
 
     def score(self, train_rows: Sequence[Row], scorer: TextScorer) -> dict[str, Any]:
         """Score, write ``rows.jsonl`` and then ``scores.json``, return the scores."""
@@ -227,8 +228,7 @@ def model_id_of(answers: Sequence[Mapping[str, Any]], path: Path) -> str:
             f"{path}: answers of several models in one file: {some(sorted(names))} (give one file per model)"
         )
     name = names.pop()
-    if name in (".", "..") or "/" in name or "\\" in name or "\0" in name:
-        raise UserError(f"{path}: model_id {name!r} cannot name a folder (give the model folder's own name)")
+    check_file_name(name, f"{path}: model_id")
     return name
 
 

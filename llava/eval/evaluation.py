@@ -22,6 +22,7 @@ from llava.data.samples import check_image_files
 from llava.eval.answer_chunk import Chunk
 from llava.eval.generation import Generation, Loading, check_route, given_tasks
 from llava.eval.loading_flags import asked_prompt
+from llava.inside import Folder, opened_to_links
 from llava.model.builder import check_slots_fit
 from llava.model.configs import llava_config
 from llava.slots.pool import Pool
@@ -43,6 +44,7 @@ class Settings:
     max_new_tokens: int = flag(64, "longest answer, in tokens")
     num_workers: int = flag(0, "threads that read pictures ahead")
     conv_mode: str = flag("", "conversation template (default: the stage's own)")
+    follow_links: bool = flag(False, "open pictures that are links out of their folder")
     image_aspect_ratio: str = flag("", "pad, square or anyres (default: the stage's own)")
     answer_suffix: str | None = flag(None, "text after each question (default: the stage's own; '' for none)")
     stale: str = flag("replace", "answers of other weights or settings", choices=["replace", "refuse"])
@@ -101,6 +103,11 @@ class Evaluation:
         return read_rows(source)
 
     @property
+    def image_folder(self) -> Folder:
+        """The pictures of the test questions."""
+        return opened_to_links(self.sequence.image_folder, self.settings.follow_links) or ""
+
+    @property
     def loading(self) -> Loading:
         """The defaults: the accelerator of this process, unquantised."""
         return Loading()
@@ -111,7 +118,7 @@ class Evaluation:
         return Chunk(
             question_file=self.sequence.test,
             rows=self.rows,
-            image_folder=self.sequence.image_folder,
+            image_folder=self.image_folder,
             answers_file=self.folder / name / "chunks" / f"{self.chunks}_{number}.jsonl",
             model=self.base if stage is None else str(stage),
             base=None if stage is None else self.base,
@@ -149,7 +156,7 @@ class Evaluation:
             for file in task.files:
                 require_file(file, "training file", "the majority baselines need it; make it with: python fusion.py")
         self._check_stages()
-        check_image_files(self.rows, self.sequence.image_folder)
+        check_image_files(self.rows, self.image_folder)
         for name, _ in self.models:
             for number in range(self.chunks):
                 self.chunk(name, number).finished()  # refuses another run's answers, if it should

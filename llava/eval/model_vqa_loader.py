@@ -24,6 +24,7 @@ from llava.data.rows import read_rows
 from llava.eval.answer_chunk import Chunk
 from llava.eval.generation import NO_ROUTE, ORACLE
 from llava.eval.loading_flags import LoadingFlags, PromptFlags, asked_prompt, generation_of, loading_of
+from llava.inside import opened_to_links
 from llava.utils import run_cli
 
 
@@ -34,6 +35,7 @@ class Arguments(PromptFlags, LoadingFlags):
     model_path: str = flag(help="checkpoint folder or hub id")
     model_base: str | None = flag(None, "base model that a light checkpoint is applied to")
     image_folder: str = flag("", "folder of the rows' images")
+    follow_links: bool = flag(False, "open pictures that are links out of their folder")
     question_file: str = flag()
     answers_file: str = "answer.jsonl"
     default_answer_suffix: str = flag("", "for a model that keeps none of its own")
@@ -95,7 +97,7 @@ def chunk_of(arguments: Arguments) -> Chunk:
     return Chunk(
         question_file=arguments.question_file,
         rows=read_rows(arguments.question_file),
-        image_folder=arguments.image_folder,
+        image_folder=opened_to_links(arguments.image_folder, arguments.follow_links) or "",
         answers_file=Path(arguments.answers_file),
         model=arguments.model_path,
         base=arguments.model_base,

@@ -29,6 +29,7 @@ class Arguments:
     slots: str = flag(help="key file, merged file or stage checkpoint folder")
     question_file: str = flag()
     image_folder: str = ""
+    follow_links: bool = flag(False, "open pictures that are links out of their folder")
     unknown_file: str | None = flag(None, "rows that belong to none of the tasks")
     unknown_images: str | None = flag(None, "their picture folder (default: --image-folder)")
     model_base: str | None = flag(None, "default: the one the slots name")
@@ -102,6 +103,7 @@ def read_queries(arguments: Arguments, slots: Any, base: Path) -> tuple[list, An
 
     from llava.continual.queries import compute_queries
     from llava.data.rows import read_rows
+    from llava.inside import opened_to_links
     from llava.slots.queries import Queries
 
     files = [(arguments.question_file, arguments.image_folder)]
@@ -120,7 +122,7 @@ def read_queries(arguments: Arguments, slots: Any, base: Path) -> tuple[list, An
             compute_queries(
                 mine,
                 base,
-                folder,
+                opened_to_links(folder, arguments.follow_links) or "",
                 settings.query_mode,
                 settings.encoder.get("name", "base"),
                 device=arguments.device,

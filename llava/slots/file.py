@@ -31,6 +31,7 @@ from torch import Tensor
 from llava.files import atomic_write
 from llava.slots.key_scores import joined
 from llava.slots.queries import TaskStatistics
+from llava.slots.schema import check_slot_data
 from llava.slots.settings import RetrieverSettings
 from llava.slots.task_slots import TaskSlots
 from llava.slots.unknown import TaskExtent
@@ -83,8 +84,9 @@ def read_slot_data(path: str | Path) -> SlotData:
         )
     if data.get("format") != FORMAT:
         raise UserError(f"{path}: not a slot file (no format mark {FORMAT!r}); make it with train_prompt_key.py")
-    if data.get("version", 0) > VERSION:
+    if not isinstance(data.get("version", 0), int) or data.get("version", 0) > VERSION:
         raise UserError(f"{path}: slot file version {data['version']}, this package reads up to {VERSION}; update it")
+    check_slot_data(data, str(path))
     try:
         return _parse(data, path)
     except UserError:

@@ -88,6 +88,7 @@ class DataArguments:
     data_path: str | None = field(default=None, metadata={"help": "training rows (default: the sequence's)"})
     eval_data_path: str | None = field(default=None, metadata={"help": "rows for a validation loss while training"})
     image_folder: str | None = field(default=None, metadata={"help": "picture folder (default: the sequence's)"})
+    follow_links: bool = field(default=False, metadata={"help": "open pictures that are links out of their folder"})
     image_aspect_ratio: str | None = field(default=None, metadata={"help": "default: the checkpoint's"})
     image_grid_pinpoints: str | None = field(
         default=None,

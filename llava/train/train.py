@@ -30,6 +30,7 @@ from llava.data.prompt import Prompt, PromptEncoder
 from llava.data.rows import Row
 from llava.data.samples import DataCollatorForSupervisedDataset, TrainingSamples, pictures_checksum
 from llava.devices import has_accelerator
+from llava.inside import opened_to_links
 from llava.model.configs import llava_config
 from llava.model.partitioned import size_of
 from llava.slots.fit import seed_of
@@ -178,7 +179,8 @@ def plan(
     if previous is not None and previous.folder.resolve() == folder.resolve():
         raise UserError(f"--output_dir {folder} is the stage before; give the new stage a folder of its own")
     keys = Pool.read(args.retriever_state_dict) if recipe.needs_keys else no_slots(base)
-    data_args.image_folder = data_args.image_folder or sequence.image_folder
+    folder_named: Any = opened_to_links(data_args.image_folder or sequence.image_folder, data_args.follow_links)
+    data_args.image_folder = folder_named
     files = [data_args.data_path] if data_args.data_path else recipe.files(sequence, data_args.task)
     rows = read_training_rows(files)
     config = asked_config(base, recipe.needs_keys, model_args, data_args)

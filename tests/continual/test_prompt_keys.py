@@ -316,7 +316,7 @@ def test_the_prototypes_configuration_shapes_the_keys(words, tmp_path, capsys):
 
 @pytest.mark.parametrize(
     "text, message",
-    [("{", "broken JSON at line 1"), ("[]", "expected a JSON object"), ('{"low_rank": "8"}', "low_rank is '8'; write")],
+    [("{", "line 1: broken JSON"), ("[]", "expected a JSON object"), ('{"low_rank": "8"}', "low_rank is '8'; write")],
 )
 def test_a_broken_configuration_is_one_line(words, tmp_path, capsys, text, message):
     (tmp_path / "config.json").write_text(text)

@@ -224,7 +224,7 @@ def test_what_deepspeed_refuses_is_said_in_one_line(tmp_path, settings, message)
 def test_another_encoding_is_named(tmp_path):
     path = tmp_path / "zero3.json"
     path.write_bytes("{}".encode("utf-16"))
-    with pytest.raises(UserError, match="zero3.json: is not UTF-8 text"):
+    with pytest.raises(UserError, match="zero3.json: byte 0 is not UTF-8 text"):
         check_deepspeed_config(path)
 
 
