@@ -46,7 +46,8 @@ arguments+=(--sequence "$SEQUENCE" --method "$METHOD" --save_strategy steps --lo
     --follow_links "$FOLLOW_LINKS")
 if [ -n "$KEYS" ]; then arguments+=(--retriever_state_dict "$KEYS"); fi
 if [ "$gpus" -gt 0 ]; then
-    arguments+=(--bf16 True --gradient_checkpointing True --dataloader_num_workers 4)
+    arguments+=(--gradient_checkpointing True --dataloader_num_workers 4)
+    [[ " ${arguments[*]} " == *" --bf16 "* ]] || arguments+=(--bf16 auto)
     launcher=(python -m deepspeed.launcher.runner --master_port "$MASTER_PORT")
     if [ -z "${CUDA_VISIBLE_DEVICES:-}" ]; then launcher+=(--num_gpus "$gpus"); fi
     launcher+=("$root/llava/train/train_mem.py")

@@ -16,7 +16,7 @@ import argparse
 import dataclasses
 import sys
 import typing
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 from transformers.hf_argparser import HfArgumentParser
@@ -111,7 +111,7 @@ def fail(message: str) -> typing.NoReturn:
     sys.exit(2)
 
 
-def flags_of(kind: type, without: Iterable[str] = (), default: str | None = None) -> type:
+def flags_of(kind: type, default: str | None = None) -> type:
     """A dataclass with the fields of ``kind`` as flags that are ``None`` unless given; for settings kept elsewhere.
 
     Args:
@@ -120,12 +120,11 @@ def flags_of(kind: type, without: Iterable[str] = (), default: str | None = None
     hints = typing.get_type_hints(kind)
     entries = []
     for entry in dataclasses.fields(kind):
-        if entry.name not in without:
-            hint = list[str] if typing.get_origin(hints[entry.name]) is tuple else hints[entry.name]
-            more = {name: value for name, value in entry.metadata.items() if name == "choices"}
-            text = f"{entry.metadata.get('help', '')} (default: {default or entry.default})".strip()
-            more["help"] = text.replace("%", "%%")
-            entries.append((entry.name, hint | None, dataclasses.field(default=None, metadata=more)))
+        hint = list[str] if typing.get_origin(hints[entry.name]) is tuple else hints[entry.name]
+        more = {name: value for name, value in entry.metadata.items() if name == "choices"}
+        text = f"{entry.metadata.get('help', '')} (default: {default or entry.default})".strip()
+        more["help"] = text.replace("%", "%%")
+        entries.append((entry.name, hint | None, dataclasses.field(default=None, metadata=more)))
     return dataclasses.make_dataclass(f"{kind.__name__}Flags", entries, kw_only=True)
 
 

@@ -1,6 +1,7 @@
-"""Files and folders that appear whole or not at all, checksums of them, and one writer at a time.
+"""Files and folders that appear whole or not at all, and checksums of them.
 
-A writer that is killed, or finds the disk full, leaves what was there before.
+A writer that is killed, or that the system refuses, leaves what was there before. What it was writing lies under a
+hidden name that says which process it was; the next run that writes into the folder removes what dead ones left.
 """
 
 from __future__ import annotations
@@ -8,20 +9,29 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
+import itertools
 import os
+import re
 import shutil
-import tempfile
+import socket
+import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
-
 from llava.targets import open_in_place, replaceable
-from llava.utils import rank0_print
+from llava.utils import system_error
 
-_NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
-_HIDDEN_FULL_DISK = ("PytorchStreamWriter failed", "iostream error", "No space left on device")
+_COUNT = itertools.count()
+_OURS: set[str] = set()
+"""Temporary names that this process is writing to."""
+_SWEPT: set[tuple[int, str]] = set()
+"""Folders that this process (by its number: a forked one begins anew) has looked through."""
+_TEMPORARY = re.compile(r"^\..*\.tmp-(\d+)-\d+@(.+)$", re.DOTALL)
+_ABANDONED = 24 * 3600
+"""Seconds after which a temporary file of another machine, whose processes are not known here, is nobody's."""
+_SETTLED = 2 * 10**9
+"""Nanoseconds since its last change after which a file that changes again cannot bear the same time."""
 
 
 @contextlib.contextmanager
@@ -30,50 +40,122 @@ def atomic_write(path: str | os.PathLike, mode: str = "w") -> Iterator[IO[Any]]:
 
     A killed or failed writer leaves the old file as it was. Missing parent folders are made. What is no file, such as
     ``/dev/null`` or a pipe, is written to and stays; so does a link, whose file is replaced.
+
+    Raises:
+        OSError: what the system refuses, with the file's name, also where torch or safetensors hide it.
     """
     target = replaceable(path)
     if target is None:
-        with open_in_place(path, mode) as stream:
+        with system_errors_named(path), open_in_place(path, mode) as stream:
             yield stream
         return
     target.parent.mkdir(parents=True, exist_ok=True)
     encoding = None if "b" in mode else "utf-8"
-    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp")
+    sweep(target.parent)
+    temporary = _temporary(target)
+    _OURS.add(temporary.name)
     try:
-        with os.fdopen(handle, mode, encoding=encoding) as stream:
-            yield stream
-            stream.flush()
-            os.fsync(stream.fileno())
-        share([Path(temporary)])
-        os.replace(temporary, target)
+        with system_errors_named(target):
+            handle = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+            with os.fdopen(handle, mode, encoding=encoding) as stream:
+                yield stream
+                stream.flush()
+                os.fsync(stream.fileno())
+            share([temporary])
+            os.replace(temporary, target)
+            _sync(target.parent)
     except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)
+        temporary.unlink(missing_ok=True)
         raise
+    finally:
+        _OURS.discard(temporary.name)
 
 
 @contextlib.contextmanager
 def atomic_folder(path: str | os.PathLike) -> Iterator[Path]:
     """A new folder beside ``path`` that takes its place only when the block ends without an error.
 
-    A folder that stood there before is replaced as a whole; of a link, the folder that it leads to. Its files may be
-    read by whoever the umask lets.
+    A folder that stood there before is replaced as a whole, and is put back where that fails; of a link, the folder
+    that it leads to. The new one's files may be read by whoever the umask lets.
     """
     target = Path(os.path.realpath(path))
     if target.exists() and not target.is_dir():
         raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path))
-    partial = target.with_name(f".{target.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    partial, before = target.with_name(f".{target.name}.partial"), target.with_name(f".{target.name}.before")
+    settle_folder(target)
     try:
-        with full_disk_named(partial):
+        with system_errors_named(target):
             partial.mkdir(parents=True)
             yield partial
-        share(file for file in partial.rglob("*") if file.is_file())
-        shutil.rmtree(target, ignore_errors=True)
-        partial.rename(target)
+            inside = list(partial.rglob("*"))
+            share(file for file in inside if file.is_file())
+            for place in (*inside, partial):
+                _sync(place)
+            if target.exists():
+                target.rename(before)
+            partial.rename(target)
+            _sync(target.parent)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
+        if before.exists() and not target.exists():
+            before.rename(target)
         raise
+    shutil.rmtree(before, ignore_errors=True)
+
+
+def settle_folder(target: Path) -> None:
+    """Clear away what a killed ``atomic_folder`` left: the unfinished folder; the one before, which goes back."""
+    before = target.with_name(f".{target.name}.before")
+    shutil.rmtree(target.with_name(f".{target.name}.partial"), ignore_errors=True)
+    if before.exists() and not target.exists():
+        before.rename(target)
+    shutil.rmtree(before, ignore_errors=True)
+
+
+def sweep(folder: Path) -> None:
+    """Remove temporary files that dead processes left in a folder; a process looks through each folder once."""
+    seen = os.getpid(), str(folder)
+    if seen in _SWEPT or not folder.is_dir():
+        return
+    _SWEPT.add(seen)
+    for name in os.listdir(folder):
+        if (found := _TEMPORARY.match(name)) and name not in _OURS and _is_dead(folder / name, int(found[1]), found[2]):
+            with contextlib.suppress(OSError):  # another process sweeps too, or may not be disturbed
+                (folder / name).unlink()
+
+
+def _temporary(target: Path) -> Path:
+    """A name of this process's own beside ``target``, short enough for every file system."""
+    stem = target.name.encode()[:100].decode(errors="ignore")
+    return target.with_name(f".{stem}.tmp-{os.getpid()}-{next(_COUNT)}@{_host()}")
+
+
+def _host() -> str:
+    return re.sub(r"[^\w.-]", "_", socket.gethostname())[:60] or "host"
+
+
+def _is_dead(file: Path, process: int, host: str) -> bool:
+    if host != _host():
+        return file.exists() and time.time() - file.stat().st_mtime > _ABANDONED
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return True
+    except (PermissionError, OverflowError):
+        return False
+    return process == os.getpid()
+
+
+def _sync(place: Path) -> None:
+    """Have the disk keep a file's contents, or a folder's list of names, before what follows."""
+    handle = os.open(place, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.EBADF):  # some file systems sync no folders
+            raise
+    finally:
+        os.close(handle)
 
 
 def share(files: Iterable[Path]) -> None:
@@ -83,52 +165,19 @@ def share(files: Iterable[Path]) -> None:
 
 
 @contextlib.contextmanager
-def full_disk_named(place: str | os.PathLike) -> Iterator[None]:
-    """Turn the errors by which torch, safetensors and tokenizers hide a full disk into the system's own ``OSError``."""
+def system_errors_named(place: str | os.PathLike) -> Iterator[None]:
+    """Turn the errors by which torch, safetensors and tokenizers hide the system's into its own, which name a file."""
     try:
         yield
-    except OSError:
+    except OSError as error:
+        if error.errno is not None and error.filename is None:
+            error.filename = str(place)
         raise
     except Exception as error:
-        if not any(mark in str(error) for mark in _HIDDEN_FULL_DISK):
+        hidden = system_error(error)
+        if hidden is None:
             raise
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(place)) from error
-
-
-@contextlib.contextmanager
-def only_writer(path: str | os.PathLike) -> Iterator[None]:
-    """Let one process at a time write ``path``: a second one says that it waits, and goes on when the first is done.
-
-    The lock is a hidden file beside ``path``, removed at the end. Where the file system knows no locks (some NFS and
-    Lustre mounts) the hidden file's being there is the lock; that of a dead process on the same machine is taken over.
-    """
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    place = target.with_name(f".{target.name}.lock")
-    lock: BaseFileLock = FileLock(place, fallback_to_soft=False)
-    try:
-        _wait_for(lock, target, "")
-    except OSError as error:
-        if error.errno not in _NO_LOCKS:
-            raise
-        place.unlink(missing_ok=True)
-        lock = SoftFileLock(f"{place}ed")
-        _wait_for(lock, target, f" (if there is none any more, delete {lock.lock_file})")
-    try:
-        yield
-    finally:
-        # Removed while it is held: whoever waits for the old file sees that it is gone, and makes a new one.
-        if isinstance(lock, FileLock):
-            place.unlink(missing_ok=True)
-        lock.release()
-
-
-def _wait_for(lock: BaseFileLock, target: Path, hint: str) -> None:
-    try:
-        lock.acquire(blocking=False)
-    except Timeout:
-        rank0_print(f"{target}: another process is writing this file; waiting for it{hint}")
-        lock.acquire()
+        raise OSError(hidden.errno, os.strerror(hidden.errno or 0), str(place)) from error
 
 
 def _umask() -> int:
@@ -137,10 +186,31 @@ def _umask() -> int:
     return mask
 
 
+_KNOWN: dict[str, tuple[tuple[int, ...], str]] = {}
+"""Checksums by path, each with what the system said of the file when it was read."""
+
+
 def file_sha256(path: str | os.PathLike) -> str:
-    """Hex SHA-256 of a file's bytes."""
-    with open(path, "rb") as stream:
+    """Hex SHA-256 of a file's bytes.
+
+    A file is read once per process as long as its inode, size and times stay the same; one that was changed a moment
+    ago is read again, because a further change could bear the same time.
+    """
+    name = os.path.abspath(path)
+    before = _state(name)
+    if (known := _KNOWN.get(name)) and known[0] == before:
+        return known[1]
+    with open(name, "rb") as stream:
         digest = hashlib.sha256()
         while chunk := stream.read(1 << 20):
             digest.update(chunk)
-        return digest.hexdigest()
+    found = digest.hexdigest()
+    if _state(name) == before and time.time_ns() - max(before[3:]) > _SETTLED:
+        _KNOWN[name] = before, found
+    return found
+
+
+def _state(path: str) -> tuple[int, ...]:
+    """Device, inode, size, and the times of the last change of contents and of anything."""
+    found = os.stat(path)
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns

@@ -1,8 +1,7 @@
 """What every command line of the project shares: errors a user can act on, who speaks, logging.
 
-``UserError`` is the one exception for bad input. ``run_cli`` turns it (and the operating system's "disk full" and
-"permission denied") into one line on standard error and a non-zero exit code; anything else is a bug and keeps its
-traceback.
+``UserError`` is the one exception for bad input. ``run_cli`` turns it (and whatever the operating system refuses) into
+one line on standard error and a non-zero exit code; anything else is a bug and keeps its traceback.
 """
 
 from __future__ import annotations
@@ -10,6 +9,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import re
 import sys
 import warnings
 from collections.abc import Callable
@@ -27,6 +27,13 @@ moderation_msg = "This input was refused by moderation; please word it different
 """What LLaVA's workers and web server show; LLaVA's own text blames the network for every error."""
 
 _SYSTEM_ERRORS = {
+    errno.EIO: "the disk reports an error; check it (dmesg), or choose another place",
+    errno.EFBIG: "the file is larger than the file system or the limit (ulimit -f) allows; choose another place",
+    errno.ENOSYS: "the file system cannot do this; choose a place on another one",
+    errno.ENOLCK: "the file system gives no locks; choose a place on another one",
+    errno.ESTALE: "the network file system has lost the file; run the same command again",
+    errno.ENAMETOOLONG: "the name is too long; choose a shorter one",
+    errno.EMFILE: "too many files are open (ulimit -n); allow more",
     errno.ENOSPC: "the disk is full; free some space and run the same command again",
     errno.EDQUOT: "the disk quota is used up; free some space and run the same command again",
     errno.EACCES: "permission denied; choose a place you may write to, or change its permissions",
@@ -37,6 +44,9 @@ _SYSTEM_ERRORS = {
     errno.EISDIR: "a folder stands where a file is needed; choose another place, or move it away",
 }
 
+_HIDDEN_FULL_DISK = ("PytorchStreamWriter failed", "iostream error", "No space left on device", "unexpected pos")
+"""How torch and safetensors say that a file could not be written to its end."""
+
 
 class UserError(ValueError):
     """Bad input. The message is one line: what is wrong, where, and how to mend it."""
@@ -45,7 +55,7 @@ class UserError(ValueError):
 def run_cli(main: Callable[[], int | None]) -> None:
     """Run a command line's ``main`` and exit with its code.
 
-    A ``UserError``, a full disk or a missing permission ends in one line on standard error and exit code 2.
+    A ``UserError`` and whatever the operating system refuses end in one line on standard error and exit code 2.
     """
     try:
         code = main()
@@ -55,16 +65,38 @@ def run_cli(main: Callable[[], int | None]) -> None:
     except BrokenPipeError:  # the reader of a pipe, such as head, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
-    except OSError as error:
-        if error.errno not in _SYSTEM_ERRORS:
-            raise
-        where = f"{error.filename}: " if error.filename else ""
-        print(f"error: {where}{_SYSTEM_ERRORS[error.errno]}", file=sys.stderr)
-        code = EXIT_USER_ERROR
     except KeyboardInterrupt:
         print("interrupted; run the same command again to go on", file=sys.stderr)
         code = EXIT_INTERRUPTED
+    except Exception as error:
+        found = system_error(error)
+        if found is None:
+            raise
+        print(f"error: {_in_words(found)}", file=sys.stderr)
+        code = EXIT_USER_ERROR
     sys.exit(code or 0)
+
+
+def system_error(error: BaseException) -> OSError | None:
+    """The operating system's error that ``error`` is or hides; ``None`` where it is of another kind.
+
+    torch and safetensors report what the system refuses by errors of their own.
+    """
+    if isinstance(error, OSError):
+        return error if error.errno is not None else None
+    text = str(error)
+    if told := re.search(r"\(os error (\d+)\)", text):
+        return OSError(int(told[1]), os.strerror(int(told[1])))
+    if not any(mark in text for mark in _HIDDEN_FULL_DISK):
+        return None
+    before = error.__context__  # what torch's writer was told before it saw that bytes are missing
+    return before if isinstance(before, OSError) and before.errno else OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def _in_words(error: OSError) -> str:
+    number = error.errno or 0
+    where = f"{error.filename}: " if error.filename else ""
+    return f"{where}{_SYSTEM_ERRORS.get(number) or f'{os.strerror(number)}; check this place'}"
 
 
 def require_file(path: str | os.PathLike, what: str, mend: str) -> Path:

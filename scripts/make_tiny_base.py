@@ -1,12 +1,10 @@
 """Train a tiny base model from scratch and write it in the LLaVA layout: a CPU, a few minutes, no download.
 
-It learns from generic phantoms that it draws itself (``llava.toy.phantom_generic``), never from a task's pictures;
-with the medical recipe also from SLAKE's training and validation rows and a radiology glossary, for use on VQA-RAD.
+It learns from generic phantoms that it draws itself (``llava.toy.phantom_generic``), never from a task's pictures.
 
-Examples::
+Example::
 
     python scripts/make_tiny_base.py --output_dir output/tiny-base
-    python scripts/make_tiny_base.py --recipe medical --slake_dir data/slake --output_dir output/tiny-base-medical
 
 A killed run goes on where its last checkpoint was taken and ends in the same weights; a finished one is left alone.
 """
@@ -17,7 +15,7 @@ import json
 import shutil
 import sys
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -25,11 +23,10 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+
 from llava.cli import flag, flags_of, given, parse
-from llava.continual.places import places_of
 from llava.files import atomic_write
 from llava.outside import read_object
-from llava.toy.medical_base import MEDICAL, MedicalCorpus
 from llava.toy.phantom_talk import make_dialects
 from llava.toy.tiny_base import (
     PIXEL_MEAN,
@@ -48,49 +45,26 @@ from llava.toy.tiny_base import (
 from llava.toy.tiny_tower import TowerTrainer, draw_pictures, tower_accuracy
 from llava.utils import UserError, run_cli
 
-RECIPES = {"phantom": TinyBaseConfig(), "medical": MEDICAL}
-DECIDED = ("recipe", "real_pictures")
-"""Fields that follow from ``--recipe`` and ``--slake_dir``."""
-
 _SETTINGS = "settings.json"
 
 
 @dataclass(kw_only=True)
-class Arguments(flags_of(TinyBaseConfig, without=DECIDED, default="the recipe's")):
-    """Flags; those of ``TinyBaseConfig`` override the recipe's."""
+class Arguments(flags_of(TinyBaseConfig)):
+    """Flags; those of ``TinyBaseConfig`` override its defaults."""
 
-    output_dir: str | None = flag(None, "folder to write (default: the sequence's, else output/tiny-base)")
+    output_dir: str = flag("output/tiny-base", "folder to write")
     save_every: int = flag(50, "steps between two checkpoints")
-    sequence: str | None = flag(None, "make the base that this task sequence asks for, if it asks for a tiny one")
-    recipe: str | None = flag(
-        None, "what to learn from (default: the sequence's, else phantom)", choices=sorted(RECIPES)
-    )
-    slake_dir: str | None = flag(None, "SLAKE's folder, for the medical recipe (left out when it is not there)")
 
 
 def main() -> int:
     """Build the base unless it is there already."""
     args = parse(Arguments, description=__doc__)
-    recipe, target = args.recipe or "phantom", Path(args.output_dir or "output/tiny-base")
-    if args.sequence:
-        places = places_of(args.sequence)
-        wanted = places.sequence.base
-        if wanted.model or not wanted.recipe:
-            print(f"base model: {places.base_model()}")
-            return 0
-        recipe, target = args.recipe or wanted.recipe, Path(args.output_dir or places.tiny_base)
-    found = recipe == "medical" and args.slake_dir and Path(args.slake_dir).is_dir()
-    slake = args.slake_dir if found else None
-    config = replace(
-        RECIPES[recipe], **{**given(args, TinyBaseConfig), "recipe": recipe}, real_pictures=slake is not None
-    )
-    if recipe == "medical" and slake is None:
-        print(f"note: SLAKE not found at {args.slake_dir}; the medical base learns from phantoms and words alone")
+    target, config = Path(args.output_dir), TinyBaseConfig(**given(args, TinyBaseConfig))
     if is_finished(target, config):
         print(f"{target}: already made, nothing to do")
         return 0
     start = time.monotonic()
-    make_base(target, config, args.save_every, slake)
+    make_base(target, config, args.save_every)
     print(f"{target}: made in {time.monotonic() - start:.0f} s")
     return 0
 
@@ -102,19 +76,18 @@ def is_finished(target: Path, config: TinyBaseConfig) -> bool:
         if target.exists() and any(target.iterdir()):
             raise UserError(f"{target} exists and is no checkpoint; choose another --output_dir")
         return False
-    if read_object(found).get("tiny_base") == asdict(config):
+    made = read_object(found).get("tiny_base", {})
+    if made == {**made, **asdict(config)}:  # earlier versions kept more
         return True
     raise UserError(f"{target} holds a model made with other settings; remove it or choose another --output_dir")
 
 
-def make_base(target: Path, config: TinyBaseConfig, save_every: int, slake_dir: str | None = None) -> None:
+def make_base(target: Path, config: TinyBaseConfig, save_every: int) -> None:
     """Draw, train the tower, train the language model, write; work in progress lies beside ``target``."""
     work = target.with_name(f".{target.name}.building")
     _prepare(work, config)
     pictures = draw_pictures(config.pictures, config.image_size, config.grid, config.seed)
-    corpus = MedicalCorpus(config, pictures, slake_dir) if config.recipe == "medical" else None
-    texts = corpus.texts() if corpus else tokenizer_texts(pictures, make_dialects(config.seed), config.seed)
-    tokenizer = train_tokenizer(config, texts)
+    tokenizer = train_tokenizer(config, tokenizer_texts(pictures, make_dialects(config.seed), config.seed))
     print(f"{len(pictures)} generic pictures drawn, {len(tokenizer)} tokens", flush=True)
 
     torch.manual_seed(config.seed)
@@ -126,10 +99,7 @@ def make_base(target: Path, config: TinyBaseConfig, save_every: int, slake_dir: 
     print(f"tower: {tower_accuracy(trainer, held_out, PIXEL_MEAN, PIXEL_STD):.1%} of unseen pictures' labels right")
 
     model = build_model(config, tokenizer, trainer)
-    if corpus:
-        loss = corpus.loss(model, tokenizer)
-    else:
-        loss = language_loss(model, tokenizer, pictures, all_features(trainer, pictures.pixels), config)
+    loss = language_loss(model, tokenizer, pictures, all_features(trainer, pictures.pixels), config)
     run_steps("language", model, loss, config.steps, config.lr, work, save_every)
     _write(target, work, model, tokenizer, config)
 

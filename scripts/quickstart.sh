@@ -2,7 +2,8 @@
 # The whole pipeline with one command: environment, base model, data, prompt keys, continual training, evaluation.
 #     bash scripts/quickstart.sh
 # Without real data and without a checkpoint it runs on generated phantom pictures and a tiny base model, on a CPU, in
-# minutes. Finished work is skipped: run it again after an interruption.
+# minutes; real data takes the base of scripts/make_medical_base.sh, which needs SLAKE. Finished work is skipped: run it
+# again after an interruption.
 #     DATASET=vqa-rad BASE_MODEL=liuhaotian/llava-v1.5-7b bash scripts/quickstart.sh
 # Every number of a run stands in its task sequence, scripts/tasks/<name>.json. Relative paths mean the folder in which
 # the command is given.
@@ -11,8 +12,8 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
 # ---- settings (each can be overridden from the environment, and so can the sequence's: EPOCHS=3, KEY_RANK=16) -------
 DATASET=${DATASET:-auto}              # vqa-rad, slake, phantom; auto: vqa-rad where its data lies, else phantom
-export BASE_MODEL=${BASE_MODEL:-}     # folder or hub name; empty: the sequence's, which is a tiny one made here
-export SEQUENCE=${SEQUENCE:-}         # empty: the data set's own, <dataset>-tiny.json for a tiny base where it exists
+export BASE_MODEL=${BASE_MODEL:-}     # folder or hub name; empty: the sequence's, which is made here
+export SEQUENCE=${SEQUENCE:-}         # empty: the data set's own
 export OUTPUT_DIR=${OUTPUT_DIR:-output}
 export METHOD=${METHOD:-retrieval}
 export VQA_RAD_DIR=${VQA_RAD_DIR:-data/vqa-rad} SLAKE_DIR=${SLAKE_DIR:-data/slake}
@@ -29,8 +30,13 @@ SEQUENCE=${SEQUENCE:-$(sequence choose "$DATASET")}
 [ "$DATASET" != auto ] || DATASET=$(sequence get "$SEQUENCE" dataset)
 
 say "2/6 base model"
-python "$root/scripts/make_tiny_base.py" --sequence "$SEQUENCE" --slake_dir "$SLAKE_DIR"
+made=$(sequence get "$SEQUENCE" made_base)
+case ${made:+$(sequence get "$SEQUENCE" base.recipe)} in
+    phantom) python "$root/scripts/make_tiny_base.py" --output_dir "$made" ;;
+    medical) OUTPUT_DIR=$made bash "$root/scripts/make_medical_base.sh" ;;
+esac
 BASE_MODEL=$(sequence get "$SEQUENCE" base_model)
+echo "base model: $BASE_MODEL"
 
 say "3/6 data: $DATASET"
 case $DATASET in

@@ -97,7 +97,7 @@ def test_sub_commands_with_positional_words(capsys):
 
 
 def test_settings_kept_elsewhere_are_flags_that_are_none_unless_given(capsys):
-    kind = flags_of(Settings, without=("rank",))
+    kind = flags_of(Settings)
     assert given(parse(kind, []), Settings) == {}
     assert given(parse(kind, "--targets q_proj o_proj --share 0".split()), Settings) == {
         "targets": ("q_proj", "o_proj"),
@@ -106,7 +106,7 @@ def test_settings_kept_elsewhere_are_flags_that_are_none_unless_given(capsys):
     with pytest.raises(SystemExit):
         parse(kind, ["--help"])
     said = capsys.readouterr().out
-    assert "50 % or so (default: 0.5)" in said and "--rank" not in said
+    assert "50 % or so (default: 0.5)" in said and "--rank" in said
 
 
 @pytest.mark.slow

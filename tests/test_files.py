@@ -1,81 +1,19 @@
-"""One writer at a time: waiting, leaving nothing behind, file systems without locks."""
+"""Files that appear whole or not at all; what killed writers leave; what the system refuses; checksums."""
 
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
-import subprocess
-import sys
 import threading
-from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from llava.files import atomic_folder, atomic_write, only_writer
-
-ROOT = Path(__file__).resolve().parents[1]
-
-
-def refuse_locks(monkeypatch, number):
-    def refuse(*_):
-        raise OSError(number, os.strerror(number))
-
-    monkeypatch.setattr(fcntl, "flock", refuse)
-
-
-@pytest.fixture(params=[None, errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP], ids=["locks", "lustre", "nfs", "other"])
-def file_system(request, monkeypatch):
-    if request.param is not None:
-        refuse_locks(monkeypatch, request.param)
-
-
-def test_a_second_writer_says_that_it_waits(file_system, tmp_path, capsys):
-    path, order = tmp_path / "deep" / "a.jsonl", []
-
-    def second():
-        with only_writer(path):
-            order.append("second")
-
-    with only_writer(path):
-        waiting = threading.Thread(target=second)
-        waiting.start()
-        waiting.join(0.3)
-        order.append("first")
-    waiting.join(10)
-    assert order == ["first", "second"]
-    assert "a.jsonl: another process is writing this file; waiting for it" in capsys.readouterr().out
-    assert list(path.parent.iterdir()) == []
-
-
-def test_a_failing_writer_lets_the_next_one_in(file_system, tmp_path):
-    for _ in range(2):
-        with pytest.raises(RuntimeError, match="model"), only_writer(tmp_path / "a"):
-            raise RuntimeError("model")
-    assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize("number", [None, errno.ENOLCK], ids=["locks", "nfs"])
-def test_a_killed_writer_blocks_nobody(number, tmp_path, monkeypatch):
-    shim = f"def refuse(*_): raise OSError({number}, 'none')\nimport fcntl; fcntl.flock = refuse\n" if number else ""
-    code = shim + "import os, sys\nfrom llava.files import only_writer\n"
-    code += "held = only_writer(sys.argv[1])\nheld.__enter__()\nos.kill(os.getpid(), 9)"
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    subprocess.run([sys.executable, "-c", code, tmp_path / "a"], env=environment, check=False)
-    assert [path.name.startswith(".a.lock") for path in tmp_path.iterdir()] == [True]
-    if number is not None:
-        refuse_locks(monkeypatch, number)
-    with only_writer(tmp_path / "a"):
-        pass
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_folder_without_permission_is_no_matter_of_locks(tmp_path, monkeypatch):
-    refuse_locks(monkeypatch, errno.EACCES + 1000)
-    with pytest.raises(OSError, match="1013"), only_writer(tmp_path / "a"):
-        raise AssertionError("not reached")
+from llava import files
+from llava.files import atomic_folder, atomic_write, file_sha256, sweep, system_errors_named
+from llava.utils import run_cli
 
 
 def test_what_is_no_file_is_written_to_and_stays(tmp_path):
@@ -111,3 +49,125 @@ def test_files_have_the_rights_that_the_umask_leaves(mask, rights, tmp_path):
         os.umask(before)
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert len(files) == 3 and {path.stat().st_mode & 0o777 for path in files} == {rights}
+
+
+def dead() -> int:
+    """The number of a process that is no more."""
+    child = os.fork()
+    if not child:
+        os._exit(0)
+    os.waitpid(child, 0)
+    return child
+
+
+def test_the_next_run_removes_what_a_killed_writer_left(tmp_path, monkeypatch):
+    """A half-written file stayed for good: each run wrote under another name."""
+    (tmp_path / "a").write_text("whole")
+    child = os.fork()
+    if not child:
+        with atomic_write(tmp_path / "a") as stream:
+            stream.write("half")
+            stream.flush()
+            os._exit(0)  # as a kill does: nothing is cleared away
+    os.waitpid(child, 0)
+    assert (tmp_path / "a").read_text() == "whole" and len(list(tmp_path.iterdir())) == 2
+    others = [tmp_path / ".b.tmp-1-0@another-machine", tmp_path / f".b.tmp-{os.getppid()}-0@{files._host()}"]
+    for file in others:
+        file.write_text("")
+    with atomic_write(tmp_path / "c" / "deep") as stream:
+        stream.write("")
+    with atomic_write(tmp_path / "b") as stream:
+        stream.write("new")
+    assert sorted(tmp_path.glob(".*")) == sorted(others)
+    os.utime(others[0], (0, 0))
+    files._SWEPT.clear()
+    sweep(tmp_path)
+    assert list(tmp_path.glob(".*")) == others[1:]
+
+
+@pytest.mark.parametrize("place", ["os.replace", "os.fsync", "os.open"])
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO, errno.EFBIG, errno.EDQUOT, errno.EACCES, errno.ENOSYS])
+def test_a_refusing_system_leaves_the_old_file_and_one_line(place, number, tmp_path, monkeypatch, capsys):
+    (tmp_path / "a").write_text("old")
+
+    def refuse(*_):
+        raise OSError(number, os.strerror(number))
+
+    def command():
+        with atomic_write(tmp_path / "a") as stream:
+            stream.write("new")
+
+    monkeypatch.setattr(f"llava.files.{place}", refuse)
+    with pytest.raises(SystemExit, match="2"):
+        run_cli(command)
+    monkeypatch.undo()
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and error.startswith(f"error: {tmp_path / 'a'}: ")
+    assert (tmp_path / "a").read_text() == "old" and [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+def test_a_full_disk_under_torch_is_the_systems_error(tmp_path):
+    """torch.save says 'unexpected pos' of a stream that takes no more, and safetensors speaks of 'os error 28'."""
+
+    class Full:
+        def write(self, data):
+            raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
+
+        def flush(self):
+            pass
+
+    with pytest.raises(OSError) as refused, system_errors_named("keys.pth"):
+        torch.save({"keys": torch.zeros(99)}, Full())
+    assert (refused.value.errno, refused.value.filename) == (errno.EDQUOT, "keys.pth")
+    for error in (
+        SafetensorError("I/O error: No space left on device (os error 28)"),
+        RuntimeError("unexpected pos 64"),
+    ):
+        with pytest.raises(OSError) as refused, system_errors_named("model.safetensors"):
+            raise error
+        assert refused.value.errno == errno.ENOSPC
+    with pytest.raises(RuntimeError, match="a bug"), system_errors_named("a"):
+        raise RuntimeError("a bug")
+
+
+def test_names_are_never_too_long_for_the_file_system(tmp_path):
+    for name in ("a" * 255, "\u00e4" * 127):
+        with atomic_write(tmp_path / name) as stream:
+            stream.write("whole")
+        assert (tmp_path / name).read_text() == "whole"
+
+
+def test_a_folder_that_cannot_take_its_place_leaves_the_old_one(tmp_path, monkeypatch):
+    stage, rename = tmp_path / "stage", type(tmp_path).rename
+    with atomic_folder(stage) as partial:
+        (partial / "a").write_text("old")
+
+    def refuse(self, target):
+        if self.name.endswith(".partial"):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return rename(self, target)
+
+    monkeypatch.setattr(type(tmp_path), "rename", refuse)
+    with pytest.raises(OSError), atomic_folder(stage) as partial:
+        (partial / "a").write_text("new")
+    monkeypatch.undo()
+    assert (stage / "a").read_text() == "old" and list(tmp_path.iterdir()) == [stage]
+    stage.rename(tmp_path / ".stage.before")  # killed between the two renames
+    (tmp_path / ".stage.partial").mkdir()
+    files.settle_folder(stage)
+    assert (stage / "a").read_text() == "old" and list(tmp_path.iterdir()) == [stage]
+
+
+def test_a_checksum_is_of_what_the_file_holds_now(tmp_path, monkeypatch):
+    """Same name, size and time: a file whose time was put back was taken for the one before."""
+    path, read = tmp_path / "a", []
+    path.write_bytes(b"one")
+    first, times = file_sha256(path), (path.stat().st_atime_ns, path.stat().st_mtime_ns)
+    path.write_bytes(b"two")
+    os.utime(path, ns=times)
+    assert file_sha256(path) != first
+    later = path.stat().st_ctime_ns + 3 * 10**9
+    monkeypatch.setattr(files.time, "time_ns", lambda: later)
+    second = file_sha256(path)
+    monkeypatch.setattr(files.hashlib, "sha256", lambda: read.append(1))
+    assert file_sha256(path) == second and not read  # unchanged since long: not read again

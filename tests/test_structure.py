@@ -15,16 +15,15 @@ SHELL = sorted([*ROOT.glob("*.sh"), *(ROOT / "scripts").glob("*.sh"), ROOT / ".c
 ZERO = sorted((ROOT / "scripts").glob("zero*.json"))
 
 # Each room may import the rooms named beside it, and itself.
-BELOW_ALL = {
-    *("constants", "utils", "files", "registry", "folds", "padding", "devices", "truncation"),
-    *("outside", "schema", "inside", "targets"),
-}
+BELOW_ALL = {"constants", "utils", "files", "locks", "registry", "folds", "padding", "devices", "truncation"}
+BELOW_ALL |= {"normal_form", "outside", "schema", "inside", "targets"}
 HELPERS = BELOW_ALL | {"conversation", "image_io", "mm_utils"}
 MODEL = HELPERS | {"checkpoints", "slots", "data"}
 MAY_IMPORT = {
     "constants": set(),
     "utils": {"constants"},
-    "files": {"constants", "utils"},
+    "files": {"constants", "utils", "targets"},
+    "locks": {"utils", "files"},
     "registry": {"utils"},
     "outside": {"utils"},
     "schema": {"outside", "utils"},
@@ -34,6 +33,7 @@ MAY_IMPORT = {
     "folds": set(),
     "padding": set(),
     "truncation": set(),
+    "normal_form": set(),
     "devices": set(),
     "conversation": BELOW_ALL | {"image_io"},
     "image_io": BELOW_ALL,
@@ -131,6 +131,7 @@ READS = re.compile(r"\bjson\.loads?\(|\byaml\.(safe_)?load|\.read_text\(|(?<![.\
 READERS = {
     "llava/outside.py": "the one place that reads text of others",
     "llava/files.py": "writes, and reads bytes for checksums",
+    "llava/locks.py": "reads who holds a lock",
     "llava/checkpoints/weights.py": "reads the ends of weights for the fingerprint",
     "llava/checkpoints/card.py": "a card of any encoding is kept as it is",
     "llava/data/raw/download.py": "writes the pictures of a zip",
@@ -158,7 +159,7 @@ def test_files_are_replaced_and_removed_in_two_places():
     """Anything else might take a device, a pipe or a link away (``llava.targets`` knows which file may go)."""
     sources = [*SOURCES, *ROOT.glob("*.py"), *(ROOT / "scripts").glob("*.py")]
     found = {str(path.relative_to(ROOT)) for path in sources if REPLACES.search(path.read_text(encoding="utf-8"))}
-    assert found <= {"llava/files.py", "llava/targets.py"}, found
+    assert found <= {"llava/files.py", "llava/targets.py", "llava/locks.py"}, found
 
 
 ACCELERATORS = re.compile(r"(cuda|hip|rocm|mps|npu|xpu|hpu|tpu)(:\d+)?")

@@ -31,7 +31,7 @@ from llava.checkpoints.card import (
 from llava.continual.methods import Context
 from llava.continual.run import Run
 from llava.continual.sequence import TaskSequence
-from llava.files import only_writer
+from llava.locks import only_writer
 from llava.slots.card import ABOUT, FIGURES, LICENCE, TRAINING, about_slots, front, write_slots_card
 from llava.utils import rank0_print
 
@@ -88,7 +88,7 @@ def refresh_figures(stages: Sequence[Path], matrix: Mapping[str, Any], evaluatio
     for number, stage in enumerate(stages):
         text = figures(matrix, number, evaluation)
         try:
-            with only_writer(stage / CARD_FILE):
+            with only_writer(stage / CARD_FILE, wait=True):
                 if not (stage / CARD_FILE).is_file():
                     write_slots_card(stage, Run.open(stage).pool)
                 write_card(stage, {}, {f"{FIGURES} {evaluation}": text})

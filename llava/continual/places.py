@@ -7,7 +7,7 @@
     output/llava-<sequence>[-<method>]_<task>_<task>      a stage
     output/checkpoints/<stage>                            its work in progress
     output/eval/<sequence>[-<method>][-<route>]           answers, scores, accuracy matrix
-    output/tiny-base, output/tiny-base-<recipe>           tiny bases
+    output/tiny-base, output/llava-medical-base           bases that are made here
     output/cache/queries                                  queries and picture features of both stages
 """
 
@@ -23,6 +23,11 @@ from llava.utils import UserError
 
 MERGED = "merged_prompt_key.pth"
 _SEQUENCE_AT_THE_TOP = "vqa-rad"
+MADE_BASES = {
+    "phantom": ("tiny-base", "python scripts/make_tiny_base.py"),
+    "medical": ("llava-medical-base", "bash scripts/make_medical_base.sh"),
+}
+"""Each base's recipe: its folder, and the command that makes it."""
 
 
 @dataclass(frozen=True)
@@ -84,26 +89,27 @@ class Places:
         return self.root / "eval" / "-".join(marks)
 
     @property
-    def tiny_base(self) -> Path:
-        """Folder of the tiny base that the sequence's recipe makes; the phantoms' where it names none."""
-        recipe = self.sequence.base.recipe or "phantom"
-        return self.root / ("tiny-base" if recipe == "phantom" else f"tiny-base-{recipe}")
+    def made_base(self) -> Path | None:
+        """Folder of the base that the sequence's recipe makes; ``None`` where it has a model, or no recipe."""
+        base = self.sequence.base
+        return self.root / MADE_BASES[base.recipe][0] if base.recipe and not base.model else None
 
     def base_model(self, given: str | None = None) -> str:
-        """The base model: the flag, else the sequence's (``BASE_MODEL`` goes before), else the tiny base that was made.
+        """The base model: the flag, else the sequence's (``BASE_MODEL`` goes before), else the one that was made here.
 
         Raises:
             UserError: there is none.
         """
-        name = given or self.sequence.base.model
-        if name is None and self.sequence.base.recipe and (self.tiny_base / "config.json").is_file():
-            name = str(self.tiny_base)
-        if name is None:
+        name, made = given or self.sequence.base.model, self.made_base
+        if name:
+            return name
+        if made is None or not (made / "config.json").is_file():
+            command = MADE_BASES[self.sequence.base.recipe or "phantom"][1]
             raise UserError(
                 f"no base model for sequence {self.sequence.name!r}: give the flag or BASE_MODEL a LLaVA checkpoint, "
-                "or make the tiny one with python scripts/make_tiny_base.py"
+                f"or make one with {command}"
             )
-        return name
+        return str(made)
 
     @property
     def query_cache(self) -> Path:

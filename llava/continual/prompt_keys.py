@@ -103,6 +103,7 @@ def _settings(base: Path, queries: Queries, options: KeyOptions) -> RetrieverSet
             image_weight=options.image_weight,
             router=options.router,
             unknown_share=options.unknown_share,
+            offset_scope=options.offset_scope,
             encoder=queries.encoder,
         )
     except (ValueError, KeyError) as error:

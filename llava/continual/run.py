@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ from llava.continual.places import Places
 from llava.continual.record import SHORT, difference, plain, read_record
 from llava.data.rows import Row, read_rows, write_jsonl
 from llava.files import atomic_folder, atomic_write
+from llava.locks import only_writer
 from llava.slots.adapter import MEMORY_FILE, read_memory
 from llava.slots.pool import Pool
 from llava.utils import UserError
@@ -94,6 +97,12 @@ class Run:
     def work(self) -> Path:
         """Where checkpoints lie while the stage is in training."""
         return Places.work(self.folder)
+
+    def held(self) -> AbstractContextManager[None]:
+        """Keep other processes from training this stage; ``UserError`` where one is at it."""
+        if self.folder.is_dir() and not os.access(self.folder.parent, os.W_OK):
+            return nullcontext()  # nobody can write a stage here; a finished one can still be found so
+        return only_writer(self.folder)
 
     def finished(self) -> bool:
         """Whether the folder holds this very stage, whole.

@@ -162,15 +162,11 @@ def shipped_names() -> list[str]:
 
 
 def choose_sequence(dataset: str, environ: Mapping[str, str]) -> str:
-    """The sequence that the quick start takes for a data set: without a base model the one for the tiny base.
-
-    ``auto`` is VQA-RAD where its data lies, else the phantoms.
-    """
+    """The quick start's sequence for a data set; ``auto``: VQA-RAD's where its data lies, else the phantoms'."""
     if dataset == "auto":
         folder = Path(environ.get("VQA_RAD_DIR") or "data/vqa-rad")
-        dataset = "vqa-rad" if any(folder.glob("VQA_RAD*.json")) else "phantom"
-    tiny = f"{dataset}-tiny"
-    return tiny if not environ.get("BASE_MODEL") and tiny in shipped_names() else dataset
+        return "vqa-rad" if any(folder.glob("VQA_RAD*.json")) else "phantom"
+    return dataset
 
 
 def _validated(values: dict[str, Any], path: Path) -> TaskSequence:

@@ -14,7 +14,7 @@ from dataclasses import Field, dataclass, field, fields, replace
 from typing import Any, ClassVar, Protocol, TypeVar
 
 from llava.schema import HUGE, Wanted, list_of, number, refuse_unknown, whole, words
-from llava.slots.names import KINDS, QUERY_MODES
+from llava.slots.names import ALL, KINDS, QUERY_MODES, SCOPES
 from llava.utils import UserError
 
 
@@ -54,6 +54,9 @@ class KeySettings:
     router: str = setting("gaussian", "keys, gaussian, ridge, uniform, random or batch_vote")
     unknown_share: float = setting(0.005, "share of a task's own questions that may count as unknown", least=0, most=1)
     targets: tuple[str, ...] = setting(("o_proj",), "projections that get offsets")
+    offset_scope: str = setting(
+        ALL, "positions that offsets act on; question: those behind the picture", choices=SCOPES
+    )
     held_out: float = setting(0.1, "share of pictures kept to measure routing", least=0, most=1)
     iterations: int = setting(50, "rounds of key fitting at most", least=1)
 
@@ -75,12 +78,16 @@ class TrainSettings:
     weight_decay: float = setting(0.0, "weight decay", least=0, flag="weight_decay")
     adam_beta2: float = setting(0.999, "memory of squared gradients", least=0, most=1, flag="adam_beta2")
     seed: int = setting(42, "seed of both stages", least=0, flag="seed")
+    bf16: str | None = setting(
+        None, "auto: bfloat16 where the machine multiplies it by itself", choices=("auto", "true", "false"), flag="bf16"
+    )
     zero: str | None = setting(None, "DeepSpeed's json, or none; left out: scripts/zero3.json where DeepSpeed starts")
 
     def flags(self, names: Iterable[str] | None = None) -> dict[str, Any]:
         """Values by the trainer's names; of all fields that it has, or of ``names``."""
         flags = {entry.name: entry.metadata["flag"] for entry in fields(self) if "flag" in entry.metadata}
-        return {flags[name]: getattr(self, name) for name in (flags if names is None else names) if name in flags}
+        found = {flags[name]: getattr(self, name) for name in (flags if names is None else names) if name in flags}
+        return {name: value for name, value in found.items() if value is not None}
 
 
 @dataclass(frozen=True)
@@ -89,10 +96,8 @@ class BaseSettings:
 
     VARIABLES: ClassVar[str] = "BASE_"
 
-    recipe: str | None = setting(
-        "phantom", "tiny base that is made where no model is given", choices=("phantom", "medical")
-    )
-    model: str | None = setting(None, "folder or hub name of a LLaVA checkpoint, in place of the tiny base")
+    recipe: str | None = setting("phantom", "base that is made where no model is given", choices=("phantom", "medical"))
+    model: str | None = setting(None, "folder or hub name of a LLaVA checkpoint, in place of the one that is made")
 
 
 def read_block(kind: type[Block], values: Any, where: str) -> Block:

@@ -116,7 +116,7 @@ def show_list(args: Listing) -> None:
             f"  queries {settings.query_mode}, encoder {encoder}, router {settings.router}, top {settings.top_k}, ",
             end="",
         )
-        print(f"rank {settings.rank}, targets {', '.join(settings.targets)}")
+        print(f"rank {settings.rank}, targets {', '.join(settings.targets)}, offset scope {settings.offset_scope}")
         for task in slots.tasks:
             state = "trained" if task.trained else "not trained"
             weights = sum(tensor.numel() for tensors in (task.A, task.B) for tensor in tensors.values())

@@ -82,7 +82,7 @@ def _get(places: Places, wanted: str) -> str:
         values = vars(getattr(sequence, block))
     else:
         values = {field: getattr(sequence, field) for field in FIELDS if field not in ("keys", "base")}
-        values |= {name: getattr(places, name) for name in ("key_folder", "merged_keys", "tiny_base", "query_cache")}
+        values |= {name: getattr(places, name) for name in ("key_folder", "merged_keys", "made_base", "query_cache")}
         name = wanted
     if wanted == "base_model":
         return str(places.base_model())

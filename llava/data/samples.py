@@ -21,11 +21,13 @@ import torch
 from torch.utils.data import Dataset
 
 from llava.constants import IGNORE_INDEX
+from llava.data.apart import turns_apart
 from llava.data.labels import expanded_length, has_labels
 from llava.data.prompt import Picture, PromptEncoder, pictures_of
 from llava.data.rows import Row
 from llava.files import file_sha256
 from llava.inside import Folder, inside
+from llava.model.apart import PADDING
 from llava.padding import pad
 from llava.utils import UserError, rank0_print
 
@@ -45,23 +47,24 @@ class TrainingSamples(Dataset):
     Args:
         rows: training rows.
         encoder: turns a row into ids, labels and pixels, as answering does.
+        apart: the turns of a row do not see each other (``llava.data.apart``).
 
     A sample is a dict of ``input_ids`` ``[T]``, ``labels`` ``[T]``, ``image`` (``[3, H, W]`` or ``[tiles, 3, H, W]``),
-    ``image_size`` ``(width, height)``, and what ``add`` gave the dataset. Without a picture the two are None, with
-    several they are lists.
+    ``image_size`` ``(width, height)``, ``segments`` ``[T]`` where turns are apart, and what ``add`` gave the dataset.
+    Without a picture ``image`` and ``image_size`` are None, with several they are lists.
 
     Raises:
         UserError: a missing picture, a row whose text and picture don't fit, too many rows without a label.
     """
 
-    def __init__(self, rows: Sequence[Row], encoder: PromptEncoder) -> None:
+    def __init__(self, rows: Sequence[Row], encoder: PromptEncoder, apart: bool = False) -> None:
         if not rows:
             raise UserError("the training data holds no rows")
-        self.rows, self.encoder = list(rows), encoder
+        self.rows, self.encoder, self.apart = list(rows), encoder, apart
         self.text_queries: torch.Tensor | None = None
         self.image_queries: torch.Tensor | None = None
         self.features: Features | None = None
-        self._encoded: dict[int, tuple[list[int], list[int]]] = {}
+        self._encoded: dict[int, tuple[list[int], ...]] = {}
         check_image_files(self.rows, encoder.image_folder)
         encoder.check(self.rows)
         self.unlabelled = self._check_labels()
@@ -93,8 +96,9 @@ class TrainingSamples(Dataset):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         row = self.rows[index]
-        ids, labels = self._encoded.get(index) or self._encode(index)
-        sample = {"input_ids": torch.tensor(ids, dtype=torch.long), "labels": torch.tensor(labels, dtype=torch.long)}
+        ids, *others = self._encoded.get(index) or self._encode(index)
+        named = zip(("input_ids", "labels", "segments"), (ids, *others), strict=False)
+        sample: dict[str, Any] = {name: torch.tensor(values, dtype=torch.long) for name, values in named}
         names = pictures_of(row, ids)
         if self.features is not None:
             seen = [self.features[name] for name in names]
@@ -126,15 +130,16 @@ class TrainingSamples(Dataset):
         words = sum(len(text.split()) for _, text in row.conversations)
         return max(words * 3 // 2 + self.encoder.image_tokens * len(row.images), 1)
 
-    def _encode(self, index: int) -> tuple[list[int], list[int]]:
-        return self.encoder.tokens(self.rows[index], answer=True)
+    def _encode(self, index: int) -> tuple[list[int], ...]:
+        row = self.rows[index]
+        return turns_apart(row, self.encoder) if self.apart else self.encoder.tokens(row, answer=True)
 
     def _check_labels(self) -> int:
         """Tokenise the rows (or a spread of them), keep the result, and return how many have no label."""
         step = max(-(-len(self.rows) // CHECKED_ROWS), 1)
         for index in range(0, len(self.rows), step):
             self._encoded[index] = self._encode(index)
-        empty = [self.rows[index].id for index, (_, labels) in self._encoded.items() if not has_labels(labels)]
+        empty = [self.rows[index].id for index, (_, labels, *_) in self._encoded.items() if not has_labels(labels)]
         if not empty:
             return 0
         shown = ", ".join(repr(row_id) for row_id in empty[:5]) + (", …" if len(empty) > 5 else "")
@@ -229,9 +234,10 @@ class DataCollatorForSupervisedDataset:
 
     The batch holds ``input_ids``, ``labels`` and ``attention_mask`` ``[B, T]``; ``images`` ``[B, 3, H, W]`` when every
     sample has one picture of one shape, else a list with None for text-only rows and a list for several pictures;
-    ``image_sizes`` (list of ``(width, height)``, None, or a list of them); ``text_query`` and ``image_query``
-    ``[B, d]`` where the samples carry one. Samples with ``image_features`` give a list per sample of these instead of
-    ``images``. The mask comes from the lengths, never from the padding id, which may be a real token.
+    ``image_sizes`` (list of ``(width, height)``, None, or a list of them); where the samples carry one, ``text_query``
+    and ``image_query`` ``[B, d]`` and ``segments`` ``[B, T]``. Samples with ``image_features`` give a list per sample
+    of these instead of ``images``. The mask comes from the lengths, never from the padding id, which may be a real
+    token.
     """
 
     tokenizer: Any
@@ -245,6 +251,8 @@ class DataCollatorForSupervisedDataset:
             "attention_mask": mask,
             "image_sizes": [sample.get("image_size") for sample in samples],
         }
+        if "segments" in samples[0]:
+            batch["segments"] = pad([sample["segments"] for sample in samples], value=PADDING)[0]
         if "image_features" in samples[0]:
             batch["image_features"] = [sample["image_features"] for sample in samples]
         else:

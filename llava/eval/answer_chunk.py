@@ -13,6 +13,7 @@ import llava
 from llava.data.rows import Row
 from llava.eval.answer_file import answer_row, append, appending, chunk_range, model_fingerprint, progress, run_id
 from llava.eval.generation import Generation, Loading, given_tasks
+from llava.eval.shown_pictures import BLANK, REAL, shown_metadata, shown_rows
 from llava.files import file_sha256
 from llava.inside import Folder
 from llava.mm_utils import get_model_name_from_path
@@ -31,6 +32,7 @@ class Chunk:
         number, count: this chunk of so many.
         asked, defaults: fields of the prompt, see ``Prompt.of``.
         carried: fields of the question rows that their answers repeat.
+        pictures: what each question is shown, see ``shown_pictures``; exchanged by the generation's seed.
         replace: start again where the file holds another run's answers, instead of refusing.
     """
 
@@ -50,11 +52,13 @@ class Chunk:
     defaults: dict[str, Any] = field(default_factory=dict)
     carried: Sequence[str] = ()
     replace: bool = False
+    pictures: str = REAL
 
     @cached_property
     def mine(self) -> list[Row]:
-        """The chunk's own rows."""
-        return [self.rows[number] for number in chunk_range(len(self.rows), self.count, self.number)]
+        """The chunk's own rows, with the pictures that they are shown."""
+        shown = shown_rows(self.rows, self.pictures, self.generation.seed)
+        return [shown[number] for number in chunk_range(len(self.rows), self.count, self.number)]
 
     @property
     def model_id(self) -> str:
@@ -84,6 +88,7 @@ class Chunk:
                 "chunks": self.count,
                 "route": [self.route, self.task],
                 "loading": [loading.load_8bit, loading.load_4bit, loading.attn_implementation, str(loading.dtype)],
+                **({} if self.pictures == REAL else {"shown": self.pictures}),
                 **generated,
             }
         )
@@ -123,10 +128,11 @@ class Chunk:
             self._check()
             asked = answerer().use(self.model, self.route, self.task, self.defaults, **self.asked)
             cut_before = asked.model.prompts_cut
-            replies = asked.answer(rows, self.generation, self.image_folder, done)
+            replies = asked.answer(rows, self.generation, self.image_folder, done, self.pictures == BLANK)
             hidden = quiet or not sys.stderr.isatty()
             for reply in tqdm(replies, total=len(rows), initial=done, unit="question", disable=hidden):
-                metadata = {"run": self.run, **({"route": reply.route} if reply.route else {})}
+                shown = shown_metadata(reply.row, self.pictures)
+                metadata = {"run": self.run, **shown, **({"route": reply.route} if reply.route else {})}
                 carried = {name: reply.row.raw[name] for name in self.carried if name in reply.row.raw}
                 append(stream, [{**answer_row(reply.row, reply.text, self.model_id, metadata), **carried}])
             cut = asked.model.prompts_cut - cut_before

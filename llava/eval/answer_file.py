@@ -19,7 +19,8 @@ from typing import IO, Any
 from llava.data.answers import read_answers
 from llava.data.rows import Row
 from llava.eval.answer_match import answers_of, missing_rows, position_of
-from llava.files import file_sha256, only_writer
+from llava.files import file_sha256
+from llava.locks import only_writer
 from llava.targets import open_in_place, remove, replaceable
 from llava.utils import UserError
 
@@ -119,8 +120,8 @@ def appending(
 ) -> Iterator[tuple[int, IO[bytes]]]:
     """Open an answer file to go on with it: yields how many rows are answered already, and the file to write to.
 
-    A torn last line is cut off. Only one process writes at a time: a second one waits, then goes on from there. A run
-    that fails before its first answer leaves no file.
+    A torn last line is cut off. Only one process writes at a time: a second one is refused. A run that fails before its
+    first answer leaves no file.
 
     Args:
         rows: the questions that the file is to answer, in order.

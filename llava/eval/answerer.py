@@ -42,7 +42,7 @@ from llava.eval.generation import (
     given_tasks,
     sorted_batches,
 )
-from llava.eval.question_cache import QuestionCache
+from llava.eval.question_cache import BlankEncoder, QuestionCache
 from llava.inside import Folder
 from llava.mm_utils import KeywordsStoppingCriteria, get_model_name_from_path
 from llava.model.builder import attach_slots, load_pretrained_model, tell_prompt
@@ -229,16 +229,21 @@ class Answerer:
 
     # -- answers -----------------------------------------------------------------------------------------------------
 
-    def encoder(self, image_folder: Folder = "") -> PromptEncoder:
-        """What turns rows and conversations into this model's inputs, as training does."""
+    def encoder(self, image_folder: Folder = "", blank: bool = False) -> PromptEncoder:
+        """What turns rows and conversations into this model's inputs, as training does; or with blanks for pictures."""
         loaded = self._in_memory
         parts = (self.prompt, loaded.tokenizer, loaded.image_processor, loaded.model.config)
-        return PromptEncoder(*parts, image_folder, cache_megabytes=0)
+        return (BlankEncoder if blank else PromptEncoder)(*parts, image_folder, cache_megabytes=0)
 
     def answer(
-        self, rows: Sequence[Row], generation: Generation | None = None, image_folder: Folder = "", done: int = 0
+        self,
+        rows: Sequence[Row],
+        generation: Generation | None = None,
+        image_folder: Folder = "",
+        done: int = 0,
+        blank: bool = False,
     ) -> Iterator[Reply]:
-        """Replies to ``rows[done:]``, in order, as they come.
+        """Replies to ``rows[done:]``, in order, as they come; with ``blank`` a blank stands for every picture.
 
         Batches depend on the rows and the batch size alone: with ``done`` rows answered before, what follows is what
         would have followed.
@@ -247,13 +252,13 @@ class Answerer:
             UserError: a picture cannot be read, or a row has none of the tasks that ``use`` was told to go by.
             RuntimeError: ``use`` has chosen another model before the last reply came.
         """
-        return self._answers(rows, generation or Generation(), image_folder, done, self._choices)
+        return self._answers(rows, generation or Generation(), (image_folder, blank), done, self._choices)
 
     def _answers(
-        self, rows: Sequence[Row], generation: Generation, image_folder: Folder, done: int, choice: int
+        self, rows: Sequence[Row], generation: Generation, pictures: tuple[Folder, bool], done: int, choice: int
     ) -> Iterator[Reply]:
         self._still(choice)
-        encoder = self.encoder(image_folder)
+        encoder = self.encoder(*pictures)
         self.cache.look_with(self.model)
         tasks = given_tasks(rows, self._route, self._task)
         encoder.check(rows)
@@ -366,7 +371,8 @@ class Answerer:
         )
         texts = self.tokenizer.batch_decode(output, skip_special_tokens=True)
         route = model.last_route
-        routes = [None if route is None else route.describe(number) for number in range(len(rows))]
+        told = None if route is None else route.on_host()
+        routes = [None if told is None else told.describe(number, row.domain) for number, row in enumerate(rows)]
         return [
             Reply(
                 row,

@@ -28,6 +28,7 @@ from llava.eval import eval_video_qa
 from llava.eval.accuracy_matrix import DEFAULT_METRICS, write_matrix
 from llava.eval.answer_file import merge_answers
 from llava.eval.evaluation import Evaluation, Settings
+from llava.locks import only_writer
 from llava.utils import UserError, quiet_libraries, run_cli
 
 
@@ -43,6 +44,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     devices = visible_devices()
     evaluation = Evaluation.of(settings, max(len(devices), 1))
     evaluation.check()
+    with only_writer(evaluation.folder):
+        _evaluate(evaluation, devices, words)
+
+
+def _evaluate(evaluation: Evaluation, devices: Sequence[str], words: Sequence[str]) -> None:
     say(f"{len(evaluation.models)} models, {evaluation.chunks} chunk(s) on {', '.join(devices) or 'the CPU'}")
     if len(devices) > 1:
         answer_on(devices[: evaluation.chunks], [*words, "--chunks", str(evaluation.chunks)])

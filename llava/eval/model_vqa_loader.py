@@ -9,7 +9,8 @@ started again with the same command, it goes on where it was and ends with the s
 chunk, not by where the run stopped; questions of like length are answered together and written in their order. The
 route each answer took is in its ``metadata``. ``--task-id`` (one task for all rows) and ``--route oracle`` (each row's
 own domain, where the model has learned it) give the task away, for comparison; other values of ``--route`` choose a
-router, ``none`` answers with the base model.
+router, ``none`` answers with the base model. ``--pictures blank``, ``shuffled`` (within the row's domain) and
+``shuffled-across`` ask with another picture than the row's own (``llava.eval.shown_pictures``).
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from llava.data.rows import read_rows
 from llava.eval.answer_chunk import Chunk
 from llava.eval.generation import NO_ROUTE, ORACLE
 from llava.eval.loading_flags import LoadingFlags, PromptFlags, asked_prompt, generation_of, loading_of
+from llava.eval.shown_pictures import KINDS, REAL
 from llava.inside import opened_to_links
 from llava.utils import run_cli
 
@@ -52,7 +54,8 @@ class Arguments(PromptFlags, LoadingFlags):
     refuse_unknown: bool = flag(
         False, "answer questions that fit no known task with a fixed refusal instead of the base model's words"
     )
-    seed: int = flag(0, "for a temperature above 0")
+    pictures: str = flag(REAL, "what each question is shown in place of its own picture", choices=KINDS)
+    seed: int = flag(0, "for a temperature above 0, and for shuffled pictures")
     stale: str = flag("refuse", "what to do with another run's answers file", choices=("refuse", "replace"))
 
 
@@ -110,6 +113,7 @@ def chunk_of(arguments: Arguments) -> Chunk:
         asked=asked_prompt(arguments),
         defaults={"answer_suffix": arguments.default_answer_suffix},
         replace=arguments.stale == "replace",
+        pictures=arguments.pictures,
     )
 
 

@@ -26,11 +26,14 @@ from pathlib import Path
 import numpy as np
 
 from llava.eval.statistics import Statistic, mean_statistic
+from llava.normal_form import DIGIT, LETTER, SIGN, composed, shape_of
 from llava.utils import UserError
 
 BLEU_ORDER = 4
 PTB_TOKENIZER = "PTBTokenizer (Stanford CoreNLP 3.4.1 as in pycocoevalcap, lower case, punctuation removed)"
-PLAIN_TOKENIZER = "plain (lower case; words of letters and digits, inner hyphen, point, slash and apostrophe kept)"
+PLAIN_TOKENIZER = (
+    "plain (lower case; words of letters and digits, inner hyphen, point, slash, apostrophe and signs kept)"
+)
 NO_JAVA = "Java was not found; install a Java runtime (8 or newer) to have METEOR"
 JAVA_OFF = "Java was switched off, and METEOR needs it"
 FORMULAS = {
@@ -49,7 +52,7 @@ _METEOR_MATCHERS = np.array([1.0, 0.6, 0.8, 0.6])
 _METEOR_ALPHA, _METEOR_BETA, _METEOR_GAMMA, _METEOR_DELTA = 0.85, 0.2, 0.6, 0.75
 _METEOR_COLUMNS = 23
 
-_PLAIN_WORD = re.compile(r"[^\W_]+(?:[-./'][^\W_]+)*|[%°]")
+_PLAIN_WORD = re.compile(rf"[{LETTER}{DIGIT}]+(?:[-./'][{LETTER}{DIGIT}]+)*|\{SIGN}")
 
 
 class TextScorer:
@@ -114,12 +117,13 @@ def find_java() -> str | None:
 
 
 def plain_tokens(text: str) -> list[str]:
-    """Words without Java: lower case, runs of letters and digits; an inner ``- . / '`` joins two runs.
+    """Words without Java: lower case, runs of letters, their marks and digits; an inner ``- . / '`` joins two runs.
 
     The same as the PTB tokenizer on plain words, numbers and hyphenated words; it does not split clitics
     (``patient's`` stays one word) or numbers from units.
     """
-    return _PLAIN_WORD.findall(text.lower())
+    lower = composed(text).lower()
+    return [lower[found.start() : found.end()] for found in _PLAIN_WORD.finditer(shape_of(lower))]
 
 
 def ptb_tokenize(texts: Sequence[str], java: str = "java") -> list[str]:
@@ -139,9 +143,10 @@ def ptb_tokenize(texts: Sequence[str], java: str = "java") -> list[str]:
     command = [java, "-Dfile.encoding=UTF-8", "-cp", str(jar), "edu.stanford.nlp.process.PTBTokenizer"]
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "texts.txt"
-        source.write_text("\n".join(lines[index] for index in filled), encoding="utf-8")
+        # The last line must hold a word: a line of which nothing is kept is printed by the line after it.
+        source.write_text("\n".join([*(lines[index] for index in filled), "end"]), encoding="utf-8")
         done = subprocess.run([*command, "-preserveLines", "-lowerCase", str(source)], capture_output=True, check=False)
-    found = done.stdout.decode("utf-8").removesuffix("\n").split("\n")
+    found = done.stdout.decode("utf-8").removesuffix("\n").split("\n")[:-1]
     if done.returncode or len(found) != len(filled):
         raise UserError(
             f"the PTB tokenizer failed (exit code {done.returncode}, {len(found)} of {len(filled)} lines): "

@@ -16,14 +16,16 @@ from __future__ import annotations
 import functools
 import threading
 from collections import OrderedDict
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from llava.slots.adapter import Action, Adapter
+from llava.slots.names import QUESTION
+from llava.slots.offsets import WeightOffset
 from llava.slots.route import Route
 
 NO_ROUTE = "none"
@@ -63,19 +65,45 @@ class Decision:
                 self._ready = {(rows, dtype): found}
         return found
 
+    @property
+    def of_question(self) -> bool:
+        """Whether its offsets act behind a row's last picture alone."""
+        settings = None if self.route is None or self.adapter is None else self.adapter.settings
+        return settings is not None and settings.offset_scope == QUESTION and bool(settings.targets)
+
+    def starting(self, starts: Sequence[int] | None) -> Decision:
+        """The decision for a batch whose rows' last pictures end before the positions ``starts``."""
+        if not self.of_question or self.route is None:
+            return self
+        found = Decision(replace(self.route, starts=None if starts is None else list(starts)), self.adapter)
+        found._ready = self._ready
+        return found
+
+    def placed(self, offset: WeightOffset | None, rows: int, new: int, past: int) -> WeightOffset | None:
+        """``offset`` as it acts on ``new`` positions behind ``past`` cached ones."""
+        if offset is None or self.route is None or self.route.starts is None or past >= max(self.route.starts):
+            return offset
+        starts = torch.tensor(self.route.starts, device=offset.gate.device)
+        starts = starts.repeat_interleave(beams(rows, len(starts), "a route"))
+        places = torch.arange(past, past + new, device=starts.device)
+        return replace(offset, where=(places >= starts[:, None])[..., None])
+
     def picked(self, rows: Tensor, width: int) -> Decision:
         """The decision for ``rows`` of a batch of ``width``, in their order."""
         if self.route is None:
             return self
         whole = self._of(self.route, width)
+        starts = None if whole.starts is None else [whole.starts[row] for row in rows.tolist()]
         rows = rows.to(whole.slot_indices.device)
-        return Decision(Route(whole.slot_indices[rows], whole.slot_weights[rows]), self.adapter)
+        return Decision(Route(whole.slot_indices[rows], whole.slot_weights[rows], starts=starts), self.adapter)
 
     def _of(self, route: Route, rows: int) -> Route:
         if rows == len(route.slot_indices):
             return route
         times = beams(rows, len(route.slot_indices), "a route")
-        return Route(route.slot_indices.repeat_interleave(times, 0), route.slot_weights.repeat_interleave(times, 0))
+        starts = None if route.starts is None else [start for start in route.starts for _ in range(times)]
+        slots, weights = (part.repeat_interleave(times, 0) for part in (route.slot_indices, route.slot_weights))
+        return Route(slots, weights, starts=starts)
 
 
 def beams(rows: int, questions: int, what: str) -> int:
@@ -200,10 +228,13 @@ def continue_mask(
 
 
 class EmbeddingRoutes:
-    """Routes by the content of the rows of embeddings; the oldest are forgotten. Safe to use from several threads."""
+    """Routes by the content of the rows of embeddings, and how far behind its begin a row's last picture ends.
+
+    The oldest are forgotten. Safe to use from several threads.
+    """
 
     def __init__(self) -> None:
-        self._rows: OrderedDict[tuple[int, ...], tuple[Route | None, int]] = OrderedDict()
+        self._rows: OrderedDict[tuple[int, ...], tuple[Route | None, int, int]] = OrderedDict()
         self._lock = threading.Lock()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> EmbeddingRoutes:
@@ -217,12 +248,13 @@ class EmbeddingRoutes:
         with self._lock:
             self._rows.clear()
 
-    def remember(self, embeds: Tensor, route: Route | None) -> None:
-        """Know the rows of ``embeds`` ``[batch, length, hidden]`` as routed by ``route``."""
+    def remember(self, embeds: Tensor, route: Route | None, starts: Sequence[int]) -> None:
+        """Know the rows of ``embeds`` ``[batch, length, hidden]`` as routed by ``route``, with their last pictures in
+        front of the positions ``starts``."""
         marks = [_fingerprint(row) for row in embeds]
         with self._lock:
-            for number, mark in enumerate(marks):
-                self._rows[mark] = (route, number)
+            for number, ((mark, first), start) in enumerate(zip(marks, starts, strict=True)):
+                self._rows[mark] = (route, number, start - first)
                 self._rows.move_to_end(mark)
             while len(self._rows) > _REMEMBERED_ROWS:
                 self._rows.popitem(last=False)
@@ -231,7 +263,13 @@ class EmbeddingRoutes:
         """Whether every row of ``embeds`` is remembered."""
         marks = [_fingerprint(row) for row in embeds]
         with self._lock:
-            return all(mark in self._rows for mark in marks)
+            return all(mark in self._rows for mark, _ in marks)
+
+    def starts(self, embeds: Tensor) -> list[int]:
+        """The position behind each row's last picture; ``KeyError`` where a row is not known."""
+        marks = [_fingerprint(row) for row in embeds]
+        with self._lock:
+            return [first + self._rows[mark][2] for mark, first in marks]
 
     def find(self, embeds: Tensor) -> Route | None:
         """The route of ``embeds``, row by row.
@@ -241,8 +279,8 @@ class EmbeddingRoutes:
         """
         marks = [_fingerprint(row) for row in embeds]
         with self._lock:
-            found = [self._rows[mark] for mark in marks]
-        routes = [(route, number) for route, number in found if route is not None]
+            found = [self._rows[mark] for mark, _ in marks]
+        routes = [(route, number) for route, number, _ in found if route is not None]
         if not routes:
             return None
         if len(routes) < len(found):
@@ -253,19 +291,20 @@ class EmbeddingRoutes:
         )
 
 
-def _fingerprint(row: Tensor) -> tuple[int, ...]:
-    """Integers that tell the content of a row ``[length, hidden]``, wherever it is padded with zeros.
+def _fingerprint(row: Tensor) -> tuple[tuple[int, ...], int]:
+    """Integers that tell the content of a row ``[length, hidden]``, wherever it is padded with zeros; and its begin.
 
     Sums of whole numbers, which are the same on every device and in every order of addition.
     """
     row = row.detach().float()
     filled = row.ne(0).any(-1).nonzero().flatten()
+    first = int(filled[0]) if len(filled) else 0
     if len(filled):
-        row = row[int(filled[0]) : int(filled[-1]) + 1]
+        row = row[first : int(filled[-1]) + 1]
     bits = row.contiguous().view(torch.int32).flatten().long()
     place = torch.arange(1, len(bits) + 1, device=bits.device)
     sums = [(bits * (place * odd ^ (place >> 7))).sum() for odd in (0x9E3779B1, 0x85EBCA77)]
-    return (len(row), *torch.stack(sums).tolist())
+    return (len(row), *torch.stack(sums).tolist()), first
 
 
 # -- threads -----------------------------------------------------------------------------------------------------------

@@ -16,9 +16,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from llava.constants import IMAGE_TOKEN_INDEX
-from llava.model.decision import Prefill, cache_of, cached_length, carried, carry, continue_mask
+from llava.model.answer_loss import answer_loss
+from llava.model.apart import spread, who_sees_whom
+from llava.model.decision import Decision, Prefill, cache_of, cached_length, carried, carry, continue_mask
 from llava.model.multimodal_encoder.builder import build_vision_tower
 from llava.model.multimodal_projector.builder import build_vision_projector
 from llava.model.pictured_text import PicturedText
@@ -28,6 +31,7 @@ from llava.model.vision.blank import blank_feature, blank_needed
 from llava.model.vision.hand_out import Images, are_modalities
 from llava.model.vision.setup import initialize_vision_modules, initialize_vision_tokenizer
 from llava.model.vision.tiles import unpad_image
+from llava.slots.offsets import ARGUMENT
 from llava.slots.picture_query import image_queries
 from llava.slots.route import Route
 
@@ -114,10 +118,11 @@ class LlavaMetaForCausalLM(Routed, PicturedText):
             decision = self._begun(asked, input_ids, None, attention_mask, labels, features, pictures)
         prefix = decision.action(len(input_ids), self.get_model().embed_tokens.weight.dtype).prefix
         projected = self.project_features(features, image_sizes)
-        embeds, mask, positions, new_labels = self._splice(
+        embeds, mask, positions, new_labels, _, starts = self._splice(
             input_ids, attention_mask, labels, projected, prefix=None if cached_length(past_key_values) else prefix
         )
-        self._embedding_routes.remember(embeds, decision.route)
+        decision = decision.starting(starts)
+        self._embedding_routes.remember(embeds, decision.route, starts)
         self._settle(decision.route)
         return (
             None,
@@ -150,6 +155,8 @@ class LlavaMetaForCausalLM(Routed, PicturedText):
         route: Route | str | None = None,
         slot_indices: torch.LongTensor | None = None,
         slot_weights: Tensor | None = None,
+        segments: torch.LongTensor | None = None,
+        answers_only: bool = False,
         **kwargs,
     ):
         """Next-token logits, and the cross-entropy on ``labels`` where given.
@@ -161,6 +168,8 @@ class LlavaMetaForCausalLM(Routed, PicturedText):
             questions, text_query, image_query, tasks: as in ``generate``; with a filled cache they count for nothing.
             route: a route decided before, or ``"none"``: the base model answers.
             slot_indices, slot_weights: ``[batch, k]`` a route decided before, as its two tensors.
+            segments: ``[batch, length]``, right-padded: which turns see each other (``llava.model.apart``).
+            answers_only: compute the loss on ``labels`` and no other logits than it needs, ``[answer tokens, vocab]``.
 
         Without a word of the question the prompt's own decides (see ``QuestionReader.read``). A step with a filled
         cache keeps the route of its prefill, and ``inputs_embeds`` that of ``prepare_inputs_labels_for_multimodal``.
@@ -188,19 +197,28 @@ class LlavaMetaForCausalLM(Routed, PicturedText):
             decision = self._continued(asked, before)
         else:
             decision = self._begun(asked, input_ids, inputs_embeds, attention_mask, labels, image_features, images)
+        if not isinstance(route, Decision):
+            decision = self._starting(decision, inputs_embeds, length)
         rows = len(_first_given(input_ids, inputs_embeds))
         dtype = self.get_model().embed_tokens.weight.dtype if inputs_embeds is None else inputs_embeds.dtype
         action = decision.action(rows, dtype)
         prefix = None if length else action.prefix
-        spliced_mask = None
+        spliced_mask, pictures = None, [[] for _ in range(rows)]
+        ids, mask = input_ids, attention_mask
         if inputs_embeds is None and (image_features is not None or prefix is not None):
             features = [[] for _ in input_ids] if image_features is None else image_features
             projected = self.project_features(features, image_sizes)
-            inputs_embeds, attention_mask, position_ids, spliced = self._splice(
+            inputs_embeds, attention_mask, position_ids, spliced, _, starts = self._splice(
                 input_ids, attention_mask, labels, projected, prefix=prefix
             )
             labels = None if labels is None else spliced
-            input_ids, spliced_mask = None, attention_mask
+            decision = decision.starting([length + start for start in starts])
+            input_ids, spliced_mask, pictures = None, attention_mask, projected
+        if segments is not None:
+            taken = [[len(picture) for picture in row] for row in pictures]
+            total = _first_given(input_ids, inputs_embeds).shape[1]
+            added = dtype if self.config._attn_implementation == "eager" else None
+            attention_mask, position_ids = who_sees_whom(spread(segments, ids, mask, taken, total), added)
         if blank is not None:
             embeds = self.get_model().embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
             input_ids, inputs_embeds = None, embeds + blank.to(embeds.dtype)
@@ -208,17 +226,14 @@ class LlavaMetaForCausalLM(Routed, PicturedText):
             new = _first_given(input_ids, inputs_embeds).shape[1]
             attention_mask, position_ids = continue_mask(before.mask, rows, new, attention_mask, position_ids)
             spliced_mask = attention_mask
-        out = super().forward(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            labels=labels,
-            use_cache=use_cache,
-            weight_offset=action.offset,
-            **kwargs,
-        )
+        kwargs |= {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
+        kwargs |= {"past_key_values": past_key_values, "inputs_embeds": inputs_embeds, "use_cache": use_cache}
+        kwargs[ARGUMENT] = decision.placed(action.offset, *_first_given(input_ids, inputs_embeds).shape[:2], length)
+        if answers_only and labels is not None:
+            items = kwargs.pop("num_items_in_batch", None)
+            hidden = self.get_model()(**kwargs).last_hidden_state
+            return CausalLMOutputWithPast(*answer_loss(self.lm_head, hidden, labels, items))
+        out = super().forward(labels=labels, **kwargs)
         carry(cache_of(out, past_key_values), Prefill(decision, spliced_mask))
         return out
 
@@ -279,7 +294,10 @@ class LlavaMetaForCausalLM(Routed, PicturedText):
             features = [[] for _ in input_ids] if image_features is None else image_features
             projected = self.project_features(features, image_sizes)
             action = decision.action(len(input_ids), self.get_model().embed_tokens.weight.dtype)
-            embeds, mask, _, _ = self._splice(input_ids, mask, None, projected, "left", action.prefix)
+            embeds, mask, _, _, _, starts = self._splice(input_ids, mask, None, projected, "left", action.prefix)
+            decision = decision.starting(starts)
+        else:
+            decision = self._starting(decision, embeds)
         out = super().generate(
             inputs_embeds=embeds, attention_mask=None if mask is None else mask.long(), route=decision, **kwargs
         )

@@ -99,7 +99,7 @@ class PicturedText:
     # -- text and pictures together --------------------------------------------------------------------------------
 
     def _splice(self, input_ids, attention_mask, labels, features, padding_side=None, prefix=None):
-        """``splice.splice`` with this model's embeddings, window and padding side: the first four of its results."""
+        """``splice.splice`` with this model's embeddings, window and padding side."""
         side = padding_side or getattr(self.config, "tokenizer_padding_side", None) or "right"
         window = getattr(self.config, "tokenizer_model_max_length", None)
         embed = self.get_model().embed_tokens
@@ -111,4 +111,4 @@ class PicturedText:
                 "from the end of its question (said once)"
             )
         self.prompts_cut += len(cut)
-        return spliced[:4]
+        return spliced

@@ -131,15 +131,16 @@ class Routed:
         if cached_length(cache):
             decision = self._continued(asked, carried(cache))
         else:
-            decision = self._begun(asked, ids, embeds, mask, None, None, None)
+            decision = self._starting(self._begun(asked, ids, embeds, mask, None, None, None), embeds)
             carry(cache, Prefill(decision, None))
-        rows = len(cast(Tensor, ids if embeds is None else embeds))
+        given = cast(Tensor, ids if embeds is None else embeds)
+        rows, past = len(given), cached_length(cache)
         action = decision.action(rows, decoder.embed_tokens.weight.dtype if embeds is None else embeds.dtype)
         if embeds is None and action.prefix is not None and not cached_length(cache):
             raise ValueError(
                 "this model's route puts embeddings in front of the prompt; call the model, not its decoder"
             )
-        kwargs[ARGUMENT] = action.offset
+        kwargs[ARGUMENT] = decision.placed(action.offset, rows, given.shape[1], past)
         return args, kwargs
 
     # -- decisions -------------------------------------------------------------------------------------------------
@@ -216,6 +217,27 @@ class Routed:
                     "input_ids, or what prepare_inputs_labels_for_multimodal makes of them"
                 )
         return decision
+
+    def _starting(self, decision: Decision, inputs_embeds: Tensor | None, past: int = 0) -> Decision:
+        """The decision with the positions that its offsets act on, behind ``past`` cached ones.
+
+        Raises:
+            ValueError: where the last picture of each row ends is not known.
+        """
+        if not decision.of_question:
+            return decision
+        if inputs_embeds is None:  # words alone
+            return decision if past else decision.starting(None)
+        try:
+            return decision.starting([past + start for start in self._embedding_routes.starts(inputs_embeds)])
+        except KeyError as error:
+            if past or (decision.route is not None and decision.route.starts is not None):
+                return decision
+            raise ValueError(
+                "this stage's offsets act behind the last picture, and where that ends in these inputs_embeds is not "
+                "known: give what prepare_inputs_labels_for_multimodal makes, route=model.last_route after it, or a "
+                "Route with starts=[the first position behind it] of each row"
+            ) from error
 
     def _read_questions(self, input_ids: Tensor | None, attention_mask: Tensor | None, labels: Tensor | None):
         if self.tokenizer is None or input_ids is None:

@@ -17,13 +17,15 @@ Embed = Callable[[Tensor], Tensor]
 
 
 class Spliced(NamedTuple):
-    """Embeddings ``[batch, length, hidden]``; mask, positions and labels ``[batch, length]``; tokens cut per row."""
+    """Embeddings ``[batch, length, hidden]``; mask, positions and labels ``[batch, length]``; tokens cut per row, and
+    the position in the batch at which what stands behind the row's last picture begins: without one the row's own."""
 
     embeds: Tensor
     mask: Tensor
     positions: Tensor
     labels: Tensor
     cut: list[int]
+    starts: list[int]
 
 
 class Row(NamedTuple):
@@ -83,7 +85,7 @@ def splice(
     if attention_mask is not None and attention_mask.shape != input_ids.shape:
         raise ValueError("pictures need an attention_mask of shape [batch, tokens], or none")
     keep = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
-    shortened, cut = [], []
+    shortened, cut, behind = [], [], []
     for index, pictures in enumerate(features):
         ids = input_ids[index][keep[index]]
         row_label = torch.full_like(ids, IGNORE_INDEX) if labels is None else labels[index][keep[index]]
@@ -98,8 +100,11 @@ def splice(
                 f"row {index} of the batch: pictures of {sum(map(len, pictures))} positions leave no room for an "
                 f"answer in the model's window of {limit} (give fewer, or a larger tokenizer_model_max_length)"
             )
+        if lost:
+            places = (row.ids == IMAGE_TOKEN_INDEX).nonzero().flatten().tolist()
         shortened.append(row)
         cut.append(lost)
+        behind.append(len(row.ids) - 1 - places[-1] if places else None)
     # Once for the whole batch: under ZeRO-3 processes must call it equally often, whatever pictures their rows have.
     words = embed(torch.cat([row.ids.clamp(min=0) for row in shortened]))  # [tokens of all rows, hidden]
     rows, row_labels = [], []
@@ -111,8 +116,10 @@ def splice(
         rows.append(embeds)
         row_labels.append(spliced)
     embeds, mask = pad(rows, side)
+    ends = [embeds.shape[1] if side == "left" else len(row) for row in rows]
+    starts = [end - (len(row) if own is None else own) for end, row, own in zip(ends, rows, behind, strict=True)]
     positions = (mask.cumsum(1) - 1) * mask  # counted from each row's own start; 0 on padding
-    return Spliced(embeds, mask, positions, pad(row_labels, side, IGNORE_INDEX)[0], cut)
+    return Spliced(embeds, mask, positions, pad(row_labels, side, IGNORE_INDEX)[0], cut, starts)
 
 
 def _within(limit: int | None, row: Row, places: list[int]) -> tuple[Row, int]:

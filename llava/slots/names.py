@@ -13,6 +13,8 @@ from llava.utils import UserError
 QUERY_MODES = ("text", "image", "text+image")
 KINDS = ("tower", "picture", "tower+picture")
 """What a picture's query is made of (see ``picture_query``)."""
+ALL, QUESTION = SCOPES = ("all", "question")
+"""Which positions of a row weight offsets act on: all, or those behind its last picture."""
 ORACLE = "oracle"
 """What stands for "the task is given" where a router's name is expected."""
 ROUTERS: Registry[Any] = Registry("router", "llava.slots.routers")

@@ -43,11 +43,13 @@ class WeightOffset:
         down: per target ``[layers, batch or 1, in, m]``; ``m`` = ranks of all gathered slots.
         up: per target ``[layers, batch or 1, m, out]``.
         gate: ``[batch, 1, m]``, the sample's slot weight times ``scale``, repeated over each slot's ranks.
+        where: ``[batch, length, 1]``, the positions that the offsets act on; ``None`` for all.
     """
 
     down: dict[str, Tensor]
     up: dict[str, Tensor]
     gate: Tensor
+    where: Tensor | None = None
 
     def apply(self, target: str, layer: int, x: Tensor) -> Tensor:
         """The offset's share of the output: ``[batch, length, in] -> [batch, length, out]``."""
@@ -55,6 +57,8 @@ class WeightOffset:
         if down.shape[0] == 1:  # shared by the batch: plain products
             down, up = down[0], up[0]
         low = (x.to(down.dtype) @ down) * self.gate  # [batch, length, m]
+        if self.where is not None:
+            low = low.masked_fill(~self.where, 0)
         return (low @ up).to(x.dtype)
 
 

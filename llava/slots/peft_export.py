@@ -27,6 +27,7 @@ from llava.checkpoints.hf_layout import HF_ARCHITECTURES
 from llava.checkpoints.weights import read_config
 from llava.files import atomic_write
 from llava.slots.merge import refuse_more_than_slots
+from llava.slots.names import ALL
 from llava.slots.offsets import ATTENTION_TARGETS
 from llava.slots.pool import Pool
 from llava.slots.task_slots import TaskSlots
@@ -97,6 +98,10 @@ def export_peft(
     from peft import LoraConfig
 
     refuse_more_than_slots("the stage", pool, "exported")
+    if pool.settings.offset_scope != ALL:
+        raise UserError(
+            "the stage's offsets act behind the picture alone, which no LoRA does; train it with --offset_scope all"
+        )
     if layout not in DECODERS:
         raise UserError(f"unknown layout {layout!r}; choose {' or '.join(DECODERS)}")
     task = pool.task(task_name)

@@ -8,7 +8,7 @@ Selection and weights are per sample::
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -18,6 +18,9 @@ from llava.slots.queries import Query
 from llava.slots.routers import Choice, Router
 from llava.slots.unknown import UnknownGate
 
+BEST_TASKS = 5
+"""How many of the most probable tasks an answer tells of."""
+
 
 @dataclass
 class Route:
@@ -26,7 +29,8 @@ class Route:
 
     ``novelty`` ``[batch]`` where the tasks are calibrated: above 1 a question fits none of them, its weights are 0 and
     the base model answers. ``given``: the task of each row that was given away (``None``: decided freely); such a row
-    has no novelty (NaN beside rows that have one).
+    has no novelty (NaN beside rows that have one). ``starts``: where weight offsets are scoped to the question, the
+    first position of each row that they act on, counted from the batch's first; ``None``: on all.
     """
 
     slot_indices: Tensor
@@ -35,20 +39,31 @@ class Route:
     tasks: list[str] = field(default_factory=list)
     novelty: Tensor | None = None
     given: list[str | None] | None = None
+    starts: list[int] | None = None
 
     @property
     def unknown(self) -> Tensor | None:
         """Boolean ``[batch]``: questions that fit no known task; ``None`` where nothing was calibrated."""
         return None if self.novelty is None else self.novelty > 1
 
-    def describe(self, row: int) -> dict[str, Any]:
-        """One sample's route as plain values, for an answer's ``metadata``."""
+    def on_host(self) -> Route:
+        """The same route with its tensors on the CPU."""
+        parts = {name: part.cpu() for name, part in vars(self).items() if isinstance(part, Tensor)}
+        return replace(self, **parts)
+
+    def describe(self, row: int, domain: str | None = None) -> dict[str, Any]:
+        """One sample's route as plain values, for an answer's ``metadata``: as short for a thousand tasks as for five.
+
+        Args:
+            domain: the task that the row is about, whose probability is told too where it is a known one.
+        """
         told: dict[str, Any] = {}
         if self.task_posterior is not None:
             posterior = self.task_posterior[row].tolist()
-            best = max(range(len(posterior)), key=posterior.__getitem__)
-            told["task"] = self.tasks[best]
-            told["task_posterior"] = {task: round(p, 6) for task, p in zip(self.tasks, posterior, strict=True)}
+            best = sorted(range(len(posterior)), key=posterior.__getitem__, reverse=True)[:BEST_TASKS]
+            shown = [place for place, task in enumerate(self.tasks) if place in best or task == domain]
+            told["task"] = self.tasks[best[0]]
+            told["task_posterior"] = {self.tasks[place]: round(posterior[place], 6) for place in shown}
         told["slots"] = self.slot_indices[row].tolist()
         told["weights"] = [round(w, 6) for w in self.slot_weights[row].tolist()]
         if self.given is not None and self.given[row] is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
-from llava.slots.names import KINDS, ORACLE, QUERY_MODES, ROUTERS
+from llava.slots.names import ALL, KINDS, ORACLE, QUERY_MODES, ROUTERS, SCOPES
 from llava.slots.offsets import TARGETS
 
 
@@ -15,7 +15,8 @@ class RetrieverSettings:
 
     ``features`` gives ``(in, out)`` per target projection. ``encoder`` is the text encoder's identity. ``image_query``
     says what the image query is made of (see ``picture_query``). ``unknown_share`` of a task's own held-out questions
-    may count as unknown (see ``unknown``); 0 lets every question take a route.
+    may count as unknown (see ``unknown``); 0 lets every question take a route. ``offset_scope`` says which positions
+    offsets act on: with ``question`` those behind a row's last picture, so that all before is the frozen base's alone.
     """
 
     num_layers: int
@@ -33,6 +34,7 @@ class RetrieverSettings:
     router: str = "gaussian"
     weighting: str = "softmax"
     unknown_share: float = 0.005
+    offset_scope: str = ALL
     encoder: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -47,6 +49,8 @@ class RetrieverSettings:
             ROUTERS.get(self.router)
         if self.weighting not in ("softmax", "distance"):
             raise ValueError(f"weighting must be 'softmax' or 'distance', not {self.weighting!r}")
+        if self.offset_scope not in SCOPES:
+            raise ValueError(f"offset_scope must be one of {SCOPES}, not {self.offset_scope!r}")
         if not 0 <= self.unknown_share < 1:
             raise ValueError(f"unknown_share must be at least 0 and below 1, not {self.unknown_share}")
         for name in ("num_layers", "groups", "rank", "top_k"):

@@ -34,10 +34,8 @@ PIXEL_MEAN, PIXEL_STD = 0.45, 0.27
 
 @dataclass(frozen=True)
 class TinyBaseConfig:
-    """Sizes and lengths of the tiny base and of its training; the defaults are the phantom recipe's."""
+    """Sizes and lengths of the tiny base and of its training."""
 
-    recipe: str = "phantom"
-    real_pictures: bool = False
     seed: int = 0
     image_size: int = 64
     patch_size: int = 8

@@ -95,6 +95,7 @@ class DataArguments:
         metadata={"help": "sizes for anyres, such as '[(336, 672), (672, 336)]' (default: the checkpoint's)"},
     )
     lazy_preprocess: bool = field(default=True, metadata={"help": "rows are always prepared when they are needed"})
+    turns_apart: bool = own("the turns of a row are questions of their own: none sees another", False)
     is_multimodal: bool | None = field(default=None, metadata={"help": "each row says whether it has a picture"})
     sequence: str = sequence_flag(aliases=spelled("dataset_type"))
     task: str | None = task_field()
@@ -200,15 +201,16 @@ def parse_arguments(argv: Sequence[str], options: type | None = None, of_sequenc
     parser = Parser([*kinds, ignored_beside(taken)], prog="train_mem", allow_abbrev=False)
     parser.set_defaults(retriever_state_dict=str(places.merged_keys), method=early.method)
     parser.set_defaults(query_cache=str(places.query_cache) if of_sequence else "")
-    if of_sequence:
-        parser.set_defaults(**sequence.train.flags(sequence.stated))
+    stated = sequence.train.flags(sequence.stated) if of_sequence else {}
+    precision = stated.pop("bf16", None)
+    parser.set_defaults(**stated)
     if of_sequence and early.output_dir is None and early.task in sequence.task_names:
         before = places.stage_before(early.task)
         parser.set_defaults(output_dir=str(places.stage(early.task)), previous_stage=before and str(before))
     chained = stage_given_as_base(early.model_name_or_path) if of_sequence else None
     if chained is not None:
         parser.set_defaults(previous_stage=str(chained))
-    namespace, unknown = parser.parse_known_args(with_precision(argv))
+    namespace, unknown = parser.parse_known_args(with_precision(argv, precision))
     if unknown:
         raise UserError(f"unknown argument {unknown[0]}; {_nearest(unknown[0], parser)}")
     if not of_sequence and not namespace.data_path:

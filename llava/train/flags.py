@@ -26,7 +26,7 @@ ALWAYS_FROZEN = {
 """Flags that train or replace a part of the base, with the value that does not."""
 
 
-def check_flags(model_args: Any, args: Any) -> None:
+def check_flags(model_args: Any, data_args: Any, args: Any) -> None:
     """Refuse flags that nothing here stands behind, whatever is trained.
 
     Raises:
@@ -40,6 +40,8 @@ def check_flags(model_args: Any, args: Any) -> None:
         raise UserError(
             "--mpt_attn_impl is for MPT decoders; Llama and Mistral decoders are trained here, leave it out"
         )
+    if data_args.turns_apart and (model_args.attn_implementation or "").startswith("flash"):
+        raise UserError("--turns_apart True needs a mask that FlashAttention does not take; use sdpa or eager")
     if args.lora_bias not in ("none", "all", "lora_only"):
         raise UserError(f"--lora_bias is {args.lora_bias!r}; choose none, all or lora_only")
 
@@ -66,6 +68,8 @@ def check_frozen_base(config: Any, model_args: Any, data_args: Any, args: Any) -
         asked, has = getattr(model_args, name), getattr(config, name, None)
         if asked is not None and asked != has:
             raise UserError(f"--{name} {asked}: the base has {has}, and stage 2 leaves it frozen; {FREE}")
+    if data_args.turns_apart:
+        raise UserError(f"--turns_apart True: in stage 2 a row is one question, with one route; {FREE}")
     asked, has = pinpoints(data_args), getattr(config, "image_grid_pinpoints", None)
     if asked is not None and [list(one) for one in asked] != [list(one) for one in has or []]:
         raise UserError(f"--image_grid_pinpoints {asked}: the base has {has}, and stage 2 leaves it frozen; {FREE}")

@@ -18,7 +18,7 @@ from transformers import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from llava.continual.methods import Context, Recipe
-from llava.files import atomic_write, full_disk_named
+from llava.files import atomic_write, system_errors_named
 from llava.train.deepspeed_config import checkpoint_world_size
 from llava.train.sampling import (
     LengthGroupedSampler,
@@ -94,6 +94,8 @@ class LLaVATrainer(Trainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The recipe's loss in training, the answers' cross-entropy in evaluation."""
+        if self.recipe is not None:
+            inputs = {**inputs, "answers_only": True}
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         if model.training and self.recipe is not None:
             loss = self.recipe.loss(self.context, inputs, outputs, loss)
@@ -149,7 +151,7 @@ class LLaVATrainer(Trainer):
 
     def _save_checkpoint(self, model, trial) -> None:
         folder = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        with full_disk_named(folder):
+        with system_errors_named(folder):
             super()._save_checkpoint(model, trial)
         self.accelerator.wait_for_everyone()
         if self.args.should_save:

@@ -9,11 +9,14 @@ from llava.devices import cpu_has_bfloat16, gpu_has_bfloat16, has_accelerator
 from llava.utils import rank0_print
 
 
-def with_precision(argv: Sequence[str]) -> list[str]:
+def with_precision(argv: Sequence[str], default: str | None = None) -> list[str]:
     """A command line with ``--bf16 auto`` in the words of this machine, which are said.
 
     It is bfloat16 where a GPU, or without one the CPU, multiplies it by itself, else float16 on a GPU, else float32.
+    ``default`` is what a task sequence says, for a command that says nothing of precision.
     """
+    if default is not None and not any(word.split("=", 1)[0] in ("--bf16", "--fp16") for word in argv):
+        argv = ["--bf16", default, *argv]
     words = [word for given in argv for word in (given.split("=", 1) if given.startswith("--bf16=") else [given])]
     found: list[str] = []
     for word in words:

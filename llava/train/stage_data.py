@@ -74,13 +74,18 @@ def base_dtype(args: TrainingArguments) -> torch.dtype:
 
 
 def build_dataset(
-    rows: list[Row], encoder: PromptEncoder, settings: RetrieverSettings, source: Looks, args: TrainingArguments
+    rows: list[Row],
+    encoder: PromptEncoder,
+    settings: RetrieverSettings,
+    source: Looks,
+    args: TrainingArguments,
+    apart: bool = False,
 ) -> TrainingSamples:
     """Training samples with their queries, and with the frozen tower's features where these fit the memory.
 
     The rows are checked before anything is computed of them; each picture is then looked at once.
     """
-    dataset, cache = TrainingSamples(rows, encoder), QueryCache(args.query_cache)
+    dataset, cache = TrainingSamples(rows, encoder, apart), QueryCache(args.query_cache)
     texts = None
     if settings.uses_text and settings.encoder:
         texts = text_queries(

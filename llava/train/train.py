@@ -12,6 +12,7 @@ from __future__ import annotations
 import shutil
 import sys
 from collections.abc import Mapping
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ from llava.inside import opened_to_links
 from llava.model.configs import llava_config
 from llava.model.partitioned import size_of
 from llava.slots.fit import seed_of
+from llava.slots.names import ALL
 from llava.slots.pool import Pool
 from llava.slots.settings import RetrieverSettings
 from llava.train import align, instruct  # noqa: F401 - they register LLaVA's own stages
@@ -121,13 +123,28 @@ def train(attn_implementation: str | None = None) -> None:
     recipe = METHODS.get(early.method)()
     model_args, data_args, args, options = parse_arguments(argv, recipe.Options, recipe.needs_keys)
     check_agreement(args)
-    check_flags(model_args, args)
+    check_flags(model_args, data_args, args)
     model_args.attn_implementation = model_args.attn_implementation or attn_implementation
     transformers.logging.set_verbosity_error()
     context, prompt, rows = plan(recipe, model_args, data_args, args, options)
+    with context.run.held() if args.should_save else nullcontext():
+        _train(recipe, context, prompt, rows, model_args, data_args, args)
+
+
+def _train(
+    recipe: Recipe,
+    context: Context,
+    prompt: Prompt,
+    rows: list[Row],
+    model_args: ModelArguments,
+    data_args: DataArguments,
+    args: TrainingArguments,
+) -> None:
     run = context.run
     if run.finished():
         rank0_print(f"{run.folder} is finished already; skipped")
+        if args.should_save:
+            shutil.rmtree(run.work, ignore_errors=True)  # of a run that was killed while it cleared up
         return
     run.check_work()
     args.output_dir, args.seed = str(run.work), context.seed
@@ -204,6 +221,7 @@ def plan(
         "prompt": prompt.to_dict(),
         "base": keys.base.get("fingerprint"),
         **({"keys": checksums([args.retriever_state_dict])[0]} if recipe.needs_keys else {}),
+        **({"offset_scope": keys.settings.offset_scope} if keys.settings.offset_scope != ALL else {}),
         **({} if recipe.needs_keys else parts_record(model_args)),
         "training_files": checksums(files),
         "pictures": pictures_checksum(rows, data_args.image_folder),
@@ -253,9 +271,10 @@ def prepare(
     encoder = PromptEncoder(prompt, tokenizer, image_processor, model.config, data_args.image_folder)
     source = picture_source(model, context.base, prompt, data_args.image_folder, args)
     settings = context.pool.settings
-    dataset, held_out = build_dataset(rows, encoder, settings, source, args), None
+    build = partial(build_dataset, encoder=encoder, settings=settings, source=source, args=args)
+    dataset, held_out = build(rows, apart=data_args.turns_apart), None
     if data_args.eval_data_path:
-        held_out = build_dataset(read_training_rows([data_args.eval_data_path]), encoder, settings, source, args)
+        held_out = build(read_training_rows([data_args.eval_data_path]), apart=data_args.turns_apart)
     trainer = build_trainer(recipe, context, dataset, args, held_out)
     trainer.groups = [group for group in groups if isinstance(group, Mapping)]
     return trainer

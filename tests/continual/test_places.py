@@ -38,17 +38,25 @@ def test_evaluation_names_what_is_not_usual():
     assert str(Places(Path("out"), sequence, "joint").evaluation("keys")) == "out/eval/slake-joint-keys"
 
 
-def test_the_base_is_the_flag_the_sequences_or_the_tiny_one(tmp_path):
-    places = Places(tmp_path, load_sequence("vqa-rad-tiny", {}))
-    assert places.tiny_base == tmp_path / "tiny-base-medical"
-    with pytest.raises(UserError, match="no base model for sequence 'vqa-rad-tiny'"):
+@pytest.mark.parametrize(
+    "name, folder, command",
+    [
+        ("vqa-rad", "llava-medical-base", "bash scripts/make_medical_base.sh"),
+        ("slake", "llava-medical-base", "bash scripts/make_medical_base.sh"),
+        ("phantom", "tiny-base", "python scripts/make_tiny_base.py"),
+    ],
+)
+def test_the_base_is_the_flag_the_sequences_or_the_one_made_here(tmp_path, name, folder, command):
+    places = Places(tmp_path, load_sequence(name, {}))
+    assert places.made_base == tmp_path / folder
+    with pytest.raises(UserError, match=f"no base model for sequence '{name}': .*or make one with {command}"):
         places.base_model()
-    places.tiny_base.mkdir()
-    (places.tiny_base / "config.json").write_text("{}")
-    assert places.base_model() == str(places.tiny_base)
+    places.made_base.mkdir()
+    (places.made_base / "config.json").write_text("{}")
+    assert places.base_model() == str(places.made_base)
     assert places.base_model("given") == "given"
-    assert Places(tmp_path, load_sequence("phantom", {"BASE_MODEL": "hub/name"})).base_model() == "hub/name"
-    assert Places(tmp_path, load_sequence("phantom", {})).tiny_base == tmp_path / "tiny-base"
+    given = Places(tmp_path, load_sequence(name, {"BASE_MODEL": "hub/name"}))
+    assert given.base_model() == "hub/name" and given.made_base is None
 
 
 def test_the_root_is_output_dir():

@@ -50,7 +50,7 @@ def test_a_disk_that_refuses_is_said(tmp_path, monkeypatch, capsys):
     def refuse(*_, **__):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr("llava.files.tempfile.mkstemp", refuse)
+    monkeypatch.setattr("llava.files.os.open", refuse)
     QueryCache(tmp_path).write("image", CONTENT, entry())
     assert "cannot be written (No space left on device); it is not kept" in capsys.readouterr().out
     assert not list(tmp_path.iterdir())

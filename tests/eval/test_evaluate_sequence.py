@@ -9,6 +9,7 @@ from tiny_llava import write_base, write_images, write_stage
 
 from llava.data.rows import question_row, write_jsonl
 from llava.eval import answer_chunk, answerer, evaluate_sequence, model_vqa_loader
+from llava.locks import only_writer
 from llava.utils import UserError
 
 TASKS = ("abd", "chest")
@@ -55,6 +56,14 @@ def evaluate(place, tmp_path, monkeypatch):
         return tmp_path / "eval" / "tiny"
 
     return run
+
+
+def test_a_second_evaluation_into_one_folder_is_told_who_holds_it(evaluate, tmp_path):
+    with (
+        only_writer(tmp_path / "eval" / "tiny"),
+        pytest.raises(UserError, match=r"tiny is being written by process \d+"),
+    ):
+        evaluate()
 
 
 def without_java(use_java=None):

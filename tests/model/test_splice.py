@@ -115,7 +115,7 @@ def test_a_long_prompt_keeps_its_end_and_the_cut_is_said_once(place, capsys):
     ids = torch.tensor(prompt_ids(LONG, tokenizer, "vicuna_v1", True))
     capsys.readouterr()
     for rows in (1, 2):
-        embeds, mask, _, _ = model._splice(ids.expand(rows, -1), None, None, [[torch.zeros(PATCHES, 32)]] * rows)
+        embeds, mask, *_ = model._splice(ids.expand(rows, -1), None, None, [[torch.zeros(PATCHES, 32)]] * rows)
         assert embeds.shape[:2] == mask.shape == (rows, WINDOW)
         assert torch.equal(embeds[0, -3:], model.get_input_embeddings()(ids[-3:]))
     assert model.prompts_cut == 3

@@ -98,6 +98,15 @@ def outcome(output):
     return sums, {name: (folder / name / "answers.jsonl").read_bytes() for name in STAGES}
 
 
+def test_real_data_without_a_base_asks_for_what_the_medical_base_learns_from(tmp_path):
+    """Before anything is made or read."""
+    words = ["bash", str(ROOT / "scripts" / "quickstart.sh")]
+    settings = environment(DATASET="vqa-rad", SLAKE_DIR="nowhere", EXTRAS="", OUTPUT_DIR="mine")
+    done = subprocess.run(words, cwd=tmp_path, env=settings, capture_output=True, text=True, timeout=100, check=False)
+    assert done.returncode == 2 and done.stdout.splitlines()[-1] == HEADINGS[1]
+    assert done.stderr.startswith("error: SLAKE not found: nowhere") and not list(tmp_path.iterdir())
+
+
 @pytest.mark.slow
 def test_the_quick_start_and_the_steps_by_hand_give_the_same(tmp_path):
     """Both from a folder of the user's own, with relative paths: everything lands there."""

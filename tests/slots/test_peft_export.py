@@ -19,6 +19,8 @@ from llava.model.builder import load_pretrained_model
 from llava.model.convert import convert
 from llava.slots.edit import read_place
 from llava.slots.peft_export import export_peft, fixed_mixture
+from llava.slots.pool import Pool
+from llava.slots.settings import RetrieverSettings
 from llava.utils import UserError
 
 TASKS = ("abd", "chest")
@@ -154,6 +156,12 @@ def test_a_stage_with_a_lora_beside_its_slots_is_not_exported_without_it(made, t
     with pytest.raises(UserError, match="has a LoRA beside its slots"):
         run_main(slots_command.main, "export-peft", stage, "abd", "--output", tmp_path / "abd")
     assert not (tmp_path / "abd").exists()
+
+
+def test_offsets_that_act_behind_the_picture_alone_are_no_lora(tmp_path):
+    settings = RetrieverSettings(num_layers=1, features={"o_proj": (8, 8)}, offset_scope="question")
+    with pytest.raises(UserError, match="--offset_scope all"):
+        export_peft(Pool(settings), "abd", tmp_path / "abd")
 
 
 @pytest.mark.parametrize("name", ["llava-stage", "base"])

@@ -1,6 +1,7 @@
 """Routers by hand-computed values, on separable data, and per sample: what is in the batch changes no bit of a row."""
 
 import itertools
+import json
 import math
 
 import pytest
@@ -12,6 +13,7 @@ from torch.nn.functional import normalize
 from llava.slots.key_scores import KeyScores
 from llava.slots.pool import Pool
 from llava.slots.queries import Query, TaskStatistics
+from llava.slots.route import Route
 from llava.slots.routers import ORACLE, ROUTERS, Router, build_router
 from llava.slots.settings import RetrieverSettings
 from llava.slots.unknown import TaskExtent
@@ -316,6 +318,16 @@ def test_a_description_has_plain_rounded_values():
     assert told["task"] == "chest" and set(told["task_posterior"]) == set(TASKS)
     assert sum(told["weights"]) == pytest.approx(1, abs=1e-5)
     assert all(slot in (3, 4, 5) for slot in told["slots"])
+
+
+def test_a_description_is_as_short_for_a_thousand_tasks():
+    tasks = [f"t{number:04d}" for number in range(1000)]
+    posterior = torch.linspace(0, 1, 1000).double().roll(500)[None]
+    route = Route(torch.tensor([[4, 7]]), torch.tensor([[0.5, 0.5]]), posterior, tasks, torch.tensor([0.5]))
+    told = route.describe(0, "t0100")
+    assert list(told["task_posterior"]) == ["t0100", "t0495", "t0496", "t0497", "t0498", "t0499"]
+    assert told["task"] == "t0499" and len(json.dumps(told)) < 300
+    assert list(route.describe(0, "none of them")["task_posterior"]) == list(told["task_posterior"])[1:]
 
 
 # -- errors ------------------------------------------------------------------------------------------------------------

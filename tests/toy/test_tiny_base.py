@@ -24,8 +24,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def _command(folder: Path, **changes) -> list[str]:
-    values = {name: value for name, value in asdict(SMALL).items() if name != "real_pictures"} | changes
-    flags = [f"--{name}={value}" for name, value in values.items()]
+    flags = [f"--{name}={value}" for name, value in (asdict(SMALL) | changes).items()]
     script = str(ROOT / "scripts/make_tiny_base.py")
     return [sys.executable, script, "--output_dir", str(folder), "--save_every=1", *flags]
 

@@ -36,3 +36,11 @@ def test_what_a_user_decides_stays(monkeypatch, capsys):
     line = ["--bf16", "False", "--output_dir", "auto", "--bf16=True", "--bf16"]
     assert with_precision(line) == ["--bf16", "False", "--output_dir", "auto", "--bf16", "True", "--bf16"]
     assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("line", [["--bf16", "False"], ["--fp16=True"]])
+def test_a_sequences_precision_is_a_default(monkeypatch, capsys, line):
+    here(monkeypatch, False)
+    assert with_precision(["--task", "abd"], "auto")[:2] == ["--bf16", "False"]
+    capsys.readouterr()
+    assert with_precision(line, "auto") == line and capsys.readouterr().out == ""

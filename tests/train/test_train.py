@@ -16,6 +16,7 @@ from tiny_world import LORA, RANK, SLOTS, refusal, same, write_sequence
 from llava.continual.record import checksums
 from llava.continual.run import Run
 from llava.data.rows import write_jsonl
+from llava.locks import only_writer
 from llava.model.builder import load_pretrained_model
 from llava.slots.pool import Pool
 from llava.train import llava_trainer
@@ -240,6 +241,12 @@ def test_an_interrupted_run_is_not_continued_with_other_settings(world, tmp_path
     assert "learning_rate = 0.02, now it is 0.001" in line and "checkpoints/llava-x to start the task anew" in line
 
 
+def test_a_second_training_of_a_stage_is_told_who_holds_it(world, tmp_path, capsys):
+    with only_writer(tmp_path / "llava-x"):
+        line = refusal(world, capsys, world.train_arguments("abd", tmp_path / "llava-x"))
+    assert f"llava-x is being written by process {os.getpid()} on " in line and list(tmp_path.iterdir()) == []
+
+
 def test_a_run_that_ended_before_its_first_checkpoint_is_no_obstacle(world, tmp_path, monkeypatch):
     target = tmp_path / "llava-x"
     monkeypatch.setattr(LLaVATrainer, "train", lambda *_, **__: 1 / 0)
@@ -358,7 +365,7 @@ def test_a_place_one_may_not_write_to(world, tmp_path, capsys, monkeypatch):
         raise PermissionError(13, "Permission denied", str(tmp_path / "checkpoints"))
 
     monkeypatch.setattr(llava_trainer.LLaVATrainer, "train", lambda *_, **__: pytest.fail("found out too late"))
-    monkeypatch.setattr("llava.files.tempfile.mkstemp", refuse)
+    monkeypatch.setattr("llava.files.os.open", refuse)
     line = refusal(world, capsys, world.train_arguments("abd", tmp_path / "llava-x"))
     assert "checkpoints: permission denied; choose a place you may write to" in line
     monkeypatch.undo()

@@ -134,7 +134,10 @@ class Recipe:
         return False
 
     def loss(self, context: Context, batch: dict[str, Any], outputs: Any, loss: Tensor) -> Tensor:
-        """The loss of a batch, given the answers' cross-entropy ``loss`` and the model's ``outputs``."""
+        """The loss of a batch, given the answers' cross-entropy ``loss`` and the model's ``outputs``.
+
+        ``outputs.logits`` are those of the answers' tokens alone, ``[answer tokens, vocabulary]``.
+        """
         return loss
 
     def end(self, context: Context, batches: Iterable[dict[str, Any]]) -> None:

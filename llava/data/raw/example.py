@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from llava.data.raw.text import mend_text, normalise
+from llava.data.raw.text import mend_text
 from llava.data.rows import question_row
+from llava.normal_form import normalise
 
 TRAIN, VALIDATE, TEST = "train", "validate", "test"
 

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from llava.data.raw.text import normalise
+from llava.normal_form import normalise
 
 BY_ANSWER = "question and answer"
 BY_IMAGE = "question and answer, then the picture's other questions"

@@ -15,10 +15,11 @@ from typing import Any
 
 from llava.data.raw.example import TEST, Example, Report
 from llava.data.raw.organ_join import LISTED, OPEN, Reference, ReferenceIndex, join_organs
-from llava.data.raw.text import mend_text, normalise
+from llava.data.raw.text import mend_text
 from llava.data.raw.vqa_rad import question_types
 from llava.data.rows import ANSWER_TYPES, json_values
 from llava.files import file_sha256
+from llava.normal_form import normalise
 from llava.utils import UserError, require_file
 
 REFERENCE_NAME = re.compile(r"vqa_(?!rad[_ ])(\w+)\.json", re.IGNORECASE)

@@ -1,4 +1,4 @@
-"""Text of raw rows: the normal form in which texts are compared, and the mending of known slips.
+"""Text of raw rows: the mending of known slips.
 
 VQA-RAD's commas were lost on the way to JSON. Some came back as tabs, and in lists the letter before the comma moved
 behind a space: ``spleen, stomach, and`` reads ``splee n<TAB>stomac h<TAB>and``.
@@ -12,7 +12,6 @@ from typing import Any
 
 from llava.utils import UserError
 
-_NOT_A_WORD = re.compile(r"[\W_]+")
 _MOVED_LETTER = re.compile(r"(?<=\w) (\w)\t")
 _TAB = re.compile(r"[ \t]*\t[ \t]*")
 _LOST_APOSTROPHE = re.compile("(?<=\\w)\ufffd(?=\\w)")
@@ -23,11 +22,6 @@ TAB = "tab read as comma"
 APOSTROPHE = "undecodable character read as apostrophe"
 QUOTE = "stray quotation mark removed"
 SPACE = "white space tidied"
-
-
-def normalise(text: str) -> str:
-    """Lower case, punctuation to spaces, runs of spaces to one: the form in which texts are compared."""
-    return _NOT_A_WORD.sub(" ", text.lower()).strip()
 
 
 def mend_text(value: Any, where: str) -> tuple[str, list[str]]:

@@ -12,8 +12,8 @@ from __future__ import annotations
 from llava.data.metric_names import METRICS, metric_names
 from llava.eval.metrics.base import OVERALL, Example, Group, Metric, metric, row_metric
 from llava.eval.metrics.scoring import score
-from llava.eval.metrics.words import normalise
 from llava.eval.statistics import Statistic, mean_statistic
+from llava.normal_form import normalise
 
 __all__ = [
     "METRICS",

@@ -1,7 +1,6 @@
 """Comparing texts: the normal forms of answers, and when one answers for another.
 
-- ``normalise`` (exact match, closed accuracy, majority baseline): lower case, punctuation to spaces, runs of spaces to
-  one. ``"CT-scan."`` -> ``"ct scan"``.
+- ``normalise`` (exact match, closed accuracy, majority baseline) is the project's own, see ``llava.normal_form``.
 - ``vqa_tokens`` (closed accuracy by containment, open recall and F1), the rule behind LLaVA-Med's published figures:
   lower case, VQA-v2's punctuation to spaces, full stops and commas kept only inside numbers, number words to digits
   (``none`` is 0), articles dropped.
@@ -14,22 +13,17 @@ from collections import Counter
 from collections.abc import Sequence
 
 from llava.data.rows import Row
+from llava.normal_form import composed, normalise
 
 _NUMBER_WORDS = {"zero": "0", "one": "1", "two": "2", "three": "3", "four": "4", "five": "5"}
 _NUMBER_WORDS |= {"six": "6", "seven": "7", "eight": "8", "nine": "9", "ten": "10", "none": "0"}
 _ARTICLES = frozenset(("a", "an", "the"))
-_NOT_A_WORD = re.compile(r"[\W_]+")
 _VQA_PUNCTUATION = re.compile(r"[;/\[\]\"{}()=+\\_\-><@`?!:]|(?<!\d)[.,]|[.,](?!\d)")
-
-
-def normalise(text: str) -> str:
-    """Lower case, punctuation to spaces, runs of spaces to one, none at the ends."""
-    return _NOT_A_WORD.sub(" ", text.lower()).strip()
 
 
 def vqa_tokens(text: str) -> list[str]:
     """Tokens in VQA-v2's form: see the module's docstring."""
-    words = _VQA_PUNCTUATION.sub(" ", text.lower()).split()
+    words = _VQA_PUNCTUATION.sub(" ", composed(text).lower()).split()
     return [_NUMBER_WORDS.get(word, word) for word in words if word not in _ARTICLES]
 
 

@@ -20,14 +20,9 @@ from llava.data.raw.organ_join import (
     join_organs,
 )
 from llava.data.raw.splits import drop_repeats, picture_groups, unseen_split
-from llava.data.raw.text import APOSTROPHE, NUMBER, QUOTE, SPACE, TAB, mend_text, normalise
+from llava.data.raw.text import APOSTROPHE, NUMBER, QUOTE, SPACE, TAB, mend_text
 from llava.data.raw.vqa_rad import question_types
 from llava.utils import UserError
-
-
-def test_normal_form():
-    assert normalise("  Is THERE a Mass-like\tlesion?? ") == "is there a mass like lesion"
-    assert normalise("T2_weighted") == "t2 weighted"
 
 
 @pytest.mark.parametrize(
