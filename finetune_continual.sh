@@ -42,6 +42,15 @@ mapfile -t stages <<<"$stage_list"
 mapfile -t arguments <<<"$flag_list"
 zero=${zero:-$root/scripts/zero3.json}
 
+# Everything that would stop a later task is looked for before the first one trains; not where flags name other inputs.
+links=()
+if [ "$FOLLOW_LINKS" != 0 ]; then links=(--follow_links); fi
+case " $EXTRA_ARGS " in
+    *_path* | *image_folder* | *state_dict*) ;;
+    *) python -m llava.continual.tasks check "$SEQUENCE" --method "$METHOD" --keys "$KEYS" --zero "${zero/#none/}" \
+        ${links[@]+"${links[@]}"} ;;
+esac
+
 arguments+=(--sequence "$SEQUENCE" --method "$METHOD" --save_strategy steps --logging_steps 10 --report_to none
     --follow_links "$FOLLOW_LINKS")
 if [ -n "$KEYS" ]; then arguments+=(--retriever_state_dict "$KEYS"); fi

@@ -73,8 +73,8 @@ class Arguments:
     images_url: str = IMAGES_URL
     images_sha256: str = flag(IMAGES_SHA256, "of the lines '<sha256>  <name>' of all pictures")
     hf_dataset: str = flag(HF_DATASET, "dataset id, or a local folder in its layout")
-    timeout: float = flag(30.0, "seconds without a byte until a connection is broken")
-    attempts: int = flag(4, "downloads to try for each file")
+    timeout: float = flag(30.0, "seconds without a byte until a connection is broken", above=0)
+    attempts: int = flag(4, "downloads to try for each file", least=1, most=100)
 
 
 def parse_arguments(arguments: list[str] | None) -> Arguments:

@@ -53,7 +53,7 @@ class Arguments(flags_of(TinyBaseConfig)):
     """Flags; those of ``TinyBaseConfig`` override its defaults."""
 
     output_dir: str = flag("output/tiny-base", "folder to write")
-    save_every: int = flag(50, "steps between two checkpoints")
+    save_every: int = flag(50, "steps between two checkpoints", least=1)
 
 
 def main() -> int:

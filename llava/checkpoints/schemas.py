@@ -137,6 +137,7 @@ FILES: dict[str, dict[str, Wanted]] = {
     "adapter_config.json": ADAPTER,
 }
 TOKENIZER_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+GENERATION_FILE = "generation_config.json"
 PICTURE_FILES = ("preprocessor_config.json", "processor_config.json")
 
 

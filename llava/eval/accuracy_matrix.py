@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from llava.cli import fail, flag, parse
+from llava.cli import SEEDS, fail, flag, parse
 from llava.continual.matrix import FORMULAS, summary
 from llava.continual.sequence import load_sequence
 from llava.eval.eval_video_qa import package_version
@@ -124,8 +124,8 @@ class Arguments:
     tasks: list[str] | None = flag(None, "tasks in order, in place of --sequence")
     metrics: list[str] | None = flag(None, "default: the sequence's own, else the primary ones")
     output_dir: str = flag()
-    draws: int = flag(DRAWS, "bootstrap draws")
-    seed: int = flag(SEED, "seed of the bootstrap")
+    draws: int = flag(DRAWS, "bootstrap draws", least=1, most=10**6)
+    seed: int = flag(SEED, "seed of the bootstrap", **SEEDS)
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> Arguments:

@@ -45,7 +45,7 @@ from llava.eval.generation import (
 from llava.eval.question_cache import BlankEncoder, QuestionCache
 from llava.inside import Folder
 from llava.mm_utils import KeywordsStoppingCriteria, get_model_name_from_path
-from llava.model.builder import attach_slots, load_pretrained_model, tell_prompt
+from llava.model.builder import attach_slots, check_slots_fit, load_pretrained_model, tell_prompt
 from llava.model.configs import llava_config
 from llava.model.saving import refuse_lost_weights
 from llava.padding import pad
@@ -169,7 +169,11 @@ class Answerer:
             if not self.base and not recorded:
                 raise UserError(f"{place} holds only slots; give the base model they were trained on as --model-base")
             base = self.base or resolve_recorded(str(recorded), checkpoint.folder)
-            loaded, under = self._ready(base, None), Checkpoint.open(base)
+            under = Checkpoint.open(base)
+            check_slots_fit(llava_config(under), slots, under)
+            if task:
+                slots.task(task)  # refuses one that the slots do not have
+            loaded = self._ready(base, None)
             attach_slots(loaded.model, slots, under, read_memory(checkpoint.folder), self.cache.encoder)
             tell_prompt(loaded.model.config, slots, base)
         else:

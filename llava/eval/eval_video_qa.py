@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import llava
-from llava.cli import fail, flag, parse, spelled
+from llava.cli import SEEDS, fail, flag, parse, spelled
 from llava.data.answers import parse_answer
 from llava.data.jsonl import json_values
 from llava.data.metric_names import METRICS, metric_names
@@ -59,8 +59,8 @@ class Arguments:
     output_json: str | None = flag(None, "write the caption metrics there too, as the prototype did (one answers file)")
     allow_partial: bool = flag(False, "score the answered questions only")
     no_java: bool = flag(False, "plain tokenizer, no METEOR")
-    draws: int = flag(DRAWS, "bootstrap draws")
-    seed: int = flag(SEED, "seed of the bootstrap")
+    draws: int = flag(DRAWS, "bootstrap draws", least=1, most=10**6)
+    seed: int = flag(SEED, "seed of the bootstrap", **SEEDS)
     force: bool = flag(False, "score again what is already scored")
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from llava.cli import flag
+from llava.devices import check_device
 from llava.eval.generation import Generation, Loading
 
 LOADING = ("device", "load_8bit", "load_4bit", "attn_implementation")
@@ -40,7 +41,9 @@ class PromptFlags:
 
 
 def loading_of(arguments: Any) -> Loading:
-    """Where and in which form a command line wants the model."""
+    """Where and in which form a command line wants the model; ``UserError`` for a device that is not here."""
+    if arguments.device:
+        check_device(arguments.device)
     return Loading(**_given(arguments, LOADING))
 
 

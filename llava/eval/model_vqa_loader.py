@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from llava.cli import fail, filled, flag, parse
+from llava.cli import MANY, SEEDS, fail, filled, flag, parse
 from llava.data.rows import read_rows
 from llava.eval.answer_chunk import Chunk
 from llava.eval.generation import NO_ROUTE, ORACLE
@@ -41,21 +41,21 @@ class Arguments(PromptFlags, LoadingFlags):
     question_file: str = flag()
     answers_file: str = "answer.jsonl"
     default_answer_suffix: str = flag("", "for a model that keeps none of its own")
-    num_chunks: int = 1
-    chunk_idx: int = 0
-    temperature: float = flag(0.0, "0 is greedy")
-    top_p: float | None = None
-    num_beams: int = 1
-    max_new_tokens: int = 128
-    batch_size: int = 8
-    num_workers: int = flag(0, "threads that read images ahead")
+    num_chunks: int = flag(1, least=1)
+    chunk_idx: int = flag(0, least=0)
+    temperature: float = flag(0.0, "0 is greedy", least=0)
+    top_p: float | None = flag(None, above=0, most=1)
+    num_beams: int = flag(1, least=1, most=MANY)
+    max_new_tokens: int = flag(128, least=1, most=MANY)
+    batch_size: int = flag(8, least=1, most=MANY)
+    num_workers: int = flag(0, "threads that read images ahead", least=0, most=1024)
     task_id: str | None = flag(None, "route every question to this task's slots")
     route: str | None = flag(None, f"router to use; {ORACLE!r}: the row's own domain, {NO_ROUTE!r}: no slots")
     refuse_unknown: bool = flag(
         False, "answer questions that fit no known task with a fixed refusal instead of the base model's words"
     )
     pictures: str = flag(REAL, "what each question is shown in place of its own picture", choices=KINDS)
-    seed: int = flag(0, "for a temperature above 0, and for shuffled pictures")
+    seed: int = flag(0, "for a temperature above 0, and for shuffled pictures", **SEEDS)
     stale: str = flag("refuse", "what to do with another run's answers file", choices=("refuse", "replace"))
 
 
@@ -70,9 +70,6 @@ def parse_arguments(
 ) -> Kind:
     """The command line of this command, or of one that adds flags to it; ``defaults`` replace those of the flags."""
     arguments = parse(kind, argv, description, **defaults)
-    for name in ("batch_size", "max_new_tokens", "num_beams"):
-        if getattr(arguments, name) < 1:
-            fail(f"--{name} must be at least 1")
     if arguments.task_id and arguments.route not in (None, ORACLE):
         fail("--task-id gives the task away, so it goes with --route oracle or none at all")
     return arguments

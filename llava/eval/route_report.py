@@ -34,7 +34,7 @@ class Arguments:
     unknown_images: str | None = flag(None, "their picture folder (default: --image-folder)")
     model_base: str | None = flag(None, "default: the one the slots name")
     routers: list[str] | None = flag(None, "default: the slots' own, then keys, gaussian, ridge")
-    mistakes: int = flag(10, "how many to show")
+    mistakes: int = flag(10, "how many to show", least=0)
     output_dir: str = "output/route"
     device: str = "cpu"
     cache_dir: str = flag("output/cache/queries", "where computed queries are kept")
@@ -43,9 +43,15 @@ class Arguments:
 def main(argv: Sequence[str] | None = None) -> None:
     arguments = parse(Arguments, argv, __doc__)
     quiet_libraries()
+    from llava.devices import check_device
     from llava.eval.route_picture import draw
+    from llava.slots.names import ROUTERS
+
+    check_device(arguments.device)
     from llava.eval.route_scores import score_routes, worst_mistakes
 
+    for name in arguments.routers or ():
+        ROUTERS.get(name)  # refuses a name that is no router, before queries are computed
     pool, base = load_pool(arguments.slots, arguments.model_base)
     rows, queries = read_queries(arguments, pool, base)
     if not {row.domain for row in rows} & set(pool.names):
