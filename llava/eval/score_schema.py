@@ -60,6 +60,8 @@ def read_scores(path: str | Path) -> tuple[dict[str, Any], list[dict[str, Any]]]
             for metric, figure in group["figures"].items():
                 an_object().check(figure, f"{where}: {metric}")
                 check_fields(figure, FIGURE, f"{where}: {metric}", False, ("n", "formula"))
+                if absent := [name for name in ("value", "ci95") if name not in figure]:
+                    raise UserError(f"{where}: {metric}: field {absent[0]!r} is missing")
     except UserError as error:
         raise UserError(f"{error} (not a scores file; score again)") from error
     return scores, _read_rows(inside(source.parent, scores["rows_file"], str(source)))

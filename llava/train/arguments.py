@@ -51,7 +51,7 @@ _RANGES = {
     "lora_dropout": number(0, 1),
     "feature_cache_mb": whole(0),
     "model_max_length": whole(1),
-    "save_total_limit": whole(1),
+    "save_total_limit": whole(0),
     "num_train_epochs": number(-1, 1e6),
 }
 """Of further numbers of transformers' and LLaVA's what can be meant; the rest fails steps later, or trains nothing."""

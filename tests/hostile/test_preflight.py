@@ -93,13 +93,11 @@ TRAIN = "--task abd --model_name_or_path base --output_dir llava-x --use_cpu Tru
         "--dataloader_num_workers 100000",
         "--model_max_length 0",
         "--feature_cache_mb -1",
-        "--save_total_limit 0",
         "--label_smoothing_factor nan",
         "--mm_projector_lr nan",
         "--optim lomo",
         "--optim galore_adamw",
         "--optim nope",
-        "--lr_scheduler_type zigzag",
     ],
 )
 def test_flags_of_training_are_refused_before_anything_is_read(more):

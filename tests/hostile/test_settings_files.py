@@ -433,6 +433,7 @@ def write_scores(folder, scores, row='{"scores": {"exact_match": 1.0}, "domain":
         (("groups", "overall", "figures"), None),
         (("groups", "overall", "figures", "exact_match"), 0.5),
         (("groups", "overall", "figures", "exact_match", "value"), "high"),
+        (("groups", "overall", "figures", "exact_match"), {"n": 1, "formula": "mean"}),
         (("groups", "overall", "figures", "exact_match", "ci95"), [1]),
         (("groups", "overall", "figures", "exact_match", "n"), -1),
         (("provenance",), []),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 
@@ -28,17 +29,18 @@ def pipe(tmp_path):
     reader.join(5)
 
 
-@pytest.fixture
-def standard_output(tmp_path):
+@contextlib.contextmanager
+def as_standard_output(path):
     """A regular file as this process's standard output, which holds a line already."""
-    path = tmp_path / "log.txt"
     kept = os.dup(1)
     with open(path, "wb") as stream:
         os.dup2(stream.fileno(), 1)
         os.write(1, b"before\n")
-        yield path
-        os.dup2(kept, 1)
-    os.close(kept)
+        try:
+            yield
+        finally:
+            os.dup2(kept, 1)
+            os.close(kept)
 
 
 @pytest.mark.parametrize(
@@ -71,14 +73,15 @@ def _answer(path):
 
 
 @pytest.mark.parametrize("name", ["/dev/stdout", "/dev/fd/1", "/proc/self/fd/1", "a link"])
-def test_standard_output_goes_on_where_it_is(standard_output, tmp_path, name):
+def test_standard_output_goes_on_where_it_is(tmp_path, name):
     if name == "a link":
         name = tmp_path / "out"
         name.symlink_to("/dev/stdout")
-    write_jsonl(name, [{"a": 1}])
-    _answer(name)
-    os.write(1, b"after\n")
-    lines = standard_output.read_bytes().splitlines()
+    with as_standard_output(tmp_path / "log.txt"):
+        write_jsonl(name, [{"a": 1}])
+        _answer(name)
+        os.write(1, b"after\n")
+    lines = (tmp_path / "log.txt").read_bytes().splitlines()
     assert lines[:2] == [b"before", b'{"a": 1}'] and b'"text": "a"' in lines[2] and lines[3] == b"after"
 
 
