@@ -53,6 +53,9 @@ class TrainingSamples(Dataset):
     ``image_size`` ``(width, height)``, ``segments`` ``[T]`` where turns are apart, and what ``add`` gave the dataset.
     Without a picture ``image`` and ``image_size`` are None, with several they are lists.
 
+    Attributes:
+        named: samples also say which pictures they show: ``picture_names``, their files' names.
+
     Raises:
         UserError: a missing picture, a row whose text and picture don't fit, too many rows without a label.
     """
@@ -64,6 +67,7 @@ class TrainingSamples(Dataset):
         self.text_queries: torch.Tensor | None = None
         self.image_queries: torch.Tensor | None = None
         self.features: Features | None = None
+        self.named = False
         self._encoded: dict[int, tuple[list[int], ...]] = {}
         check_image_files(self.rows, encoder.image_folder)
         encoder.check(self.rows)
@@ -106,6 +110,8 @@ class TrainingSamples(Dataset):
         else:
             seen = [self.encoder.picture(row, name) for name in names]
             sample["image"] = one_or_all([pixels for pixels, _ in seen])
+        if self.named:
+            sample["picture_names"] = names
         sample["image_size"] = one_or_all([size for _, size in seen])
         if self.text_queries is not None:
             sample["text_query"] = self.text_queries[index]
@@ -236,8 +242,8 @@ class DataCollatorForSupervisedDataset:
     sample has one picture of one shape, else a list with None for text-only rows and a list for several pictures;
     ``image_sizes`` (list of ``(width, height)``, None, or a list of them); where the samples carry one, ``text_query``
     and ``image_query`` ``[B, d]`` and ``segments`` ``[B, T]``. Samples with ``image_features`` give a list per sample
-    of these instead of ``images``. The mask comes from the lengths, never from the padding id, which may be a real
-    token.
+    of these instead of ``images``; ``picture_names`` are a list too. The mask comes from the lengths, never from the
+    padding id, which may be a real token.
     """
 
     tokenizer: Any
@@ -251,6 +257,8 @@ class DataCollatorForSupervisedDataset:
             "attention_mask": mask,
             "image_sizes": [sample.get("image_size") for sample in samples],
         }
+        if "picture_names" in samples[0]:
+            batch["picture_names"] = [sample["picture_names"] for sample in samples]
         if "segments" in samples[0]:
             batch["segments"] = pad([sample["segments"] for sample in samples], value=PADDING)[0]
         if "image_features" in samples[0]:

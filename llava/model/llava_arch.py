@@ -25,6 +25,7 @@ from llava.model.decision import Decision, Prefill, cache_of, cached_length, car
 from llava.model.multimodal_encoder.builder import build_vision_tower
 from llava.model.multimodal_projector.builder import build_vision_projector
 from llava.model.pictured_text import PicturedText
+from llava.model.prefixes import Names, SharedPrefixes
 from llava.model.routed import Asked, Routed
 from llava.model.splice import check_prompts
 from llava.model.vision.blank import blank_feature, blank_needed
@@ -58,7 +59,7 @@ class LlavaMetaModel:
         initialize_vision_modules(self, model_args)
 
 
-class LlavaMetaForCausalLM(Routed, PicturedText):
+class LlavaMetaForCausalLM(Routed, SharedPrefixes, PicturedText):
     """``forward`` and ``generate`` with images and per-question routes, for any decoder with LLaVA's mix-in."""
 
     # -- parts ---------------------------------------------------------------------------------------------------
@@ -157,6 +158,7 @@ class LlavaMetaForCausalLM(Routed, PicturedText):
         slot_weights: Tensor | None = None,
         segments: torch.LongTensor | None = None,
         answers_only: bool = False,
+        picture_names: Names | None = None,
         **kwargs,
     ):
         """Next-token logits, and the cross-entropy on ``labels`` where given.
@@ -170,6 +172,9 @@ class LlavaMetaForCausalLM(Routed, PicturedText):
             slot_indices, slot_weights: ``[batch, k]`` a route decided before, as its two tensors.
             segments: ``[batch, length]``, right-padded: which turns see each other (``llava.model.apart``).
             answers_only: compute the loss on ``labels`` and no other logits than it needs, ``[answer tokens, vocab]``.
+            picture_names: tell each row's pictures apart. With them, ``labels`` and a store of prefixes
+                (``llava.model.prefixes``) only what stands behind the pictures is run, where that gives the same loss;
+                logits are then those of these positions.
 
         Without a word of the question the prompt's own decides (see ``QuestionReader.read``). A step with a filled
         cache keeps the route of its prefill, and ``inputs_embeds`` that of ``prepare_inputs_labels_for_multimodal``.
@@ -202,6 +207,14 @@ class LlavaMetaForCausalLM(Routed, PicturedText):
         rows = len(_first_given(input_ids, inputs_embeds))
         dtype = self.get_model().embed_tokens.weight.dtype if inputs_embeds is None else inputs_embeds.dtype
         action = decision.action(rows, dtype)
+        plain = not (embedded or length or use_cache) and position_ids is None and segments is None
+        if picture_names is not None and labels is not None and plain and self._may_share(decision, action, kwargs):
+            rows_of = input_ids, attention_mask, labels, picture_names, image_features, image_sizes
+            if (behind := self._behind(*rows_of)) is not None:
+                given = kwargs | behind.inputs | {ARGUMENT: action.offset}
+                out = self._passed(behind.labels, answers_only, **given)
+                out.past_key_values = None
+                return out
         prefix = None if length else action.prefix
         spliced_mask, pictures = None, [[] for _ in range(rows)]
         ids, mask = input_ids, attention_mask
@@ -229,13 +242,17 @@ class LlavaMetaForCausalLM(Routed, PicturedText):
         kwargs |= {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
         kwargs |= {"past_key_values": past_key_values, "inputs_embeds": inputs_embeds, "use_cache": use_cache}
         kwargs[ARGUMENT] = decision.placed(action.offset, *_first_given(input_ids, inputs_embeds).shape[:2], length)
-        if answers_only and labels is not None:
-            items = kwargs.pop("num_items_in_batch", None)
-            hidden = self.get_model()(**kwargs).last_hidden_state
-            return CausalLMOutputWithPast(*answer_loss(self.lm_head, hidden, labels, items))
-        out = super().forward(labels=labels, **kwargs)
+        out = self._passed(labels, answers_only, **kwargs)
         carry(cache_of(out, past_key_values), Prefill(decision, spliced_mask))
         return out
+
+    def _passed(self, labels: Tensor | None, answers_only: bool, **kwargs):
+        """The back-end's own pass, or with ``answers_only`` its decoder's and the loss of the answers."""
+        if labels is None or not answers_only:
+            return super().forward(labels=labels, **kwargs)
+        items = kwargs.pop("num_items_in_batch", None)
+        hidden = self.get_model()(**kwargs).last_hidden_state
+        return CausalLMOutputWithPast(*answer_loss(self.lm_head, hidden, labels, items))
 
     @torch.no_grad()
     def generate(

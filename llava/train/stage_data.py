@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,8 +26,10 @@ from llava.mm_utils import get_model_name_from_path
 from llava.model.multimodal_encoder.builder import build_vision_tower
 from llava.model.multimodal_encoder.tower import VisionTower
 from llava.model.partitioned import never_parted
+from llava.model.prefixes import PrefixStore
 from llava.model.vision.features import load_vision_tower
 from llava.slots.encoders import encoder_from_identity
+from llava.slots.names import QUESTION
 from llava.slots.settings import RetrieverSettings
 from llava.train.arguments import DataArguments, ModelArguments, TrainingArguments
 from llava.utils import rank0_print
@@ -99,6 +102,20 @@ def build_dataset(
     if features is None and not source.trains:
         rank0_print("note: the pictures' features exceed --feature_cache_mb; the tower runs every step")
     return dataset.add(texts, images, features)
+
+
+def share_prefixes(
+    model: Any, datasets: Iterable[TrainingSamples], settings: RetrieverSettings, args: TrainingArguments
+) -> None:
+    """Where offsets leave alone what stands in front of a question, let the model keep what its frozen base makes of it
+    (``llava.model.prefixes``), in the memory that the pictures' features leave of ``--feature_cache_mb``."""
+    if settings.offset_scope != QUESTION:
+        return
+    room = args.feature_cache_mb * 2**20
+    for dataset in datasets:
+        dataset.named = True
+        room -= sum(features.nbytes for features, _ in (dataset.features or {}).values())
+    model.prefixes = PrefixStore(max(room, 0))
 
 
 @dataclass(frozen=True)

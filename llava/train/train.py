@@ -69,6 +69,7 @@ from llava.train.stage_data import (
     parts_record,
     picture_source,
     read_training_rows,
+    share_prefixes,
     stage_prompt,
 )
 from llava.train.states import (
@@ -275,6 +276,7 @@ def prepare(
     dataset, held_out = build(rows, apart=data_args.turns_apart), None
     if data_args.eval_data_path:
         held_out = build(read_training_rows([data_args.eval_data_path]), apart=data_args.turns_apart)
+    share_prefixes(model, filter(None, (dataset, held_out)), settings, args)
     trainer = build_trainer(recipe, context, dataset, args, held_out)
     trainer.groups = [group for group in groups if isinstance(group, Mapping)]
     return trainer

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,11 +11,14 @@ from tiny_llava import FAMILIES, HIDDEN, PIXELS, VISION
 from transformers import CLIPVisionConfig
 
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
+from llava.data.samples import DataCollatorForSupervisedDataset
 from llava.model.language_model.retriever import Retriever
+from llava.model.prefixes import PrefixStore
 from llava.padding import pad
 from llava.slots.offsets import target_features
 from llava.slots.pool import Pool
 from llava.slots.settings import RetrieverSettings
+from llava.train.stage_data import share_prefixes
 
 WORDS, PATCHES, SLOTS, TOP_K = 60, (PIXELS // 8) ** 2, 4, 2
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "down_proj")
@@ -24,9 +28,10 @@ GREEDY = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0, "eos_token
 ROWS = {
     "one": HEAD + PICTURE + [9, 10, 11],
     "longer": HEAD + PICTURE + [12, 13, 14, 15, 16, 17],
-    "two": HEAD + PICTURE + [18] + PICTURE + [19, 20],
+    "two": HEAD + PICTURE + [18] + PICTURE + [19, 20, 25],
     "none": [1, 21, 22, 23, 24],
 }
+NAMES = {"one": ("a.png",), "longer": ("b.png",), "two": ("a.png", "b.png"), "none": ()}
 
 
 def make_model(scope="question", family="llama", **fields):
@@ -64,15 +69,16 @@ def model(request):
     return make_model(family=request.param)
 
 
+def picture(file):
+    return torch.randn(3, PIXELS, PIXELS, generator=torch.Generator().manual_seed(ord(file[0])))
+
+
 def batch_of(*names, side="right", labels=False, seed=0):
     """Rows, their pictures and queries; with ``labels`` the last two words of each are answers."""
     rows = [torch.tensor(ROWS[name]) for name in names]
     ids, mask = pad(rows, side)
     generator = torch.Generator().manual_seed(seed)
-    pictures = [
-        [torch.randn(3, PIXELS, PIXELS, generator=generator).double() for _ in range(row.tolist().count(-200))]
-        for row in rows
-    ]
+    pictures = [[picture(file).double() for file in NAMES[name]] for name in names]
     batch = {"input_ids": ids, "attention_mask": mask.long(), "images": pictures}
     batch["text_query"] = torch.randn(len(rows), 8, generator=generator).double()
     if labels:
@@ -92,8 +98,8 @@ def head_length(name):
     return spliced_length(name) - ROWS[name][::-1].index(IMAGE_TOKEN_INDEX)
 
 
-def close(found, expected):
-    torch.testing.assert_close(found, expected, atol=1e-9, rtol=1e-9)
+def close(found, expected, atol=1e-9, rtol=1e-9):
+    torch.testing.assert_close(found, expected, atol=atol, rtol=rtol)
 
 
 @pytest.mark.parametrize("side", ["right", "left"])
@@ -173,8 +179,11 @@ def test_prepared_embeddings_keep_their_scope(model):
     seen = torch.nn.functional.pad(mask, (3, 0))
     found = model(inputs_embeds=wider, attention_mask=seen, position_ids=(seen.cumsum(1) - 1).clamp(min=0)).logits
     close(found[:, 3:][real], expected)
-    noisy = embeds + 1e-12
-    close(model(inputs_embeds=noisy, attention_mask=mask, route=route).logits[real], expected)
+    noisy = embeds + 1e-3
+    found = model(inputs_embeds=noisy, attention_mask=mask, route=route).logits[0]
+    base = model(inputs_embeds=noisy, attention_mask=mask, route="none").logits[0]
+    end = head_length("one")
+    assert torch.equal(found[:end], base[:end]) and not torch.allclose(found[end], base[end])
     with pytest.raises(ValueError, match="behind the last picture.*starts="):
         model(inputs_embeds=noisy, attention_mask=mask, route=dataclasses.replace(route, starts=None))
 
@@ -186,3 +195,135 @@ def test_settings_of_older_files_mean_all_and_unknown_words_are_refused():
     assert RetrieverSettings.from_dict(values).offset_scope == "all"
     with pytest.raises(ValueError, match="offset_scope"):
         RetrieverSettings.from_dict({**values, "offset_scope": "picture"})
+
+
+# -- prefixes that are kept --------------------------------------------------------------------------------------------
+
+
+def training(model, *names, store=None, **more):
+    """Loss and gradients of a batch; with a store, by way of the prefixes that it keeps."""
+    model.prefixes = store
+    model.train()
+    parameters = model.retriever.train_only("abd")
+    for parameter in parameters:
+        parameter.grad = None
+    told = {"picture_names": [NAMES[name] for name in names]}
+    out = model(**batch_of(*names, labels=True), **told, **more)
+    loss = out.loss if more.get("answers_only") else exact_loss(out.logits, names, model.prefixes is not None)
+    loss.backward()
+    model.prefixes = None
+    model.eval()
+    return out.loss.item(), loss, [parameter.grad.clone() for parameter in parameters]
+
+
+def exact_loss(logits, names, behind):
+    """The mean loss of the rows' last two words in float64, which the model's own is not."""
+    picked = []
+    for row, name in enumerate(names):
+        end = spliced_length(name) - (head_length(name) if behind and logits.shape[1] < 12 else 0)
+        picked.append(logits[row, end - 3 : end - 1])
+    wanted = torch.tensor([word for name in names for word in ROWS[name][-2:]])
+    return torch.nn.functional.cross_entropy(torch.cat(picked), wanted)
+
+
+@pytest.fixture
+def passes(model):
+    """How many positions each pass of the decoder ran."""
+    ran = []
+    watch = model.model.register_forward_pre_hook(
+        lambda module, args, kwargs: ran.append(tuple(kwargs["inputs_embeds"].shape[:2])), with_kwargs=True
+    )
+    yield ran
+    watch.remove()
+    model.retriever.pool.finish_training()
+
+
+@pytest.mark.parametrize("answers_only", [True, False])
+def test_a_step_behind_kept_prefixes_has_the_same_loss_and_gradients(model, passes, answers_only):
+    """Prefixes of several lengths and none, met for the first time and again."""
+    names = ("one", "longer", "two", "none", "one")
+    told, exact, expected = training(model, *names, answers_only=answers_only)
+    store = PrefixStore(2**20)
+    limits = {"atol": 1e-5, "rtol": 1e-5} if answers_only else {}  # logits are float32 there
+    for again in (False, True):
+        passes.clear()
+        loss, mine, gradients = training(model, *names, store=store, answers_only=answers_only)
+        assert loss == pytest.approx(told, rel=1e-5)
+        close(mine, exact, **limits)
+        close(gradients, expected, **limits)
+        behind = max(spliced_length(name) - head_length(name) for name in names)
+        heads = [] if again else [(1, head_length(name)) for name in names[:3]]
+        assert passes == [*heads, (len(names), behind)]
+    assert len(store) == 3 and store.used == sum(store.get(key).nbytes for key in store._kept)
+
+
+def test_a_store_without_room_keeps_nothing_and_changes_nothing(model, passes):
+    _, exact, expected = training(model, "one", "two")
+    store = PrefixStore(100)
+    _, mine, gradients = training(model, "one", "two", store=store)
+    close(mine, exact)
+    close(gradients, expected)
+    assert store.full and not len(store) and store.used == 0
+
+
+@pytest.mark.parametrize(
+    "why", ["checkpointing", "dropout", "base trains", "scope all", "labels before", "window", "hidden states"]
+)
+def test_where_prefixes_cannot_be_shared_all_positions_run(passes, model, why, monkeypatch):
+    asked, names = {}, ("one", "longer")
+    if why == "checkpointing":
+        monkeypatch.setattr(model.model.layers[0], "gradient_checkpointing", True)
+        monkeypatch.setattr(
+            model.model.layers[0], "_gradient_checkpointing_func", lambda call, *args: call(*args), False
+        )
+    elif why == "dropout":
+        monkeypatch.setattr(model.config, "attention_dropout", 0.5)
+    elif why == "base trains":
+        monkeypatch.setattr(model.model.norm.weight, "requires_grad", True)
+    elif why == "scope all":
+        monkeypatch.setattr(model.retriever.settings, "offset_scope", "all")
+    elif why == "labels before":
+        monkeypatch.setitem(ROWS, "one", HEAD + PICTURE + [9])
+    elif why == "window":
+        monkeypatch.setattr(model.config, "tokenizer_model_max_length", 12, raising=False)
+    else:
+        asked["output_hidden_states"] = True
+    training(model, *names, store=PrefixStore(2**20), answers_only=True, **asked)
+    assert passes[-1][1] >= min(12, max(map(spliced_length, names)))
+
+
+def test_half_precision_runs():
+    half = make_model().float()
+    half.prefixes, half.config.use_cache = PrefixStore(2**20), False
+    half.train()
+    half.retriever.train_only("abd")
+    batch = batch_of("one", "two", labels=True)
+    batch |= {"images": [[picture.float() for picture in row] for row in batch["images"]]}
+    batch["text_query"] = batch["text_query"].float()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = half(**batch, picture_names=[NAMES["one"], NAMES["two"]], answers_only=True).loss
+    loss.backward()
+    assert torch.isfinite(loss)
+    (kept, *_) = half.prefixes._kept.values()
+    assert kept.dtype == torch.bfloat16
+
+
+def test_a_stage_keeps_prefixes_in_the_memory_that_features_leave():
+    settings = make_model().retriever.settings
+    features = {"a.png": (torch.zeros(1, 4, 2**18), (8, 8))}  # 4 MiB
+    data = SimpleNamespace(features=features, named=False)
+    model, args = SimpleNamespace(), SimpleNamespace(feature_cache_mb=5)
+    share_prefixes(model, [data], settings, args)
+    assert data.named and model.prefixes.limit == 2**20
+    model, data.named = SimpleNamespace(), False
+    share_prefixes(model, [data], dataclasses.replace(settings, offset_scope="all"), args)
+    assert not data.named and not hasattr(model, "prefixes")
+
+
+def test_batches_name_their_pictures():
+    samples = [
+        {"input_ids": torch.tensor(ROWS[name]), "labels": torch.tensor(ROWS[name]), "picture_names": NAMES[name]}
+        for name in ("two", "none")
+    ]
+    batch = DataCollatorForSupervisedDataset(SimpleNamespace(pad_token_id=0))(samples)
+    assert batch["picture_names"] == [("a.png", "b.png"), ()]
