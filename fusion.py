@@ -67,7 +67,10 @@ def check_images(examples: list[Example], folder: Folder, allow: bool, report: R
         return
     text = f"{len(missing)} images are missing or empty in {folder}: {shortened(missing, 3)}"
     if not allow:
-        raise UserError(f"{text} (place them there, name the folder with --image_dir, or pass --allow_missing_images)")
+        raise UserError(
+            f"{text} (place them there, name the folder with --image_dir, pass --follow_links where they are links, or "
+            "pass --allow_missing_images)"
+        )
     report.notes.append(text)
 
 

@@ -168,6 +168,16 @@ def check_settings(folder: Path, names: tuple[str, ...]) -> None:
             read_settings(folder / name)
 
 
+def has_processor(folder: Path) -> bool:
+    """Whether a folder says how pictures are prepared: in a file of its own, or, as of transformers 5, in a larger one.
+
+    Raises:
+        UserError: as ``read_settings``.
+    """
+    own, whole_one = (folder / name for name in PICTURE_FILES)
+    return own.is_file() or (whole_one.is_file() and bool(read_settings(whole_one).get("image_processor")))
+
+
 def _check_heads(values: dict[str, Any], where: str) -> None:
     """The heads of attention must divide its width, and be shared evenly."""
     width, heads, shared = (values.get(name) for name in ("hidden_size", "num_attention_heads", "num_key_value_heads"))

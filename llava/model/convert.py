@@ -22,6 +22,7 @@ from llava.checkpoints.card import CARD_FILE, NOT_CLINICAL, PIPELINE, TAGS, lice
 from llava.checkpoints.checkpoint import Checkpoint
 from llava.checkpoints.hf_layout import TO_HF, TO_LLAVA, config_to_hf, renamed
 from llava.checkpoints.kinds import SLOTS_FILE, TOWER_PREFIX
+from llava.checkpoints.schemas import has_processor
 from llava.checkpoints.tokenizer import load_tokenizer
 from llava.checkpoints.weights import load_bin
 from llava.constants import DEFAULT_IMAGE_TOKEN
@@ -87,7 +88,7 @@ def _write_card(source: Checkpoint, folder: Path, name: str, direction: str) -> 
 
 def _from_hf(source: Checkpoint, target: Path) -> None:
     _write_json(target / "config.json", source.llava_config)
-    if source.has("processor_config.json") and not source.has("preprocessor_config.json"):
+    if has_processor(source.folder) and not source.has("preprocessor_config.json"):
         kind = tower_kind(source.llava_config["vision_config"].get("model_type"), "the checkpoint's vision tower")
         kind.read_processor(str(source.folder)).save_pretrained(target)
     load_tokenizer(source.folder).save_pretrained(target)

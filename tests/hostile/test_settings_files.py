@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from tiny_llava import write_base, write_stage
+from transformers import CLIPVisionConfig
 
 from llava.checkpoints.checkpoint import Checkpoint
 from llava.checkpoints.schemas import FILES, read_settings
@@ -198,6 +199,16 @@ def test_a_damaged_tokenizer_is_one_line(folder, file, data):
 def test_settings_of_the_image_processor_are_named(folder, changes, said):
     (folder / "preprocessor_config.json").write_text(json.dumps(changes))
     refused(lambda: CLIPVisionTower.read_processor(str(folder)), "preprocessor_config.json: ", said)
+
+
+def test_an_image_processor_in_the_larger_file_alone_is_used(tmp_path):
+    config = CLIPVisionConfig(image_size=32)
+    own = {"image_mean": [0.1, 0.2, 0.3], "image_processor_type": "CLIPImageProcessor", "crop_size": 32, "size": 32}
+    for values, mean in (({"image_processor": own}, 0.1), ({"processor_class": "LlavaProcessor"}, 0.48145466)):
+        (tmp_path / "processor_config.json").write_text(json.dumps(values))
+        assert CLIPVisionTower.shipped_processor(tmp_path, config).image_mean[0] == pytest.approx(mean)
+    (tmp_path / "processor_config.json").write_text(json.dumps({"image_processor": {**own, "image_mean": [0.1]}}))
+    refused(lambda: CLIPVisionTower.shipped_processor(tmp_path, config), "processor_config.json: image_processor: ")
 
 
 @pytest.mark.parametrize(

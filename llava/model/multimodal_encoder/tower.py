@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import BaseImageProcessor, PretrainedConfig, PreTrainedModel
 
-from llava.checkpoints.schemas import PICTURE_FILES, check_settings
+from llava.checkpoints.schemas import PICTURE_FILES, check_settings, has_processor
 from llava.checkpoints.weights import first_line, lacking_tensors, weight_files
 from llava.mm_utils import picture_side
 from llava.outside import foreign
@@ -166,7 +166,7 @@ class VisionTower(nn.Module):
     @classmethod
     def shipped_processor(cls, folder: Path, config: PretrainedConfig) -> BaseImageProcessor:
         """The image processor of a checkpoint that ships its tower: its own, else the usual one for the tower."""
-        if any((folder / name).is_file() for name in PICTURE_FILES):
+        if has_processor(folder):
             return cls.read_processor(str(folder))
         return cls.default_processor(config)
 
