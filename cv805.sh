@@ -25,6 +25,8 @@ FOLLOW_LINKS=${FOLLOW_LINKS:-0}             # 1: open pictures that are links ou
 CONV_MODE=${CONV_MODE:-}                    # empty: the stage's own conversation template
 IMAGE_ASPECT_RATIO=${IMAGE_ASPECT_RATIO:-}  # empty: the stage's own picture mode; or pad, square, anyres
 #ANSWER_SUFFIX=                             # unset: the stage's own text after each question
+PICTURES=${PICTURES:-real}                  # or "real blank shuffled": what the pictures contribute, see README.md
+PICTURE_SEED=${PICTURE_SEED:-0}             # which question gets which other picture
 STALE=${STALE:-replace}                     # answers of other weights or settings: replace, or refuse
 # ------------------------------------------------------------------------------------------------------------------
 
@@ -33,4 +35,5 @@ exec python -m llava.eval.evaluate_sequence --sequence "$SEQUENCE" --base_model 
     --output_dir "$OUTPUT_DIR" --method "$METHOD" --route "$ROUTE" --zero_shot "$ZERO_SHOT" --chunks "$CHUNKS" \
     --batch_size "$EVAL_BATCH_SIZE" --max_new_tokens "$MAX_NEW_TOKENS" --conv_mode "$CONV_MODE" \
     --image_aspect_ratio "$IMAGE_ASPECT_RATIO" --follow_links "$FOLLOW_LINKS" \
-    ${ANSWER_SUFFIX+--answer_suffix "$ANSWER_SUFFIX"} --stale "$STALE"
+    ${ANSWER_SUFFIX+--answer_suffix "$ANSWER_SUFFIX"} --stale "$STALE" \
+    --pictures $PICTURES --picture_seed "$PICTURE_SEED"

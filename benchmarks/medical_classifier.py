@@ -37,13 +37,14 @@ sys.path.insert(0, str(ROOT))
 
 from llava.cli import flag, parse  # noqa: E402
 from llava.data.rows import Row, read_rows  # noqa: E402
-from llava.eval.metrics.words import is_closed, matches, normalise, token_overlap  # noqa: E402
+from llava.eval.metrics.words import is_closed, matches, token_overlap  # noqa: E402
 from llava.eval.route_scores import wilson  # noqa: E402
 from llava.eval.shown_pictures import REAL, SHUFFLED, shown_rows  # noqa: E402
 from llava.folds import held_out  # noqa: E402
 from llava.image_io import load_image  # noqa: E402
 from llava.mm_utils import process_images  # noqa: E402
 from llava.model.multimodal_encoder.builder import build_vision_tower  # noqa: E402
+from llava.normal_form import normalise  # noqa: E402
 from llava.slots.encoders import load_text_encoder  # noqa: E402
 from llava.utils import run_cli  # noqa: E402
 

@@ -106,7 +106,8 @@ def figures(matrix: Mapping[str, Any], number: int, evaluation: str) -> str:
         values = found["matrix"][number]
         known = [value for value in values[: number + 1] if value is not None]
         mean = sum(known) / len(known) if known else None
-        summary = [found["summary"][name]["value"] for name in SUMMARY] if last else []
+        known_summary = found["summary"] or {}  # none where a figure is missing
+        summary = [known_summary[name]["value"] if known_summary else None for name in SUMMARY] if last else []
         rows.append([metric, *map(_figure, [*values, mean, *summary])])
     counts: Sequence[int] = next((found["n"] for found in matrix["metrics"].values()), [])
     questions = ", ".join(f"{task} {count}" for task, count in zip(tasks, counts, strict=False))

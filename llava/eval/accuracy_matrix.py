@@ -4,6 +4,8 @@
         --zero-shot output/eval/vqa-rad/base/scores.json \\
         --scores output/eval/vqa-rad/llava-vqa-rad_abd/scores.json ...
 
+``--reference joint=FILE`` adds the gap to the final scores of another method, or of the same one with the task given.
+
 Writes ``accuracy_matrix.json`` and a heat map ``accuracy_matrix.png``, and prints the matrix of each metric: one row
 per stage, one column per task. Confidence intervals of the summary figures resample the questions, the same ones for
 all stages, from the row values that ``eval_video_qa`` leaves beside each ``scores.json``; metrics that are not means
@@ -21,9 +23,10 @@ from typing import Any
 import numpy as np
 
 from llava.cli import SEEDS, fail, flag, parse
-from llava.continual.matrix import FORMULAS, summary
+from llava.continual.matrix import FORMULAS, learning_curve, summary
 from llava.continual.sequence import load_sequence
 from llava.eval.eval_video_qa import package_version
+from llava.eval.matrix_report import draw, matrix_text
 from llava.eval.metrics import metric_names
 from llava.eval.score_schema import read_scores
 from llava.eval.statistics import DRAWS, SEED, interval, resample_weights
@@ -33,15 +36,6 @@ from llava.utils import UserError, run_cli
 FORMAT_VERSION = 1
 MATRIX_NAME, PICTURE_NAME = "accuracy_matrix.json", "accuracy_matrix.png"
 DEFAULT_METRICS = ("exact_match", "closed_accuracy", "open_recall", "rouge_l", "cider")
-METRIC_TITLES = {"rouge_l": "ROUGE-L", "meteor": "METEOR", "cider": "CIDEr"}
-METRIC_TITLES |= {f"bleu_{order}": f"BLEU-{order}" for order in (1, 2, 3, 4)}
-SUMMARY_TITLES = {
-    "average_final": "average final",
-    "learning_accuracy": "learning accuracy",
-    "bwt": "BWT",
-    "forgetting": "forgetting",
-    "fwt": "FWT",
-}
 
 
 @dataclass(frozen=True)
@@ -79,7 +73,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         arguments.zero_shot,
         arguments.draws,
         arguments.seed,
+        dict(named_file(text) for text in arguments.reference),
     )
+
+
+def named_file(text: str) -> tuple[str, str]:
+    """``joint=scores.json`` as name and file; ``UserError`` for anything else."""
+    name, mark, file = text.partition("=")
+    if not (name and mark and file):
+        raise UserError(f"--reference {text!r} is not NAME=FILE (such as joint=output/eval/…/scores.json)")
+    return name, file
 
 
 def write_matrix(
@@ -90,8 +93,12 @@ def write_matrix(
     zero_shot: str | Path | None = None,
     draws: int = DRAWS,
     seed: int = SEED,
+    references: Mapping[str, str | Path] | None = None,
 ) -> dict[str, Any]:
     """Print the matrix of the stages' score files, and write it to ``folder`` as numbers and as a picture.
+
+    Args:
+        references: by name the last scores file of what the final scores are compared with.
 
     Returns:
         what ``accuracy_matrix.json`` holds.
@@ -101,7 +108,8 @@ def write_matrix(
     """
     stages = [load_stage(path, tasks) for path in scores]
     base = load_stage(zero_shot, tasks) if zero_shot else None
-    result = build(stages, tasks, metrics, base, draws, seed)
+    goals = {name: load_stage(path, tasks) for name, path in (references or {}).items()}
+    result = build(stages, tasks, metrics, base, draws, seed, goals)
     print(matrix_text(result))
     with atomic_write(folder / MATRIX_NAME) as stream:
         json.dump(result, stream, indent=1, ensure_ascii=False, allow_nan=False)
@@ -120,6 +128,7 @@ class Arguments:
 
     scores: list[str] = flag(help="scores.json of each stage, in order")
     zero_shot: str | None = flag(None, "scores.json of the base model")
+    reference: list[str] = flag([], "name=scores.json: whose final scores the gap is to, such as joint or oracle")
     sequence: str | None = flag(None, "task sequence: a file, or the name of one that ships")
     tasks: list[str] | None = flag(None, "tasks in order, in place of --sequence")
     metrics: list[str] | None = flag(None, "default: the sequence's own, else the primary ones")
@@ -169,6 +178,7 @@ def build(
     zero_shot: Stage | None = None,
     draws: int = DRAWS,
     seed: int = SEED,
+    references: Mapping[str, Stage] | None = None,
 ) -> dict[str, Any]:
     """The content of ``accuracy_matrix.json``.
 
@@ -181,10 +191,9 @@ def build(
     unknown = [name for name in metrics if name not in metric_names()]
     if unknown:
         raise UserError(f"unknown metric {unknown[0]!r} (choose from {', '.join(metric_names())})")
-    everyone = [*([zero_shot] if zero_shot else []), *stages]
-    for stage in everyone:
-        if absent := [name for name in metrics if name not in stage.groups[tasks[0]]["figures"]]:
-            raise UserError(f"{stage.path}: no figure for metric {absent[0]!r}; score the answers again")
+    goals = references or {}
+    everyone = [*([zero_shot] if zero_shot else []), *stages, *goals.values()]
+    _refuse_missing(everyone, tasks, metrics)
     _refuse_unequal(everyone)
     weights = [resample_weights(stages[0].groups[task]["rows"], draws, seed + i) for i, task in enumerate(tasks)]
     return {
@@ -193,7 +202,8 @@ def build(
         "stages": [stage.model_id for stage in stages],
         "zero_shot_model": zero_shot.model_id if zero_shot else None,
         "formulas": FORMULAS,
-        "metrics": {name: _metric_matrix(name, stages, tasks, zero_shot, weights) for name in metrics},
+        "references": {name: goal.model_id for name, goal in goals.items()},
+        "metrics": {name: _metric_matrix(name, stages, tasks, zero_shot, weights, goals) for name in metrics},
         "provenance": {
             "package": {"llava": package_version("llava"), "numpy": package_version("numpy")},
             "question_file": stages[0].provenance["question_file"],
@@ -203,6 +213,29 @@ def build(
             "seed": seed,
         },
     }
+
+
+def fitting(
+    files: Mapping[str, Path], like: str | Path, tasks: Sequence[str], metrics: Sequence[str]
+) -> dict[str, Path]:
+    """Those of the files that were scored as ``like`` was, for references; says of the others why they are left out."""
+    mine = load_stage(like, tasks)
+    found: dict[str, Path] = {}
+    for name, path in files.items():
+        try:
+            goal = load_stage(path, tasks)
+            _refuse_unequal([mine, goal])
+            _refuse_missing([goal], tasks, metrics)
+            found[name] = path
+        except UserError as error:
+            print(f"note: no gap to {name}: {error}")
+    return found
+
+
+def _refuse_missing(stages: Sequence[Stage], tasks: Sequence[str], metrics: Sequence[str]) -> None:
+    for stage in stages:
+        if absent := [name for name in metrics if name not in stage.groups[tasks[0]]["figures"]]:
+            raise UserError(f"{stage.path}: no figure for metric {absent[0]!r}; score the answers again")
 
 
 def _refuse_unequal(stages: Sequence[Stage]) -> None:
@@ -217,31 +250,48 @@ def _refuse_unequal(stages: Sequence[Stage]) -> None:
 
 
 def _metric_matrix(
-    metric: str, stages: Sequence[Stage], tasks: Sequence[str], zero_shot: Stage | None, weights: Sequence[np.ndarray]
+    metric: str,
+    stages: Sequence[Stage],
+    tasks: Sequence[str],
+    zero_shot: Stage | None,
+    weights: Sequence[np.ndarray],
+    goals: Mapping[str, Stage],
 ) -> dict[str, Any]:
-    """One metric: the matrix, its intervals, the zero-shot row and the summary figures."""
-    everyone = [*([zero_shot] if zero_shot else []), *stages]
-    cells = [[stage.figure(task, metric) for task in tasks] for stage in everyone]  # [(1 +) stages][tasks]
+    """One metric: the matrix, its intervals, the zero-shot row, the learning curve and the summary figures."""
+    everyone = [*([zero_shot] if zero_shot else []), *stages, *goals.values()]
+    cells = [[stage.figure(task, metric) for task in tasks] for stage in everyone]  # [(1 +) stages + goals][tasks]
     values = [[cell["value"] for cell in row] for row in cells]
-    first = len(everyone) - len(stages)
+    first = 1 if zero_shot else 0
+    last = first + len(stages)
     found = {
         "formula": cells[0][0]["formula"].split(" (")[0] if metric.startswith("majority") else cells[0][0]["formula"],
-        "n": [cell["n"] for cell in cells[-1]],
-        "matrix": values[first:],
-        "ci95": [[cell["ci95"] for cell in row] for row in cells[first:]],
+        "n": [cell["n"] for cell in cells[last - 1]],
+        "matrix": values[first:last],
+        "ci95": [[cell["ci95"] for cell in row] for row in cells[first:last]],
         "zero_shot": values[0] if zero_shot else None,
+        "references": dict(zip(goals, values[last:], strict=True)),
     }
     reasons = [cell.get("reason", "missing") for row in cells for cell in row if cell["value"] is None]
     if reasons:
-        return {**found, "summary": None, "reason": reasons[0]}
-    table = np.array(values)
-    figures = summary(table[first:], table[0] if zero_shot else None)
+        return {**found, "learning_curve": None, "summary": None, "reason": reasons[0]}
+
+    def measured(table: np.ndarray) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        """Learning curve and summary of ``[..., (1 +) stages + goals, tasks]``."""
+        matrix, base = table[..., first:last, :], table[..., 0, :] if zero_shot else None
+        rows = {name: table[..., last + number, :] for number, name in enumerate(goals)}
+        return learning_curve(matrix), summary(matrix, base, rows)
+
+    curve, figures = measured(np.array(values))
     replicates = _replicates(everyone, tasks, metric, weights)
-    spread = None if replicates is None else summary(replicates[:, first:], replicates[:, 0] if zero_shot else None)
+    drawn = None if replicates is None else measured(replicates)
+    found["learning_curve"] = {
+        "value": curve.tolist(),
+        "ci95": None if drawn is None else [interval(drawn[0][..., stage]) for stage in range(len(stages))],
+    }
     found["summary"] = {
         name: {
             "value": float(value) if np.isfinite(value) else None,
-            "ci95": None if spread is None else interval(spread[name]),
+            "ci95": None if drawn is None else interval(drawn[1][name]),
         }
         for name, value in figures.items()
     }
@@ -262,96 +312,6 @@ def _replicates(
         total = drawn @ np.nan_to_num(table)
         columns.append(np.divide(total, counted, out=np.full(total.shape, np.nan), where=counted > 0))
     return np.stack(columns, axis=-1)
-
-
-# -- showing -----------------------------------------------------------------------------------------------------------
-
-
-def matrix_text(result: Mapping[str, Any]) -> str:
-    """The matrices and their summary figures as text."""
-    return "\n".join(_metric_text(name, found, result) for name, found in result["metrics"].items())
-
-
-def _metric_text(name: str, found: Mapping[str, Any], result: Mapping[str, Any]) -> str:
-    rows = _labelled_rows(found, result)
-    wide = max(len(label) for label, _ in rows)
-    lines = [f"\n{name:<{wide}}" + "".join(f"  {task:>8}" for task in result["tasks"])]
-    for label, values in rows:
-        lines.append(f"{label:<{wide}}" + "".join(f"  {_number(value):>8}" for value in values))
-    if found["summary"] is None:
-        return "\n".join([*lines, f"  no summary: {found['reason']}"])
-    for key, figure in found["summary"].items():
-        if figure["value"] is not None:
-            span = "" if figure["ci95"] is None else " [{}, {}]".format(*(_signed(key, end) for end in figure["ci95"]))
-            lines.append(f"  {SUMMARY_TITLES[key]:<18}{_signed(key, figure['value'])}{span}")
-    return "\n".join(lines)
-
-
-def _labelled_rows(found: Mapping[str, Any], result: Mapping[str, Any]) -> list[tuple[str, Sequence[float | None]]]:
-    rows = [(f"after {task}", values) for task, values in zip(result["tasks"], found["matrix"], strict=True)]
-    return [("zero-shot", found["zero_shot"]), *rows] if found["zero_shot"] else rows
-
-
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3f}"
-
-
-def _signed(key: str, value: float) -> str:
-    """Differences with their sign, averages without."""
-    return f"{value:.3f}" if key in ("average_final", "learning_accuracy") else f"{value:+.3f}"
-
-
-def draw(result: Mapping[str, Any], path: Path) -> bool:
-    """Write the heat map, one panel per metric that has values; False when matplotlib is not installed."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
-        return False
-    shown = {name: found for name, found in result["metrics"].items() if found["summary"] is not None}
-    across = min(4, max(1, len(shown)))
-    down = -(-len(shown) // across) or 1
-    tasks = len(result["tasks"])
-    size = (across * (1.6 + 0.75 * tasks), down * (1.5 + 0.42 * (tasks + 1)))
-    picture = Figure(figsize=size, layout="constrained")
-    FigureCanvasAgg(picture)
-    panels = picture.subplots(down, across, squeeze=False).flatten()
-    for panel, (name, found) in zip(panels, shown.items(), strict=False):
-        _draw_panel(panel, name, found, result)
-    for panel in panels[len(shown) :]:
-        panel.set_axis_off()
-    with atomic_write(path, "wb") as stream:
-        picture.savefig(stream, format="png", dpi=150, metadata={"Software": None})
-    return True
-
-
-def _draw_panel(panel: Any, name: str, found: Mapping[str, Any], result: Mapping[str, Any]) -> None:
-    rows = _labelled_rows(found, result)
-    table = np.array([values for _, values in rows], dtype=float)
-    top = max(1.0, float(table.max()))
-    panel.imshow(table, cmap="Blues", vmin=0, vmax=top, aspect="auto")
-    for (row, column), value in np.ndenumerate(table):
-        colour = "white" if value > 0.6 * top else "black"
-        panel.text(column, row, f"{value:.3f}", ha="center", va="center", color=colour, fontsize=9)
-    first = len(rows) - len(result["tasks"])
-    for number in range(len(result["tasks"])):  # the cell of the stage that trained the task
-        panel.add_patch(_frame(number - 0.5, number + first - 0.5))
-    panel.set_xticks(range(len(result["tasks"])), result["tasks"])
-    panel.set_yticks(range(len(rows)), [label for label, _ in rows])
-    panel.tick_params(length=0)
-    caption = [
-        f"{SUMMARY_TITLES[key]} {_signed(key, found['summary'][key]['value'])}"
-        for key in ("average_final", "bwt", "forgetting")
-        if found["summary"][key]["value"] is not None
-    ]
-    panel.set_title(METRIC_TITLES.get(name, name.replace("_", " ")), fontsize=11)
-    panel.set_xlabel("\n".join([", ".join(caption[:1]), ", ".join(caption[1:])]), fontsize=8)
-
-
-def _frame(left: float, bottom: float) -> Any:
-    from matplotlib.patches import Rectangle
-
-    return Rectangle((left, bottom), 1, 1, fill=False, edgecolor="black", linewidth=1.5)
 
 
 if __name__ == "__main__":

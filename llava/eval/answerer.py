@@ -42,11 +42,12 @@ from llava.eval.generation import (
     given_tasks,
     sorted_batches,
 )
-from llava.eval.question_cache import BlankEncoder, QuestionCache
+from llava.eval.question_cache import MEGABYTES, BlankEncoder, QuestionCache
 from llava.inside import Folder
 from llava.mm_utils import KeywordsStoppingCriteria, get_model_name_from_path
 from llava.model.builder import attach_slots, check_slots_fit, load_pretrained_model, tell_prompt
 from llava.model.configs import llava_config
+from llava.model.prefixes import PrefixStore
 from llava.model.saving import refuse_lost_weights
 from llava.padding import pad
 from llava.slots.adapter import read_memory
@@ -211,6 +212,7 @@ class Answerer:
             raise UserError(f"{place} is a plain language model, not a LLaVA checkpoint")
         if self.base is not None and place != self.base:
             rank0_print(f"{place}: has weights of its own, so it was loaded by itself")
+        model.prefixes = PrefixStore(MEGABYTES * 2**20)
         entries = {name: value for name, value in vars(model.config).items() if name in _PROMPT_ENTRIES}
         return _Loaded((place, base), tokenizer, model.eval(), image_processor, model.retriever, entries)
 
@@ -330,6 +332,7 @@ class Answerer:
             **self._padded(ids),
             "image_features": [[sight.features.to(model.device) for sight in seen] for seen in sights],
             "image_sizes": [one_or_all([sight.size for sight in seen]) for seen in sights],
+            "picture_names": [self.cache.names(row, encoder) for row in rows],
             "rows": rows,
         }
         if adapter is not None and adapter.active and adapter.settings.uses_images:

@@ -9,6 +9,10 @@ are already there, from the same inputs and versions, is not scored again. Ids m
 answer is an error that names it. Where rows share an id, their answers are told apart by the position they name, or by
 their order (``llava.eval.answer_match``).
 
+``--train-file`` adds what is reached without looking: the commonest training answer, and the answer of the training
+question nearest in words. ``--compare A B`` compares two answer files by a paired bootstrap, also without scoring any;
+with ``--output-dir`` the comparison is written to ``comparison.json`` there.
+
 The answer rows of the public prototype (``pred_response``, ``gt_response``) are read too, and its flags are known:
 ``--pred-path``, ``--gt-file``, and ``--output-json`` for a further file of the caption metrics in its form.
 """
@@ -17,7 +21,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -28,20 +32,24 @@ import llava
 from llava.cli import SEEDS, fail, flag, parse, spelled
 from llava.data.answers import parse_answer
 from llava.data.jsonl import json_values
-from llava.data.metric_names import METRICS, metric_names
+from llava.data.metric_names import METRICS
 from llava.data.rows import Row, read_rows, write_jsonl
 from llava.eval.answer_match import answers_of, missing_rows, some, taken_by_order
+from llava.eval.comparison import compare, comparison_table, drops, pictures_table
 from llava.eval.metrics import OVERALL, normalise, score
+from llava.eval.metrics.scoring import Prepared
 from llava.eval.score_schema import read_scores
+from llava.eval.score_table import score_table
 from llava.eval.statistics import DRAWS, SEED
 from llava.eval.text_metrics import TextScorer
 from llava.files import atomic_write, file_sha256
 from llava.inside import check_file_name
 from llava.utils import UserError, require_file, run_cli
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 SCORES_NAME = "scores.json"
 ROWS_NAME = "rows.jsonl"
+COMPARISON_NAME = "comparison.json"
 ANSWER_NAMES = ("text", "answer", "pred", "pred_response")
 """Where a prediction may stand, as the prototype looks for it: this project's name first."""
 PROTOTYPE_NAMES = {**{f"bleu_{n}": f"Bleu_{n}" for n in range(1, 5)}, "meteor": "METEOR", "rouge_l": "ROUGE_L"}
@@ -53,8 +61,9 @@ class Arguments:
     """Flags."""
 
     question_file: str = flag(help="question rows with reference answers and domains", aliases=spelled("gt_file"))
-    answers_file: list[str] = flag(help="one answers file per model or stage", aliases=spelled("pred_path"))
-    train_file: list[str] = flag([], "training rows, for the majority baselines", empty=True)
+    answers_file: list[str] = flag([], "one answers file per model or stage", aliases=spelled("pred_path"))
+    compare: list[str] = flag([], "two answers files: the second against the first")
+    train_file: list[str] = flag([], "training rows, for the majority and nearest-question baselines", empty=True)
     output_dir: str | None = flag(None, "write <output-dir>/<model_id>/scores.json (default: beside the answers)")
     output_json: str | None = flag(None, "write the caption metrics there too, as the prototype did (one answers file)")
     allow_partial: bool = flag(False, "score the answered questions only")
@@ -69,29 +78,40 @@ def parse_arguments(argv: Sequence[str] | None = None) -> Arguments:
     arguments = parse(Arguments, argv, __doc__)
     if arguments.draws < 2:
         fail("--draws must be at least 2")
+    if len(arguments.compare) not in (0, 2):
+        fail("--compare takes two answers files")
+    if not arguments.answers_file and not arguments.compare:
+        fail("the following arguments are required: --answers-file, or --compare")
     if arguments.output_json and len(arguments.answers_file) > 1:
         fail("--output-json is one file; give one answers file with it")
     return arguments
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Score every answers file and print its table."""
+    """Score every answers file and print its table, then the comparison."""
     score_files(parse_arguments(argv))
 
 
-def score_files(arguments: Arguments) -> None:
+def score_files(arguments: Arguments, pictures: Mapping[str, Mapping[str, Path]] | None = None) -> None:
     """Score answers files and print their tables; Java starts once for all.
+
+    Args:
+        pictures: of an answers file by kind the file of the same model's answers to other pictures; its scores say what
+            the pictures contribute.
 
     Raises:
         UserError: a file is missing, or does not answer the questions (see ``match_answers``).
     """
     rows = read_rows(arguments.question_file)
     train_rows = [row for path in arguments.train_file for row in read_rows(path)]
-    jobs = [_Job(path, rows, arguments) for path in arguments.answers_file]
+    jobs = [_Job(path, rows, arguments, (pictures or {}).get(path)) for path in arguments.answers_file]
+    compared = [_Answers(path, rows, arguments.allow_partial) for path in arguments.compare]
     _refuse_shared_outputs(jobs)
     with closing(TextScorer(use_java=False if arguments.no_java else None)) as scorer:
-        for job in jobs:
-            scores = job.finished_scores(scorer.tokenizer)
+        finished = [job.finished_scores(scorer.tokenizer) for job in jobs]
+        left = [job for job, found in zip(jobs, finished, strict=True) if found is None]
+        scorer.tokenize([text for job in left for part in (job, *job.pictures.values()) for text in part.texts()])
+        for job, scores in zip(jobs, finished, strict=True):
             if scores is None:
                 scores = job.score(train_rows, scorer)
             else:
@@ -99,18 +119,62 @@ def score_files(arguments: Arguments) -> None:
             if arguments.output_json:
                 write_caption_scores(Path(arguments.output_json), scores)
             print(score_table(scores), flush=True)
+            if scores.get("pictures"):
+                print(pictures_table(scores["pictures"]), flush=True)
+        if compared:
+            _compare(compared, arguments, scorer)
 
 
-class _Job:
-    """One answers file, checked against the question rows, and the place of its scores."""
+def _compare(files: Sequence[_Answers], arguments: Arguments, scorer: TextScorer) -> None:
+    """Print the comparison of two answers files, and write it where there is a folder for it."""
+    first, second = files
+    found = _compared(first, second, arguments, scorer)
+    print(f"\n{second.path} against {first.path}")
+    print(comparison_table(found, ("first", "second")), flush=True)
+    if arguments.output_dir:
+        provenance = {"question_file": _fingerprint(arguments.question_file), "tokenizer": scorer.tokenizer}
+        provenance |= {"first": _fingerprint(first.path), "second": _fingerprint(second.path)}
+        provenance |= {"draws": arguments.draws, "seed": arguments.seed}
+        result = {"format_version": FORMAT_VERSION, "groups": found, "provenance": provenance}
+        _write(Path(arguments.output_dir) / COMPARISON_NAME, result)
 
-    def __init__(self, path: str, rows: Sequence[Row], arguments: Arguments):
-        self.arguments = arguments
+
+def _compared(first: _Answers, second: _Answers, arguments: Arguments, scorer: TextScorer) -> dict[str, Any]:
+    """See ``compare``.
+
+    Raises:
+        UserError: the two don't answer the same questions.
+    """
+    if [row.key for row in first.rows] != [row.key for row in second.rows]:
+        raise UserError(f"{first.path} and {second.path} answer different questions (finish both runs)")
+    scorer.tokenize([*first.texts(), *second.texts()])
+    mine, theirs = (Prepared.of(side.rows, side.answers, (), scorer) for side in (first, second))
+    return compare(mine, theirs, arguments.draws, arguments.seed)
+
+
+class _Answers:
+    """One answers file, checked against the question rows."""
+
+    def __init__(self, path: str | Path, rows: Sequence[Row], allow_partial: bool):
         self.path = Path(path)
-        answers = load_answers(self.path)
-        self.rows, self.answers = match_answers(rows, answers, self.path, arguments.allow_partial)
+        self.given = load_answers(self.path)
+        self.rows, self.answers = match_answers(rows, self.given, self.path, allow_partial)
         self.missing = len(rows) - len(self.rows)
-        self.model_id = model_id_of(answers, self.path)
+
+    def texts(self) -> Iterable[str]:
+        """References and predictions."""
+        return (text for row, answer in zip(self.rows, self.answers) for text in (row.answer or "", answer["text"]))
+
+
+class _Job(_Answers):
+    """An answers file to be scored, the same model's answers to other pictures, and the place of the scores."""
+
+    def __init__(self, path: str, rows: Sequence[Row], arguments: Arguments, pictures: Mapping[str, Path] | None):
+        super().__init__(path, rows, arguments.allow_partial)
+        self.arguments = arguments
+        others = {} if pictures is None else pictures
+        self.pictures = {kind: _Answers(other, rows, arguments.allow_partial) for kind, other in others.items()}
+        self.model_id = model_id_of(self.given, self.path)
         folder = Path(arguments.output_dir) / self.model_id if arguments.output_dir else self.path.parent
         self.target = folder / SCORES_NAME
         if arguments.output_json and Path(arguments.output_json).resolve() == self.target.resolve():
@@ -128,6 +192,9 @@ class _Job:
             "draws": arguments.draws,
             "seed": arguments.seed,
             "unanswered_questions": self.missing,
+            **(
+                {"pictures": {kind: _fingerprint(p.path) for kind, p in self.pictures.items()}} if self.pictures else {}
+            ),
             **_plugins(),
         }
 
@@ -139,7 +206,8 @@ class _Job:
             scores, _ = read_scores(self.target)
         except UserError:  # an older or foreign file: it is replaced
             return None
-        return scores if _checksums(scores["provenance"]) == _checksums(self.provenance(tokenizer)) else None
+        same = scores.get("format_version") == FORMAT_VERSION
+        return scores if same and _checksums(scores["provenance"]) == _checksums(self.provenance(tokenizer)) else None
 
     def score(self, train_rows: Sequence[Row], scorer: TextScorer) -> dict[str, Any]:
         """Score, write ``rows.jsonl`` and then ``scores.json``, return the scores."""
@@ -150,15 +218,18 @@ class _Job:
             "format_version": FORMAT_VERSION,
             "model_id": self.model_id,
             **found,
+            **({"pictures": self.compare_pictures(scorer)} if self.pictures else {}),
             "rows_file": ROWS_NAME,
             "provenance": self.provenance(scorer.tokenizer),
         }
         write_jsonl(self.target.with_name(ROWS_NAME), _row_values(self.rows, self.answers, per_row, by_domain))
-        with atomic_write(self.target) as stream:
-            json.dump(scores, stream, indent=1, ensure_ascii=False, allow_nan=False)
-            stream.write("\n")
-        print(f"wrote {self.target}")
+        _write(self.target, scores)
         return scores
+
+    def compare_pictures(self, scorer: TextScorer) -> dict[str, Any]:
+        """By kind of picture shown in place of the real ones, what is lost."""
+        kinds = self.pictures.items()
+        return {kind: {"groups": drops(_compared(self, other, self.arguments, scorer))} for kind, other in kinds}
 
 
 # -- reading ---------------------------------------------------------------------------------------------------------
@@ -274,6 +345,13 @@ def _checksums(provenance: Any) -> Any:
     return [_checksums(value) for value in provenance] if isinstance(provenance, list) else provenance
 
 
+def _write(path: Path, value: Mapping[str, Any]) -> None:
+    with atomic_write(path) as stream:
+        json.dump(value, stream, indent=1, ensure_ascii=False, allow_nan=False)
+        stream.write("\n")
+    print(f"wrote {path}")
+
+
 def write_caption_scores(path: Path, scores: Mapping[str, Any]) -> None:
     """The caption metrics alone, as the prototype wrote them: ``{group: {"Bleu_1": value, ...}}``, ``overall`` first.
 
@@ -309,43 +387,6 @@ def _row_values(
             "scores": {name: column[number] for name, column in per_row.items() if column[number] is not None},
             **({"scores_by_domain": by_domain[number]} if by_domain[number] else {}),
         }
-
-
-def score_table(scores: Mapping[str, Any]) -> str:
-    """The scores as text: one line a metric, one column a group, values with their 95 % intervals."""
-    groups = scores["groups"]
-    names = [OVERALL, *sorted(groups.keys() - {OVERALL})]
-    lines = [["", *names], ["rows", *(str(groups[name]["rows"]) for name in names)]]
-    lines.append(["  of them closed", *(str(groups[name]["closed_rows"]) for name in names)])
-    for metric in metric_names():
-        figures = [groups[name]["figures"][metric] for name in names]
-        if any(figure["value"] is not None for figure in figures):
-            lines.append([metric, *map(_cell, figures)])
-    lines.append(["empty answers", *(str(groups[name]["empty_answers"]) for name in names)])
-    widths = [max(len(line[column]) for line in lines) for column in range(len(names) + 1)]
-    text = [
-        line[0].ljust(widths[0])
-        + "".join(f"  {cell:>{width}}" for cell, width in zip(line[1:], widths[1:], strict=True))
-        for line in lines
-    ]
-    tokenizer = scores["tokenizer"].split(" (")[0]
-    title = f"\n{scores['model_id']}  (95 % bootstrap interval in brackets; tokenizer: {tokenizer})"
-    several, none = scores.get("rows_of_several_domains"), scores.get("rows_of_no_domain")
-    reasons = [f"rows of several domains, counted under each and overall once: {several}"] if several else []
-    reasons += [f"rows of no domain, counted overall alone: {none}"] if none else []
-    reasons += [
-        f"{metric}: missing, {figure['reason']}"
-        for metric, figure in groups[OVERALL]["figures"].items()
-        if figure["value"] is None
-    ]
-    return "\n".join([title, *text, *reasons])
-
-
-def _cell(figure: Mapping[str, Any]) -> str:
-    if figure["value"] is None:
-        return "-"
-    low, high = figure["ci95"]
-    return f"{figure['value']:.3f} [{low:.3f}, {high:.3f}]"
 
 
 if __name__ == "__main__":

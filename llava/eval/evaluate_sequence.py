@@ -8,6 +8,12 @@ and killed work goes on where it stopped and ends with the same bytes: give the 
 
 Under ``output/eval/<sequence>[-<method>][-<route>]``, for ``zero-shot`` and each stage: ``chunks/``, ``answers.jsonl``,
 ``scores.json``, ``rows.jsonl``; and ``accuracy_matrix.json`` with its picture. Each stage's model card shows its row.
+Where the methods ``joint`` and ``individual`` are evaluated already, or this one with the task given, the matrix has
+the gaps to them.
+
+With ``--pictures real blank shuffled`` the base and the last stage answer twice more, with blank pictures and with
+other questions' ones, in folders ``blank`` and ``shuffled`` of their own. The loaded model, what the tower saw and the
+encoded questions are shared; ``scores.json`` of the two then says how many answers change and what each metric loses.
 """
 
 from __future__ import annotations
@@ -25,9 +31,10 @@ from llava.continual.model_card import refresh_figures
 from llava.data.rows import write_jsonl
 from llava.devices import restricted_to, visible_devices
 from llava.eval import eval_video_qa
-from llava.eval.accuracy_matrix import DEFAULT_METRICS, write_matrix
+from llava.eval.accuracy_matrix import DEFAULT_METRICS, fitting, write_matrix
 from llava.eval.answer_file import merge_answers
 from llava.eval.evaluation import Evaluation, Settings
+from llava.eval.shown_pictures import REAL
 from llava.locks import only_writer
 from llava.utils import UserError, quiet_libraries, run_cli
 
@@ -54,17 +61,24 @@ def _evaluate(evaluation: Evaluation, devices: Sequence[str], words: Sequence[st
         answer_on(devices[: evaluation.chunks], [*words, "--chunks", str(evaluation.chunks)])
     else:
         answer(evaluation)
-    files = [str(merge(evaluation, name)) for name, _ in evaluation.models]
-    say(f"scoring {len(files)} answer files")
+    answered = {found: str(merge(evaluation, *found)) for found in evaluation.passes}
+    say(f"scoring {len(answered)} answer files")
     sequence = evaluation.sequence
     train_files = [file for task in sequence.tasks for file in task.files]
+    pictures: dict[str, dict[str, Path]] = {answered[name, REAL]: {} for name, _ in evaluation.models}
+    for (name, kind), file in answered.items():
+        if kind != REAL:
+            pictures[answered[name, REAL]][kind] = Path(file)
+    files = list(answered.values())
     eval_video_qa.score_files(
-        eval_video_qa.Arguments(question_file=sequence.test, answers_file=files, train_file=train_files)
+        eval_video_qa.Arguments(question_file=sequence.test, answers_file=files, train_file=train_files), pictures
     )
     scores = {name: evaluation.folder / name / eval_video_qa.SCORES_NAME for name, _ in evaluation.models}
     zero_shot = scores.pop(evaluation.ZERO_SHOT, None)
     metrics = sequence.metrics or DEFAULT_METRICS
-    matrix = write_matrix(evaluation.folder, list(scores.values()), sequence.task_names, metrics, zero_shot)
+    stages = list(scores.values())
+    references = fitting(evaluation.references(eval_video_qa.SCORES_NAME), stages[-1], sequence.task_names, metrics)
+    matrix = write_matrix(evaluation.folder, stages, sequence.task_names, metrics, zero_shot, references=references)
     refresh_figures(evaluation.places.stages, matrix, evaluation.folder.name)
 
 
@@ -77,9 +91,9 @@ def answer(evaluation: Evaluation, number: int = 0, count: int = 1) -> None:
 
         return Answerer(evaluation.base, evaluation.loading)
 
-    for name, _ in evaluation.models:
+    for name, kind in evaluation.passes:
         for index in range(number, evaluation.chunks, count):
-            evaluation.chunk(name, index).write(answerer, quiet=number > 0)
+            evaluation.chunk(name, index, kind).write(answerer, quiet=number > 0)
 
 
 def answer_on(devices: Sequence[str], words: Sequence[str]) -> None:
@@ -104,10 +118,10 @@ def answer_on(devices: Sequence[str], words: Sequence[str]) -> None:
         raise UserError(f"answering failed on device {', '.join(failed)} (message above); run the same command again")
 
 
-def merge(evaluation: Evaluation, name: str) -> Path:
-    """Join a model's chunks into one file of answers."""
-    target = evaluation.folder / name / "answers.jsonl"
-    chunks = [evaluation.chunk(name, index).answers_file for index in range(evaluation.chunks)]
+def merge(evaluation: Evaluation, name: str, pictures: str) -> Path:
+    """Join a model's chunks of one kind of picture into one file of answers."""
+    target = evaluation.answers_folder(name, pictures) / "answers.jsonl"
+    chunks = [evaluation.chunk(name, index, pictures).answers_file for index in range(evaluation.chunks)]
     write_jsonl(target, merge_answers(evaluation.rows, chunks))
     return target
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import ClassVar
@@ -18,8 +18,9 @@ from llava.data.prompt import check_aspect_ratio
 from llava.data.rows import Row, read_rows
 from llava.data.samples import check_image_files
 from llava.eval.answer_chunk import Chunk
-from llava.eval.generation import Generation, Loading, check_route, given_tasks
+from llava.eval.generation import ORACLE, Generation, Loading, check_route, given_tasks
 from llava.eval.loading_flags import asked_prompt
+from llava.eval.shown_pictures import KINDS, REAL, SHUFFLED, shown_rows
 from llava.inside import Folder, opened_to_links
 from llava.utils import UserError, require_file
 
@@ -45,6 +46,10 @@ class Settings:
     follow_links: bool = flag(False, "open pictures that are links out of their folder")
     image_aspect_ratio: str = flag("", "pad, square or anyres (default: the stage's own)")
     answer_suffix: str | None = flag(None, "text after each question (default: the stage's own; '' for none)")
+    pictures: list[str] = flag(
+        [REAL], "what the base and the last stage are shown, also blank, shuffled", choices=KINDS
+    )
+    picture_seed: int = flag(0, "of the exchange of shuffled pictures")
     stale: str = flag("replace", "answers of other weights or settings", choices=["replace", "refuse"])
     worker: str = flag("", "which part of the chunks this process answers, for the command's own use")
 
@@ -94,6 +99,28 @@ class Evaluation:
         stages: list[tuple[str, Path | None]] = [(stage.name, stage) for stage in self.places.stages]
         return [(self.ZERO_SHOT, None), *stages] if self.settings.zero_shot else stages
 
+    @property
+    def passes(self) -> list[tuple[str, str]]:
+        """Name of the model and kind of picture of everything to be answered: of each model the real pictures first."""
+        kinds = [kind for kind in KINDS if kind in self.settings.pictures and kind != REAL]
+        names = [name for name, _ in self.models]
+        return [
+            (name, kind) for name in names for kind in (REAL, *(kinds if name in (self.ZERO_SHOT, names[-1]) else ()))
+        ]
+
+    def answers_folder(self, name: str, pictures: str = REAL) -> Path:
+        """Where a model's answers to a kind of picture go."""
+        return self.folder / name / ("" if pictures == REAL else pictures)
+
+    def references(self, scores: str) -> dict[str, Path]:
+        """Scores files, where they are there, of what the last stage is compared with: by the reference's name."""
+        others = {name: replace(self.places, method=name) for name in ("joint", "individual")}
+        places = {"task_given": (self.places, ORACLE), **{name: (other, None) for name, other in others.items()}}
+        files = {
+            name: found.evaluation(route) / found.stages[-1].name / scores for name, (found, route) in places.items()
+        }
+        return {name: file for name, file in files.items() if file.is_file() and self.folder not in file.parents}
+
     @cached_property
     def rows(self) -> list[Row]:
         """The test questions."""
@@ -110,19 +137,22 @@ class Evaluation:
         """The defaults: the accelerator of this process, unquantised."""
         return Loading()
 
-    def chunk(self, name: str, number: int) -> Chunk:
-        """One chunk of a model's answers."""
+    def chunk(self, name: str, number: int, pictures: str = REAL) -> Chunk:
+        """One chunk of a model's answers to a kind of picture."""
         settings, stage = self.settings, dict(self.models)[name]
         return Chunk(
             question_file=self.sequence.test,
             rows=self.rows,
             image_folder=self.image_folder,
-            answers_file=self.folder / name / "chunks" / f"{self.chunks}_{number}.jsonl",
+            answers_file=self.answers_folder(name, pictures) / "chunks" / f"{self.chunks}_{number}.jsonl",
             model=self.base if stage is None else str(stage),
             base=None if stage is None else self.base,
             loading=self.loading,
             generation=Generation(
-                max_new_tokens=settings.max_new_tokens, batch_size=settings.batch_size, workers=settings.num_workers
+                max_new_tokens=settings.max_new_tokens,
+                batch_size=settings.batch_size,
+                workers=settings.num_workers,
+                seed=settings.picture_seed if pictures.startswith(SHUFFLED) else 0,
             ),
             route=settings.route or None,
             number=number,
@@ -130,6 +160,7 @@ class Evaluation:
             asked=asked_prompt(settings),
             defaults={"answer_suffix": self.sequence.answer_suffix},
             replace=settings.stale == "replace",
+            pictures=pictures,
         )
 
     def check(self) -> None:
@@ -151,8 +182,10 @@ class Evaluation:
             for file in task.files:
                 require_file(file, "training file", "the majority baselines need it; make it with: python fusion.py")
         check_stages(self.places.stages, check_base(self.base))
-        check_space(self.folder, ANSWER_BYTES * len(self.rows) * len(self.models), "the answers")
+        check_space(self.folder, ANSWER_BYTES * len(self.rows) * len(self.passes), "the answers")
         check_image_files(self.rows, self.image_folder)
-        for name, _ in self.models:
+        for kind in settings.pictures:
+            shown_rows(self.rows, kind, settings.picture_seed)  # refuses pictures that cannot change places
+        for name, kind in self.passes:
             for number in range(self.chunks):
-                self.chunk(name, number).finished()  # refuses another run's answers, if it should
+                self.chunk(name, number, kind).finished()  # refuses another run's answers, if it should

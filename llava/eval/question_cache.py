@@ -26,7 +26,7 @@ from llava.slots.names import KINDS
 from llava.slots.picture_query import image_queries, image_query_dim
 
 MEGABYTES = 2048
-"""Memory for features, about 1700 pictures of LLaVA-1.5 in half precision."""
+"""Memory for features, about 1700 pictures of LLaVA-1.5 in half precision; as much again for a model's prefixes."""
 
 RECENT = 64
 """Pictures beyond that memory that are kept while their neighbours are asked about."""
@@ -97,6 +97,11 @@ class QuestionCache:
                 key = _key(name, encoder)
                 if self._known(key) is None and key not in self.coming:
                     self.coming[key] = pool.submit(encoder.open_picture, row, name)
+
+    @staticmethod
+    def names(row: Row, encoder: PromptEncoder) -> list[tuple]:
+        """What tells the pictures of the row's question from all others."""
+        return [_key(name, encoder) for name in row.shown]
 
     def look(self, row: Row, encoder: PromptEncoder, model: Any) -> list[Sight]:
         """The pictures of the row's question as ``model`` sees them.

@@ -12,11 +12,11 @@ shown and nothing else: a route's picture part is that of the blank or of the ot
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import replace
 
 from llava.data.rows import Row
+from llava.folds import shuffled
 from llava.utils import UserError
 
 REAL, BLANK, SHUFFLED, ACROSS = "real", "blank", "shuffled", "shuffled-across"
@@ -59,8 +59,7 @@ def _exchanged(rows: Sequence[Row], domain: str | None, seed: int) -> dict[str, 
         for name in row.images:
             beside.setdefault(name, set()).update(row.images)
     names = sorted(beside)
-    order = sorted(names, key=lambda name: hashlib.sha256(f"{seed} {name}".encode()).digest())
-    given = dict(zip(names, order, strict=True))
+    given = dict(zip(names, shuffled(names, seed), strict=True))
     for name in names:
         if given[name] in beside[name]:
             other = next((o for o in names if given[o] not in beside[name] and given[name] not in beside[o]), None)

@@ -67,6 +67,8 @@ class TextScorer:
         if use_java and self._java is None:
             raise UserError(NO_JAVA)
         self._meteor: MeteorProcess | None = None
+        self._tokens: dict[str, str] = {}
+        self._meteor_rows: dict[tuple[str, str], np.ndarray] = {}
         self.tokenizer = PTB_TOKENIZER if self._java else PLAIN_TOKENIZER
         self.meteor_reason = None if self._java else JAVA_OFF if use_java is False else NO_JAVA
 
@@ -77,10 +79,12 @@ class TextScorer:
             self._meteor = None
 
     def tokenize(self, texts: Sequence[str]) -> list[str]:
-        """The texts as tokens joined by spaces, in order."""
+        """The texts as tokens joined by spaces, in order; a text is tokenised once, whoever asks for it again."""
         if self._java is None:
             return [" ".join(plain_tokens(text)) for text in texts]
-        return ptb_tokenize(texts, self._java)
+        new = [text for text in dict.fromkeys(texts) if text not in self._tokens]
+        self._tokens.update(zip(new, ptb_tokenize(new, self._java), strict=True))
+        return [self._tokens[text] for text in texts]
 
     def statistics(self, references: Sequence[str], predictions: Sequence[str]) -> dict[str, Statistic | str]:
         """The metrics of one group of tokenised rows; a string in place of a metric says why it is missing."""
@@ -94,11 +98,19 @@ class TextScorer:
         try:
             if self._meteor is None:
                 self._meteor = MeteorProcess(self._java or "java")
-            rows = self._meteor.rows(references, predictions)
+            rows = self._known_rows(self._meteor, list(zip(references, predictions, strict=True)))
         except (OSError, ValueError) as error:
             self.meteor_reason = f"METEOR's Java process failed: {error}"
             return self.meteor_reason
         return Statistic(FORMULAS["meteor"], rows, meteor_value, len(rows))
+
+    def _known_rows(self, meteor: MeteorProcess, pairs: Sequence[tuple[str, str]]) -> np.ndarray:
+        """Counts ``[rows, 23]``; each pair of texts is aligned once, in however many groups and files it stands."""
+        new = [pair for pair in dict.fromkeys(pairs) if pair not in self._meteor_rows]
+        if new:
+            rows = meteor.rows([reference for reference, _ in new], [prediction for _, prediction in new])
+            self._meteor_rows.update(zip(new, rows, strict=True))
+        return np.array([self._meteor_rows[pair] for pair in pairs]).reshape(-1, _METEOR_COLUMNS)
 
 
 # -- tokenisers ----------------------------------------------------------------------------------------------------

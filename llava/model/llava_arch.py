@@ -267,6 +267,7 @@ class LlavaMetaForCausalLM(Routed, SharedPrefixes, PicturedText):
         image_query: Tensor | None = None,
         tasks: Sequence[str | None] | None = None,
         route: Route | str | None = None,
+        picture_names: Names | None = None,
         **kwargs,
     ) -> Tensor:
         """Answer token ids ``[batch, new tokens]`` (only the new ones).
@@ -286,6 +287,8 @@ class LlavaMetaForCausalLM(Routed, SharedPrefixes, PicturedText):
             tasks: the true task of each question; given, only that task's slots compete (oracle routing); ``None`` in a
                 row: the router decides.
             route: a route decided before, or ``"none"``: the base model answers.
+            picture_names: tell each row's pictures apart. With them and a store of prefixes (``llava.model.prefixes``)
+                the prefill begins behind the pictures, where that gives the same answer.
 
         The route used is kept as ``last_route`` (``None`` when the base model answered).
 
@@ -309,9 +312,17 @@ class LlavaMetaForCausalLM(Routed, SharedPrefixes, PicturedText):
         self._settle(decision.route)
         if embeds is None:
             features = [[] for _ in input_ids] if image_features is None else image_features
-            projected = self.project_features(features, image_sizes)
             action = decision.action(len(input_ids), self.get_model().embed_tokens.weight.dtype)
-            embeds, mask, _, _, _, starts = self._splice(input_ids, mask, None, projected, "left", action.prefix)
+            laid = None
+            if picture_names is not None and self._may_share(decision, action, kwargs):
+                if self._may_go_on(kwargs, self.generation_config):
+                    laid = self._laid_out(input_ids, mask, picture_names, features, image_sizes)
+            if laid is not None:
+                embeds, mask, kwargs["past_key_values"], start = laid
+                starts = [start] * len(input_ids)
+            else:
+                projected = self.project_features(features, image_sizes)
+                embeds, mask, _, _, _, starts = self._splice(input_ids, mask, None, projected, "left", action.prefix)
             decision = decision.starting(starts)
         else:
             decision = self._starting(decision, embeds)

@@ -31,6 +31,8 @@ Names = Sequence[Sequence[Hashable]]
 
 _OF_ALL = ("output_hidden_states", "output_attentions", "logits_to_keep")
 """Options of a pass whose results have a place for each position."""
+_OWN_CACHE = ("past_key_values", "cache_implementation", "prefill_chunk_size")
+"""Options of ``generate`` that decide how a cache is made and filled."""
 
 
 class PrefixStore:
@@ -133,6 +135,52 @@ class SharedPrefixes:
             return False
         return not any(weight.requires_grad or hasattr(weight, "ds_id") for weight in decoder.parameters())
 
+    def _may_go_on(self, options: Mapping[str, Any], defaults: Any) -> bool:
+        """Whether ``generate`` with ``options`` can begin on a cache that is filled already."""
+        settings = options.get("generation_config") or defaults
+        asked = {name: getattr(settings, name, None) for name in ("num_beams", "num_return_sequences", "use_cache")}
+        asked |= {name: value for name, value in options.items() if name in asked}
+        several = max(asked["num_beams"] or 1, asked["num_return_sequences"] or 1) > 1
+        own = any(options.get(name) or getattr(settings, name, None) for name in _OWN_CACHE)
+        return not several and not own and asked["use_cache"] is not False
+
+    def _laid_out(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        names: Names,
+        features: list[list[Tensor]],
+        image_sizes: Any,
+    ) -> tuple[Tensor, Tensor, DynamicCache, int] | None:
+        """Prompts for ``generate``: embeddings ``[batch, length, hidden]`` and mask ``[batch, length]``, each row's
+        prefix and the rest padded on the left by themselves, the cache of the prefixes and their common length.
+
+        The prefixes' embeddings are left 0: they are in the cache. ``None`` where all positions must run, or where
+        prefixes would be worked out that find no room.
+        """
+        rows = split_rows(input_ids, attention_mask)
+        if rows is None or not any(row.head for row in rows):
+            return None
+        assert self.prefixes is not None  # _may_share
+        wanted = [(tuple(own), row.head) for row, own in zip(rows, names, strict=True) if row.head]
+        if self.prefixes.full and any(self.prefixes.get(key) is None for key in wanted):
+            return None
+        prefixes = self._prefixes(rows, names, features, image_sizes)
+        if self._too_long(prefixes, rows):
+            return None
+        cached, seen = joined(prefixes, input_ids.device)
+        ids, real = pad([torch.tensor(row.ids) for row in rows], "left")
+        words = self.get_model().embed_tokens(ids.to(input_ids.device))
+        empty = words.new_zeros(len(rows), seen.shape[1], words.shape[2])
+        mask = torch.cat([seen, real.to(seen.device)], dim=1)
+        return torch.cat([empty, words], dim=1), mask, filled(cached), seen.shape[1]
+
+    def _too_long(self, prefixes: Sequence[Tensor], rows: Sequence[Row]) -> bool:
+        """Whether a row would be cut to the model's window."""
+        window = getattr(self.config, "tokenizer_model_max_length", None)
+        lengths = [prefix.shape[3] + len(row.ids) for prefix, row in zip(prefixes, rows, strict=True)]
+        return window is not None and max(lengths) > window
+
     def _behind(
         self,
         input_ids: Tensor,
@@ -147,17 +195,13 @@ class SharedPrefixes:
         if features is None or rows is None or not any(row.head for row in rows):
             return None
         prefixes = self._prefixes(rows, names, features, image_sizes)
-        window = getattr(self.config, "tokenizer_model_max_length", None)
-        lengths = [prefix.shape[3] for prefix in prefixes]
-        if window is not None and any(
-            length + len(row.ids) > window for length, row in zip(lengths, rows, strict=True)
-        ):
+        if self._too_long(prefixes, rows):
             return None
         cached, seen = joined(prefixes, input_ids.device)
         ids, real = pad([torch.tensor(row.ids) for row in rows])
         known = pad([torch.tensor(row.labels) for row in rows], value=IGNORE_INDEX)[0]
         ids, real, known = (part.to(input_ids.device) for part in (ids, real, known))
-        places = torch.tensor(lengths)[:, None] + torch.arange(ids.shape[1])
+        places = torch.tensor([prefix.shape[3] for prefix in prefixes])[:, None] + torch.arange(ids.shape[1])
         inputs = {
             "inputs_embeds": self.get_model().embed_tokens(ids),
             "attention_mask": torch.cat([seen, real], dim=1),

@@ -48,7 +48,7 @@ class Route:
 
     def on_host(self) -> Route:
         """The same route with its tensors on the CPU."""
-        parts = {name: part.cpu() for name, part in vars(self).items() if isinstance(part, Tensor)}
+        parts: dict[str, Any] = {name: part.cpu() for name, part in vars(self).items() if isinstance(part, Tensor)}
         return replace(self, **parts)
 
     def describe(self, row: int, domain: str | None = None) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from llava.checkpoints.card import (
     write_merged_card,
 )
 from llava.continual import slots as slots_command
-from llava.continual.model_card import figures, refresh_figures
+from llava.continual.model_card import SUMMARY, figures, refresh_figures
 from llava.continual.sequence import load_sequence, shipped_names
 from llava.model.builder import load_pretrained_model
 from llava.model.consolidate import consolidate_ckpt
@@ -240,3 +240,18 @@ def test_sections_hold_what_looks_like_a_pattern(tmp_path):
 
 def test_shipped_sequences_say_their_datas_licence():
     assert all(load_sequence(name).licence for name in shipped_names())
+
+
+def test_a_metric_that_is_missing_has_no_figures_but_leaves_the_others():
+    """As METEOR without Java: the matrix then has neither value nor summary for it."""
+    summary = {name: {"value": 0.5, "ci95": None} for name in SUMMARY}
+    metrics = {
+        "exact_match": {"matrix": [[0.25]], "summary": summary, "n": [4]},
+        "meteor": {"matrix": [[None]], "summary": None, "n": [0]},
+    }
+    text = figures({"tasks": ["abd"], "stages": ["llava-tiny_abd"], "metrics": metrics}, 0, "tiny")
+    rows = {
+        line.split("|")[1].strip(): set(line.split("|")[2:-1]) for line in text.splitlines() if line.startswith("|")
+    }
+    assert {cell.strip() for cell in rows["meteor"]} == {"–"}
+    assert {cell.strip() for cell in rows["exact_match"]} == {"0.250", "0.500"}

@@ -51,7 +51,9 @@ def test_by_hand(tmp_path, scores, capsys):
     assert exact["n"] == [4, 4]
     figures = {name: figure["value"] for name, figure in exact["summary"].items()}
     expected = {"average_final": 0.625, "learning_accuracy": 0.875, "bwt": -0.5, "forgetting": 0.5, "fwt": 0.25}
-    assert figures == expected
+    assert figures == {**expected, "average_over_stages": (1.0 + 0.625) / 2}
+    assert exact["learning_curve"]["value"] == [1.0, 0.625] and len(exact["learning_curve"]["ci95"]) == 2
+    assert exact["references"] == {}
     low, high = exact["summary"]["bwt"]["ci95"]
     assert -1 <= low < -0.5 < high <= 0
     assert result["stages"] == ["llava-tiny_abd", "llava-tiny_abd_chest"]
@@ -85,6 +87,28 @@ def test_a_row_of_two_tasks_stands_in_both_columns_with_its_interval(tmp_path):
     assert exact["matrix"] == [[0.5, 0.0], [0.5, 1.0]] and exact["n"] == [2, 2]
     assert exact["summary"]["bwt"] == {"value": 0.0, "ci95": [-1.0, 1.0]}
     assert result["metrics"]["majority_exact_match"]["matrix"] == [[1.0, 1.0], [1.0, 1.0]]
+
+
+def test_gaps_to_other_methods_final_scores(tmp_path, scores, capsys):
+    joint = score(tmp_path, tmp_path / "q.jsonl", "llava-tiny-joint", (3, 4))
+    result = run(tmp_path, scores, "--reference", f"joint={joint}", f"task_given={scores[2]}")
+    assert result["references"] == {"joint": "llava-tiny-joint", "task_given": "llava-tiny_abd_chest"}
+    exact = result["metrics"]["exact_match"]
+    assert exact["references"]["joint"] == [0.75, 1.0] and exact["matrix"] == [[1.0, 0.25], [0.5, 0.75]]
+    gap = exact["summary"]["gap_to_joint"]
+    assert gap["value"] == 0.25 and gap["ci95"][0] <= 0.25 <= gap["ci95"][1]
+    assert exact["summary"]["gap_to_task_given"] == {"value": 0.0, "ci95": [0.0, 0.0]}  # paired: the same answers
+    printed = capsys.readouterr().out
+    assert "gap to joint" in printed and "seen so far" in printed
+    with pytest.raises(UserError, match="'joint' is not NAME=FILE"):
+        run(tmp_path, scores, "--reference", "joint")
+
+
+def test_references_that_were_scored_otherwise_are_left_out_with_the_reason(tmp_path, scores, capsys):
+    other = write_questions(tmp_path / "other.jsonl", answer="no")
+    files = {"joint": scores[1], "individual": score(tmp_path, other, "foreign", (1, 1))}
+    assert accuracy_matrix.fitting(files, scores[2], TASKS, ["exact_match"]) == {"joint": scores[1]}
+    assert "note: no gap to individual: " in capsys.readouterr().out
 
 
 def test_one_stage_has_no_transfer(tmp_path, scores):

@@ -285,7 +285,8 @@ def real_rows():
 
 
 def test_the_public_floor_of_vqa_rad(tmp_path):
-    # The data set's card: always "no" is right for 48.9 % of the 272 closed test rows.
+    # The data set's card: always "no" is right for 48.9 % of the 272 closed test rows; the nearest question's answer
+    # for 52.2 % of the closed and 14.0 % of the open ones (among equally near ones its choice may be another).
     rows = real_rows()
     questions, train = tmp_path / "test.jsonl", tmp_path / "train.jsonl"
     write_jsonl(questions, rows["test"])
@@ -298,6 +299,8 @@ def test_the_public_floor_of_vqa_rad(tmp_path):
     assert closed["n"] == 272
     assert groups["overall"]["figures"]["majority_closed_accuracy"]["value"] == closed["value"]
     assert [groups[name]["rows"] for name in ("overall", "abd", "chest", "head")] == [451, 158, 174, 119]
+    nearest = [groups["overall"]["figures"][f"nearest_{name}"] for name in ("closed_accuracy", "open_exact_match")]
+    assert [figure["value"] for figure in nearest] == pytest.approx([0.522, 0.140], abs=0.01)
 
 
 # -- the prototype's command line --------------------------------------------------------------------------------------

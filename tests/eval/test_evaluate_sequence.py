@@ -9,6 +9,7 @@ from tiny_llava import write_base, write_images, write_stage
 
 from llava.data.rows import question_row, write_jsonl
 from llava.eval import answer_chunk, answerer, evaluate_sequence, model_vqa_loader
+from llava.eval.metrics import normalise
 from llava.locks import only_writer
 from llava.utils import UserError
 
@@ -106,6 +107,50 @@ def test_one_load_answers_with_the_base_and_every_stage(place, evaluate, loads, 
     assert matrix["stages"] == names[1:] and matrix["zero_shot_model"] == "tiny-base"
 
 
+def test_what_the_pictures_contribute(place, evaluate, loads, capsys, monkeypatch):
+    looked, vision = [], answerer.QuestionCache._seen
+    seen = staticmethod(lambda *parts: looked.append(parts[1]) or vision(*parts))
+    monkeypatch.setattr(answerer.QuestionCache, "_seen", seen)
+    folder = evaluate("--chunks", 2, "--pictures", "blank", "shuffled", "real", "--picture_seed", 3)
+    assert len(loads) == 1 and len(looked) == 5  # four pictures and one blank, for all passes and models
+    last = folder / "llava-tiny_abd_chest"
+    assert not (folder / "llava-tiny_abd" / "blank").exists()
+    told = {}
+    for kind, part in (("real", last), ("blank", last / "blank"), ("shuffled", last / "shuffled")):
+        answers = [json.loads(line) for line in (part / "answers.jsonl").read_text().splitlines()]
+        told[kind] = [answer["text"] for answer in answers]
+        assert [answer["metadata"].get("pictures", "real") for answer in answers] == [kind] * 11
+        assert (part / "scores.json").is_file()
+    pictures = json.loads((last / "scores.json").read_text())["pictures"]
+    assert list(pictures) == ["blank", "shuffled"]
+    for kind, found in pictures.items():
+        overall = found["groups"]["overall"]
+        pairs = zip(told["real"], told[kind], strict=True)
+        changed = sum(normalise(one) != normalise(other) for one, other in pairs)
+        assert changed and overall["changed"]["value"] == changed / 11
+        drop = overall["figures"]["exact_match"]
+        assert drop["drop"] == drop["real"] - drop["shown"] and len(drop["ci95"]) == 2
+        assert set(found["groups"]) == {"overall", *TASKS}
+    assert "pictures" in json.loads((folder / "zero-shot" / "scores.json").read_text())
+    printed = capsys.readouterr().out
+    assert printed.count("what the pictures contribute") == 2 and "abd: answers that change" in printed
+    before = contents(folder)
+    evaluate("--chunks", 2, "--pictures", "real", "blank", "shuffled", "--picture_seed", 3)
+    assert contents(folder) == before and len(loads) == 1
+    evaluate("--chunks", 2)  # without the passes the scores speak of the real pictures alone
+    assert "pictures" not in json.loads((last / "scores.json").read_text())
+
+
+def test_gaps_to_what_is_evaluated_already(place, evaluate, tmp_path):
+    evaluate("--route", "oracle")
+    for stage in ("llava-tiny_abd", "llava-tiny_abd_chest"):
+        os.symlink(place / "output" / stage, tmp_path / stage.replace("tiny", "tiny-joint"))
+    evaluate("--method", "joint")
+    summary = json.loads((evaluate() / "accuracy_matrix.json").read_text())["metrics"]["exact_match"]["summary"]
+    assert {"gap_to_joint", "gap_to_task_given"} <= set(summary) and "gap_to_individual" not in summary
+    assert summary["gap_to_joint"] == {"value": 0.0, "ci95": [0.0, 0.0]}  # the very same stages
+
+
 def test_repeating_changes_nothing_and_loads_nothing(evaluate, loads):
     before = contents(evaluate("--chunks", 2))
     loads.clear()
@@ -190,6 +235,10 @@ def of_another_picture(place):
     return {"test": [{**row, "image": "absent.png"} if row["question_id"] == 9 else row for row in rows_of(place)]}
 
 
+def of_one_picture(place):
+    return {"test": [{**row, "image": "0.png"} if row["domain"]["abd"] else row for row in rows_of(place)]}
+
+
 LATE = [
     (without_a_domain, (), r"no question is of task 'abd' \(its domains are none\)"),
     (of_two_tasks, ("--route", "oracle"), r"question_id 5 has several \(abd, chest\)"),
@@ -202,6 +251,7 @@ LATE = [
     (lambda _: {}, ("--conv_mode", "v99"), "v99"),
     (lambda _: {}, ("--image_aspect_ratio", "pda"), "did you mean 'pad'"),
     (lambda _: {}, ("--batch_size", 0), "--batch_size is 0"),
+    (of_one_picture, ("--pictures", "shuffled"), "domain 'abd' cannot change places: 0.png"),
     (lambda _: {}, ("--method", "joint"), "stage checkpoint not found: .*llava-tiny-joint_abd"),
     (lambda _: {}, ("--base_model", "no-such-model"), "no-such-model"),
     (lambda place: {"test": place / "absent.jsonl"}, (), "absent.jsonl"),

@@ -230,9 +230,12 @@ def exact_loss(logits, names, behind):
 def passes(model):
     """How many positions each pass of the decoder ran."""
     ran = []
-    watch = model.model.register_forward_pre_hook(
-        lambda module, args, kwargs: ran.append(tuple(kwargs["inputs_embeds"].shape[:2])), with_kwargs=True
-    )
+
+    def note(module, args, kwargs):
+        given = kwargs["input_ids"] if kwargs.get("inputs_embeds") is None else kwargs["inputs_embeds"]
+        ran.append(tuple(given.shape[:2]))
+
+    watch = model.model.register_forward_pre_hook(note, with_kwargs=True)
     yield ran
     watch.remove()
     model.retriever.pool.finish_training()
@@ -290,6 +293,36 @@ def test_where_prefixes_cannot_be_shared_all_positions_run(passes, model, why, m
         asked["output_hidden_states"] = True
     training(model, *names, store=PrefixStore(2**20), answers_only=True, **asked)
     assert passes[-1][1] >= min(12, max(map(spliced_length, names)))
+
+
+@pytest.mark.parametrize("route", [None, "none"])
+def test_answers_behind_kept_prefixes_are_the_same(model, passes, route):
+    """Of a stage and of the base, whose prefixes are the same; with several beams the whole prompts run."""
+    model.retriever.pool.finish_training()
+    names = ("one", "none", "longer", "two", "one")
+    batch = {**batch_of(*names, side="left"), "picture_names": [NAMES[name] for name in names], "route": route}
+    expected = model.generate(**batch, **GREEDY)
+    passes.clear()
+    try:
+        model.prefixes = PrefixStore(2**20)
+        for again in (False, True):
+            assert torch.equal(model.generate(**batch, **GREEDY), expected)
+            heads = [] if again else [(1, head_length(name)) for name in ("one", "longer", "two")]
+            assert passes[: len(heads) + 1] == [*heads, (5, 6)]
+            passes.clear()
+        other = {**batch, "route": "none" if route is None else None}
+        model.generate(**other, **GREEDY)
+        assert passes[0] == (5, 6)
+        beams = {**GREEDY, "num_beams": 2}
+        shared = model.generate(**batch, **beams)
+        model.prefixes = PrefixStore(0)
+        assert torch.equal(model.generate(**batch, **beams), shared)
+        assert torch.equal(model.generate(**batch, **GREEDY), expected)
+        passes.clear()
+        assert torch.equal(model.generate(**batch, **GREEDY), expected)
+        assert passes[0] == (5, max(map(spliced_length, names)))  # nothing is worked out that finds no room
+    finally:
+        del model.prefixes
 
 
 def test_half_precision_runs():

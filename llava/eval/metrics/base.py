@@ -56,6 +56,7 @@ class Group:
         train_rows: training rows of the group, for baselines; may be empty.
         references, predictions: the texts as tokens joined by spaces, in the order of ``examples``.
         scorer: computes caption metrics from them.
+        nearest: for each example the answer of the training question nearest to it; may be empty.
     """
 
     examples: Sequence[Example]
@@ -63,6 +64,7 @@ class Group:
     references: Sequence[str]
     predictions: Sequence[str]
     scorer: TextScorer
+    nearest: Sequence[str] = ()
 
     @functools.cached_property
     def captions(self) -> dict[str, Statistic | str]:

@@ -15,16 +15,16 @@ from collections.abc import Sequence
 from llava.data.rows import Row
 from llava.normal_form import composed, normalise
 
-_NUMBER_WORDS = {"zero": "0", "one": "1", "two": "2", "three": "3", "four": "4", "five": "5"}
-_NUMBER_WORDS |= {"six": "6", "seven": "7", "eight": "8", "nine": "9", "ten": "10", "none": "0"}
-_ARTICLES = frozenset(("a", "an", "the"))
+NUMBER_WORDS = {"zero": "0", "one": "1", "two": "2", "three": "3", "four": "4", "five": "5"}
+NUMBER_WORDS |= {"six": "6", "seven": "7", "eight": "8", "nine": "9", "ten": "10", "none": "0"}
+ARTICLES = frozenset(("a", "an", "the"))
 _VQA_PUNCTUATION = re.compile(r"[;/\[\]\"{}()=+\\_\-><@`?!:]|(?<!\d)[.,]|[.,](?!\d)")
 
 
 def vqa_tokens(text: str) -> list[str]:
     """Tokens in VQA-v2's form: see the module's docstring."""
     words = _VQA_PUNCTUATION.sub(" ", composed(text).lower()).split()
-    return [_NUMBER_WORDS.get(word, word) for word in words if word not in _ARTICLES]
+    return [NUMBER_WORDS.get(word, word) for word in words if word not in ARTICLES]
 
 
 def is_closed(row: Row) -> bool:
