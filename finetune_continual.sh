@@ -14,7 +14,7 @@ export BASE_MODEL=${BASE_MODEL:-}              # path or hub name, e.g. liuhaoti
 export OUTPUT_DIR=${OUTPUT_DIR:-output}
 METHOD=${METHOD:-retrieval}                    # retrieval, or a baseline: sequential, joint
 KEYS=${KEYS:-}                                 # merged keys; empty: those that merge_prompt_key.py writes
-export ZERO=${ZERO:-}                          # DeepSpeed settings; "none" trains without DeepSpeed
+export ZERO=${ZERO:-}                          # DeepSpeed settings; "none" (the default on one GPU): without DeepSpeed
 # GPUs to use: CUDA_VISIBLE_DEVICES (NVIDIA) or HIP_VISIBLE_DEVICES (AMD); unset means all of them.
 #export CUDA_VISIBLE_DEVICES=0,1,2,3
 #export HIP_VISIBLE_DEVICES=0,1,2,3
@@ -40,7 +40,9 @@ gpus=$(python -c "import torch; print(torch.cuda.device_count())")
 mapfile -t tasks <<<"$task_list"
 mapfile -t stages <<<"$stage_list"
 mapfile -t arguments <<<"$flag_list"
-zero=${zero:-$root/scripts/zero3.json}
+if [ -z "$zero" ]; then
+    if [ "$gpus" -le 1 ]; then zero=none; else zero=$root/scripts/zero3.json; fi # one device has nothing to share out
+fi
 
 # Everything that would stop a later task is looked for before the first one trains; not where flags name other inputs.
 links=()
@@ -55,11 +57,12 @@ arguments+=(--sequence "$SEQUENCE" --method "$METHOD" --save_strategy steps --lo
     --follow_links "$FOLLOW_LINKS")
 if [ -n "$KEYS" ]; then arguments+=(--retriever_state_dict "$KEYS"); fi
 if [ "$gpus" -gt 0 ]; then
-    arguments+=(--gradient_checkpointing True --dataloader_num_workers 4)
+    arguments+=(--gradient_checkpointing auto --dataloader_num_workers 4)
     [[ " ${arguments[*]} " == *" --bf16 "* ]] || arguments+=(--bf16 auto)
     launcher=(python -m deepspeed.launcher.runner --master_port "$MASTER_PORT")
     if [ -z "${CUDA_VISIBLE_DEVICES:-}" ]; then launcher+=(--num_gpus "$gpus"); fi
     launcher+=("$root/llava/train/train_mem.py")
+    if [ "$gpus" = 1 ] && [ "$zero" = none ]; then launcher=(python -m llava.train.train_mem); fi
     echo "== training on $gpus GPU(s) with ${zero/none/no DeepSpeed}"
 else
     arguments+=(--use_cpu True)

@@ -52,6 +52,7 @@ class Arguments(flags_of(KeySettings, default="the sequence's"), WithoutEffect):
     image_folder: str | None = flag(None, "picture folder (default: the sequence's)")
     follow_links: bool = flag(False, "open pictures that are links out of their folder")
     image_aspect_ratio: str | None = flag(None, "pad, square or anyres (default: the base's)")
+    max_pixels: int | None = flag(None, "pixels that a picture may have (default: LLAVA_MAX_PIXELS or 100 million)")
     seed: int | None = flag(None, "default: the sequence's", **SEEDS)
     batch_size: int = flag(16, "pictures encoded at a time", least=1, most=MANY)
     device: str | None = flag(None, "cpu or cuda (default: cuda where there is one)")
@@ -66,10 +67,12 @@ def main() -> None:
     from llava.continual.places import places_of
     from llava.continual.prompt_keys import KeyOptions, fit_task
     from llava.continual.prototype_config import read_prototype_config
+    from llava.image_io import allow_pixels
     from llava.schema import refuse_unknown
     from llava.slots.names import ROUTERS
     from llava.slots.offsets import TARGETS
 
+    allow_pixels(args.max_pixels)
     places = places_of(args.sequence)
     sequence = places.sequence
     sequence.task(args.task)  # refuses a name that the sequence does not have, before anything else is looked for

@@ -6,6 +6,9 @@ IGNORE_INDEX = -100
 IMAGE_TOKEN_INDEX = -200
 """Placeholder id inside ``input_ids``; replaced by image features before the language model runs."""
 
+SHARED_SEGMENT, NO_SEGMENT = 0, -1
+"""Of a row whose turns are kept apart: what all of them see, and padding; the turns count from 1."""
+
 DEFAULT_IMAGE_TOKEN = "<image>"
 DEFAULT_IMAGE_PATCH_TOKEN = "<im_patch>"
 DEFAULT_IM_START_TOKEN = "<im_start>"

@@ -7,8 +7,18 @@ tensors at hand.
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
+from typing import Any
 
 from llava.utils import UserError
+
+
+@dataclass(frozen=True)
+class OnHost:
+    """A tensor of a training batch that stays where and what it is: trainers move tensors to a device, and DeepSpeed's
+    casts them, but routes are decided on the host by exact queries."""
+
+    tensor: Any
 
 
 def has_accelerator() -> bool:
@@ -30,6 +40,13 @@ def gpu_has_bfloat16() -> bool:
     import torch
 
     return torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+def free_memory() -> int | None:
+    """Bytes that are free on this process's accelerator; ``None`` without one."""
+    import torch
+
+    return torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else None
 
 
 def default_device(requested: str | None = None, use_cpu: bool = False) -> str:

@@ -10,6 +10,7 @@ import contextlib
 import errno
 import hashlib
 import itertools
+import json
 import os
 import re
 import shutil
@@ -30,7 +31,7 @@ _SWEPT: set[tuple[int, str]] = set()
 _TEMPORARY = re.compile(r"^\..*\.tmp-(\d+)-\d+@(.+)$", re.DOTALL)
 _ABANDONED = 24 * 3600
 """Seconds after which a temporary file of another machine, whose processes are not known here, is nobody's."""
-_SETTLED = 2 * 10**9
+SETTLED = 2 * 10**9
 """Nanoseconds since its last change after which a file that changes again cannot bear the same time."""
 
 
@@ -197,7 +198,7 @@ def file_sha256(path: str | os.PathLike) -> str:
     ago is read again, because a further change could bear the same time.
     """
     name = os.path.abspath(path)
-    before = _state(name)
+    before = file_state(name)
     if (known := _KNOWN.get(name)) and known[0] == before:
         return known[1]
     with open(name, "rb") as stream:
@@ -205,12 +206,19 @@ def file_sha256(path: str | os.PathLike) -> str:
         while chunk := stream.read(1 << 20):
             digest.update(chunk)
     found = digest.hexdigest()
-    if _state(name) == before and time.time_ns() - max(before[3:]) > _SETTLED:
+    if file_state(name) == before and time.time_ns() - max(before[3:]) > SETTLED:
         _KNOWN[name] = before, found
     return found
 
 
-def _state(path: str) -> tuple[int, ...]:
+def values_sha256(values: Any) -> str:
+    """16 hex digits of a SHA-256 over JSON values, however they are laid out in a file."""
+    as_read = json.loads(json.dumps(values))  # names that were numbers are texts then, and in another order
+    text = json.dumps(as_read, sort_keys=True, ensure_ascii=False)
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+
+
+def file_state(path: str | os.PathLike) -> tuple[int, ...]:
     """Device, inode, size, and the times of the last change of contents and of anything."""
     found = os.stat(path)
     return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns

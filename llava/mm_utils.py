@@ -7,19 +7,17 @@ from __future__ import annotations
 
 import ast
 import base64
-import binascii
 import math
 import re
-from io import BytesIO
 from pathlib import PurePath
 from typing import Any
 
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from transformers import StoppingCriteria
 
 from llava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX
-from llava.image_io import expand2square, load_image, to_rgb
+from llava.image_io import MAX_PIXELS, expand2square, load_image, open_image, to_rgb
 from llava.utils import UserError
 
 __all__ = [
@@ -39,6 +37,8 @@ __all__ = [
 ]
 
 Size = tuple[int, int]
+_KEPT_OF_STRIP = 16
+"""Widths that are kept of a strip's length."""
 
 
 def select_best_resolution(original_size: Size, possible_resolutions: list[Size]) -> Size:
@@ -117,9 +117,10 @@ def load_image_from_base64(image: str | bytes) -> Image.Image:
         UserError: the text is no base64 or holds no picture.
     """
     try:
-        return Image.open(BytesIO(base64.b64decode(image)))
-    except (binascii.Error, UnidentifiedImageError) as error:
+        data = base64.b64decode(image)
+    except ValueError as error:
         raise UserError("the base64 text holds no readable picture (send the bytes of an image file)") from error
+    return open_image(data, "the base64 text")
 
 
 def process_images(
@@ -141,9 +142,20 @@ def process_images(
         background = tuple(int(mean * 255) for mean in image_processor.image_mean)
         tensors = [_pixels(expand2square(image, background), image_processor) for image in pictures]
     else:
-        tensors = [_pixels(image, image_processor) for image in pictures]
+        tensors = [_pixels(_without_far_ends(image, image_processor), image_processor) for image in pictures]
     same = tensors and all(tensor.shape == tensors[0].shape for tensor in tensors)
     return torch.stack(tensors) if same else tensors
+
+
+def _without_far_ends(image: Image.Image, processor: Any) -> Image.Image:
+    """The middle of a strip of which the processor would make gigabytes and keep the middle; others as they are."""
+    edge = (processor.size or {}).get("shortest_edge")
+    shorter, longer = sorted(image.size)
+    if not edge or not getattr(processor, "do_center_crop", False) or longer * edge**2 / shorter <= MAX_PIXELS:
+        return image
+    width, height = (min(side, shorter * _KEPT_OF_STRIP) for side in image.size)
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    return image.crop((left, top, left + width, top + height))
 
 
 def bos_ids(tokenizer: Any) -> list[int]:
@@ -196,13 +208,14 @@ class KeywordsStoppingCriteria(StoppingCriteria):
     def __init__(self, keywords: list[str], tokenizer: Any, input_ids: torch.Tensor) -> None:
         self.keywords = keywords
         self.tokenizer = tokenizer
-        self.prompt = input_ids
+        self.prompt = input_ids.cpu()
         self.keyword_ids = [tokenizer(keyword, add_special_tokens=False)["input_ids"] for keyword in keywords]
         # A keyword may be spelt with more tokens than on its own: every byte could be one, plus a leading space.
         self.max_keyword_len = max((len(keyword.encode()) + 1 for keyword in keywords), default=0)
 
     def call_for_batch(self, output_ids: torch.Tensor, scores: Any = None, **kwargs: Any) -> bool:
         """True when the one row ``output_ids`` ``[1, T]`` ends with a keyword."""
+        output_ids = output_ids.cpu()
         tail = output_ids[0, self._start(output_ids) :][-self.max_keyword_len :].tolist() if self.keywords else []
         if any(ids and tail[-len(ids) :] == ids for ids in self.keyword_ids):
             return True
@@ -211,11 +224,14 @@ class KeywordsStoppingCriteria(StoppingCriteria):
 
     def __call__(self, output_ids: torch.Tensor, scores: Any = None, **kwargs: Any) -> torch.Tensor:
         """Which rows are done: ``[B]`` booleans."""
-        done = [self.call_for_batch(output_ids[row : row + 1], scores) for row in range(output_ids.shape[0])]
+        host = output_ids.cpu()  # once for all rows
+        done = [self.call_for_batch(host[row : row + 1], scores) for row in range(len(host))]
         return torch.tensor(done, dtype=torch.bool, device=output_ids.device)
 
     def _start(self, output_ids: torch.Tensor) -> int:
         """Where the new tokens begin; 0 when ``generate`` ran on embeddings and returns new tokens only."""
         length = self.prompt.shape[1]
-        echoed = output_ids.shape[1] >= length and (self.prompt == output_ids[0, :length]).all(dim=1).any()
+        if output_ids.shape[1] < length:
+            return 0
+        echoed = (self.prompt == output_ids[0, :length]).all(dim=1).any()
         return length if echoed else 0

@@ -67,9 +67,14 @@ class Registry(Generic[Item]):
         return sorted(self._items)
 
     def __iter__(self) -> Iterator[Item]:
-        """Everything, in the order in which it was registered."""
+        """Everything that ships, by module, whichever was imported first; then the others, as they were registered."""
         self._find_all()
-        return iter(list(self._items.values()))
+        return iter(sorted(self._items.values(), key=self._place))
+
+    def _place(self, item: Item) -> str:
+        module = getattr(item, "__module__", None) or type(item).__module__
+        ships = self.package is not None and module.startswith(f"{self.package}.")
+        return module if ships else "~"  # behind every module's name; the order among them stays
 
     def get(self, name: str) -> Item:
         """The thing called ``name``; ``UserError`` names the ones there are."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -133,7 +133,7 @@ def check_fields(
     if closed:
         refuse_unknown(values, schema, where)
     else:
-        _refuse_slips(values, schema, where)
+        refuse_slips(values, schema, where)
     for name in needed:
         if values.get(name) is None:
             raise UserError(f"{where}: field {name!r} is missing; write {schema[name].words}")
@@ -153,17 +153,34 @@ def refuse_unknown(names: Iterable[str], known: Iterable[str], where: str, what:
             raise UserError(f"{where}: unknown {what} {name!r}; {mend}")
 
 
-def _refuse_slips(names: Mapping[str, Any], known: Mapping[str, Wanted], where: str) -> None:
-    absent = [name for name in known if name not in names and len(name) >= 6]
+def refuse_slips(
+    names: Iterable[str], known: Collection[str], where: str, passed: Container[str] = (), alike: float | None = None
+) -> None:
+    """Refuse a name that is a slip of the pen for a known one which is not there.
+
+    Args:
+        passed: further names that are known, and no slips. alike: how much of the two must agree, of 1; without it they
+            differ by one letter, and are long enough to tell.
+
+    Raises:
+        UserError: with both names.
+    """
+    names = list(names)
+    absent = [name for name in known if name not in names and len(name) > (5 if alike is None else 3)]
     for name in names:
-        if name not in known and (near := next((right for right in absent if _one_slip(str(name), right)), None)):
-            raise UserError(f"{where}: unknown field {name!r}; did you mean {near!r}?")
+        if name in known or name in passed:
+            continue
+        plain = str(name).strip().lower().replace("-", "_").replace(" ", "_")
+        if alike is None:
+            near = [right for right in absent if plain == right or _one_slip(str(name), right)]
+        else:
+            near = difflib.get_close_matches(plain, absent, n=1, cutoff=alike)
+        if near:
+            raise UserError(f"{where}: unknown field {name!r}; did you mean {near[0]!r}?")
 
 
 def _one_slip(written: str, right: str) -> bool:
-    """Whether two names differ by one letter: more, less, other, or two changed places; or in case and hyphens."""
-    if written.lower().replace("-", "_") == right:
-        return True
+    """Whether two names differ by one letter: more, less, other, or two changed places."""
     if abs(len(written) - len(right)) > 1:
         return False
     start = next((at for at, (a, b) in enumerate(zip(written, right)) if a != b), min(len(written), len(right)))

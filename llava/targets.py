@@ -6,6 +6,7 @@ removed, renamed over or truncated; a link stays, and the file that it leads to 
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import re
@@ -19,7 +20,8 @@ from llava.utils import UserError
 PATIENCE = 8.0
 """Seconds that a writer waits for somebody to read a pipe."""
 _MOST_LINKS = 40
-_SYSTEM = ("/dev/", "/proc/", "/sys/")
+_SYSTEM = re.compile(r"/(?:dev(?!/shm/)|proc|sys)/")
+"""Paths of the system's; ``/dev/shm`` holds files as any other folder."""
 _OPEN_ALREADY = re.compile(r"/(?:dev|proc/self)/fd/(\d+)")
 _NAMED = {"/dev/stdout": 1, "/dev/stderr": 2}
 
@@ -38,9 +40,14 @@ def replaceable(path: str | os.PathLike[str]) -> Path | None:
         raise UserError(f"{path} is a link that leads to itself; remove it, or choose another file")
     if os.path.isdir(real):
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
-    if any(name.startswith(_SYSTEM) for name in (*_hops(path), real)):
+    if any(_SYSTEM.match(name) for name in (*_hops(path), real)):
         return None
     return None if os.path.exists(real) and not os.path.isfile(real) else Path(real)
+
+
+def written_in_place(path: str | os.PathLike[str]) -> bool:
+    """Whether a path is neither a folder nor a file that is there or yet to be made: a device, a pipe, a socket."""
+    return not os.path.isdir(path) and replaceable(path) is None
 
 
 def open_in_place(path: str | os.PathLike[str], mode: str = "wb") -> IO[Any]:
@@ -63,7 +70,8 @@ def open_in_place(path: str | os.PathLike[str], mode: str = "wb") -> IO[Any]:
 def remove(path: str | os.PathLike[str]) -> None:
     """Remove a regular file; a link, a device and what is not there are left alone."""
     if os.path.isfile(path) and not os.path.islink(path) and replaceable(path) is not None:
-        os.unlink(path)
+        with contextlib.suppress(FileNotFoundError):  # another process removes it too
+            os.unlink(path)
 
 
 def _hops(path: str | os.PathLike[str]) -> list[str]:

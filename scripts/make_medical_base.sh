@@ -20,12 +20,12 @@ VERSION=${VERSION:-chatml_direct}                          # the language model'
 PROJECTOR_TYPE=${PROJECTOR_TYPE:-mlp2x_gelu} SELECT_LAYER=${SELECT_LAYER:--1}
 BASE_SEED=${BASE_SEED:-42} BASE_MAX_LENGTH=${BASE_MAX_LENGTH:-2048} WORKERS=${WORKERS:-2}
 DATA_ARGS=${DATA_ARGS:-}                                   # more flags for make_medical_data.py, e.g. "--views 8"
-ALIGN_EPOCHS=${ALIGN_EPOCHS:-1} ALIGN_BATCH=${ALIGN_BATCH:-16} ALIGN_RATE=${ALIGN_RATE:-1e-3}
-INSTRUCT_EPOCHS=${INSTRUCT_EPOCHS:-1} INSTRUCT_BATCH=${INSTRUCT_BATCH:-5} INSTRUCT_RATE=${INSTRUCT_RATE:-3e-4}
+ALIGN_EPOCHS=${ALIGN_EPOCHS:-0.5} ALIGN_BATCH=${ALIGN_BATCH:-16} ALIGN_RATE=${ALIGN_RATE:-1e-3}
+INSTRUCT_EPOCHS=${INSTRUCT_EPOCHS:-1} INSTRUCT_BATCH=${INSTRUCT_BATCH:-5} INSTRUCT_RATE=${INSTRUCT_RATE:-4e-4}
 INSTRUCT_ACCUMULATION=${INSTRUCT_ACCUMULATION:-1}
 BASE_SAVE_STEPS=${BASE_SAVE_STEPS:-50}                     # steps between two checkpoints of 1.6 GB; two are kept
 TRAIN_ARGS=${TRAIN_ARGS:---bf16 auto --logging_steps 10}   # more flags for both stages
-INSTRUCT_ARGS=${INSTRUCT_ARGS:---unfreeze_mm_vision_tower True} # more flags for instruction tuning
+INSTRUCT_ARGS=${INSTRUCT_ARGS:---turns_apart True --unfreeze_mm_vision_tower True --mm_projector_lr 1e-3 --mm_vision_tower_lr 3e-4}
 ALIGN_MINUTES=4 INSTRUCT_MINUTES=20                        # on two cores with bfloat16 units, for the time left
 # ----------------------------------------------------------------------------------------------------------------------
 

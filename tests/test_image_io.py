@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import io
 import struct
-import sys
+import zlib
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
-from llava.image_io import load_image
+from llava import image_io
+from llava.deep_grey import stretch_to_bytes
+from llava.image_io import FORMATS, allow_pixels, decode_image, expand2square, load_image, open_image
 from llava.utils import UserError
 
 RAMP = np.linspace(0, 1, 64).reshape(8, 8)
@@ -65,7 +70,9 @@ def test_exif_rotation_is_undone(tmp_path):
     image = Image.new("RGB", (6, 4), (0, 0, 0))
     exif = Image.Exif()
     exif[0x0112] = 6
-    assert load_image(saved(tmp_path, image, "turned.jpg", exif=exif)).size == (4, 6)
+    path = saved(tmp_path, image, "turned.jpg", exif=exif)
+    assert load_image(path).size == (4, 6)
+    assert decode_image(path.read_bytes(), "http://host/turned.jpg").tobytes() == load_image(path).tobytes()
 
 
 def test_truncated_file_is_named(tmp_path):
@@ -89,67 +96,179 @@ def test_missing_file_is_named(tmp_path):
         load_image(tmp_path / "gone.png")
 
 
-def write_dicom(path, pixels: np.ndarray, photometric: str = "MONOCHROME2", **tags):
-    pydicom = pytest.importorskip("pydicom", reason="the dicom extra is not installed")
-    data = pydicom.Dataset()
-    data.file_meta = pydicom.dataset.FileMetaDataset()
-    data.file_meta.TransferSyntaxUID = pydicom.uid.ExplicitVRLittleEndian
-    data.file_meta.MediaStorageSOPClassUID = data.SOPClassUID = pydicom.uid.CTImageStorage
-    data.file_meta.MediaStorageSOPInstanceUID = data.SOPInstanceUID = "1.2.3"
-    colour = pixels.ndim == 3 and pixels.shape[-1] == 3
-    data.Rows, data.Columns = pixels.shape[-3:-1] if colour else pixels.shape[-2:]
-    data.SamplesPerPixel, data.PhotometricInterpretation = (3, "RGB") if colour else (1, photometric)
-    if colour:
-        data.PlanarConfiguration = 0
-    data.BitsAllocated = data.BitsStored = pixels.dtype.itemsize * 8
-    data.HighBit, data.PixelRepresentation = data.BitsStored - 1, int(pixels.dtype.kind == "i")
-    if pixels.ndim == 3 and not colour:
-        data.NumberOfFrames = pixels.shape[0]
-    data.PixelData = pixels.tobytes()
-    for name, value in tags.items():
-        setattr(data, name, value)
-    data.save_as(path, enforce_file_format=True)
-    return path
+# -- formats and sizes -------------------------------------------------------------------------------------------------
 
 
-def test_dicom_uses_its_window_and_slope(tmp_path):
-    raw = np.array([[0, 1024], [1064, 2000]], dtype=np.int16)
-    path = write_dicom(
-        tmp_path / "ct.dcm", raw, RescaleSlope=1, RescaleIntercept=-1024, WindowCenter=40, WindowWidth=400
-    )
-    grey = np.asarray(load_image(path))[..., 0]
-    assert grey[0, 0] == 0 and grey[1, 1] == 255
-    assert abs(int(grey[1, 0]) - 128) <= 2 and abs(int(grey[0, 1]) - 102) <= 2
+@pytest.mark.parametrize(
+    "content", [b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", b"8BPS" + b"\0" * 40, b"%PDF-1.4\n"]
+)
+def test_a_format_that_is_not_listed_is_never_opened(tmp_path, content, monkeypatch):
+    path = tmp_path / "scan.png"
+    path.write_bytes(content)
+    monkeypatch.setattr("subprocess.Popen", None)
+    with pytest.raises(UserError, match="scan.png .no picture of a format that is opened: PNG, JPEG"):
+        load_image(path)
+    with pytest.raises(UserError, match="holds no readable picture"):
+        open_image(content, "the text")
 
 
-def test_dicom_monochrome1_is_inverted_and_frames_give_the_first(tmp_path):
-    frames = np.stack([np.array([[0, 100]]), np.array([[100, 0]])]).astype(np.uint16)
-    grey = np.asarray(load_image(write_dicom(tmp_path / "xray.dcm", frames, "MONOCHROME1")))[..., 0]
-    assert grey.tolist() == [[255, 0]]
+@pytest.mark.parametrize("format", [name for name in FORMATS if name not in ("MPO", "AVIF")])
+def test_every_listed_format_opens_whatever_its_file_is_called(tmp_path, format):
+    stream = io.BytesIO()
+    Image.new("RGB", (16, 16), (200, 10, 10)).save(stream, format)
+    path = tmp_path / "scan.xyz"
+    path.write_bytes(stream.getvalue())
+    opened = load_image(path)
+    assert opened.mode == "RGB" and abs(opened.getpixel((8, 8))[0] - 200) < 12
 
 
-def test_dicom_padding_does_not_eat_the_contrast(tmp_path):
-    raw = np.array([[-2000, 0], [50, 100]], dtype=np.int16)
-    grey = np.asarray(load_image(write_dicom(tmp_path / "pad.dcm", raw, PixelPaddingValue=-2000)))[..., 0]
-    assert grey.tolist() == [[0, 0], [127, 255]]
-
-
-def test_dicom_without_ending_and_colour(tmp_path):
-    pixels = np.full((2, 2, 3), (10, 20, 30), dtype=np.uint8)
-    assert load_image(write_dicom(tmp_path / "IM000001", pixels)).getpixel((0, 0)) == (10, 20, 30)
-
-
-def test_broken_dicom_is_named(tmp_path):
-    pytest.importorskip("pydicom", reason="the dicom extra is not installed")
-    path = tmp_path / "broken.dcm"
-    path.write_bytes(b"\0" * 128 + b"DICM" + struct.pack("<I", 7))
-    with pytest.raises(UserError, match="DICOM file cannot be read.*broken.dcm"):
+def test_a_picture_of_too_many_pixels_is_refused_before_it_is_decoded(tmp_path, monkeypatch):
+    monkeypatch.setenv(image_io.BUDGET_VARIABLE, "99")
+    path = saved(tmp_path, Image.new("L", (10, 10)), "large.png")
+    with pytest.raises(UserError, match=r"large.png has more than 99 pixels .*--max_pixels"):
+        load_image(path)
+    allow_pixels(100)
+    assert load_image(path).size == (10, 10)
+    for wrong in (0, -1):
+        with pytest.raises(UserError, match=f"--max_pixels is {wrong}"):
+            allow_pixels(wrong)
+    monkeypatch.setenv(image_io.BUDGET_VARIABLE, "many")
+    with pytest.raises(UserError, match="LLAVA_MAX_PIXELS is 'many'"):
         load_image(path)
 
 
-def test_dicom_without_the_extra_says_what_to_install(tmp_path, monkeypatch):
-    path = tmp_path / "scan.dcm"
-    path.write_bytes(b"\0" * 132)
-    monkeypatch.setitem(sys.modules, "pydicom", None)
-    with pytest.raises(UserError, match=r"scan.dcm.*pip install '\.\[dicom\]'"):
+def test_a_bomb_is_refused_by_its_header(tmp_path):
+    header = struct.pack(">IIBBBBB", 200_000, 200_000, 8, 0, 0, 0, 0)
+    path = tmp_path / "bomb.png"
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 100)))
+    with pytest.raises(UserError, match="bomb.png has more than 100,000,000 pixels"):
         load_image(path)
+
+
+@pytest.mark.parametrize("size", [(30_000, 2), (2, 30_000)])
+def test_a_strip_is_made_smaller_before_it_is_padded(size):
+    square = expand2square(Image.new("RGB", size, (9, 9, 9)), (0, 0, 0))
+    assert square.size == (4096, 4096)
+    assert expand2square(Image.new("RGB", (600, 2)), (0, 0, 0)).size == (600, 600)
+
+
+# -- notes beside the pixels -------------------------------------------------------------------------------------------
+
+
+def chunk(kind, data):
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+LONG = zlib.compress(b"a" * (3 << 20))
+NOTES = {
+    "broken exif": chunk(b"eXIf", b"no exif at all"),
+    "cut exif": chunk(b"eXIf", b"MM\0*\0\0\0\x08\0\x09\x01\x12"),
+    "long text": chunk(b"zTXt", b"Comment\0\0" + LONG),
+    "long xmp": chunk(b"iTXt", b"XML:com.adobe.xmp\0\1\0\0\0" + LONG),
+    "profile": chunk(b"iCCP", b"icc\0\0" + zlib.compress(np.random.default_rng(0).bytes(2 << 20))),
+    "broken text": chunk(b"zTXt", b"Comment\0\0not compressed"),
+    "wrong checksum": chunk(b"tEXt", b"a\0b")[:-1] + b"x",
+}
+
+
+@pytest.mark.parametrize("note", NOTES)
+def test_notes_beside_healthy_pixels_change_nothing(tmp_path, note):
+    grey = (RAMP * 255).astype(np.uint8)
+    stream = io.BytesIO()
+    Image.fromarray(grey).save(stream, "PNG")
+    data = stream.getvalue()
+    shown = decode_image(data[:33] + NOTES[note] + data[33:], "noted.png")
+    assert np.array_equal(np.asarray(shown)[..., 0], grey)
+    with pytest.raises(UserError, match="cut.png"):
+        decode_image(data[:33] + NOTES[note] + data[33:-40], "cut.png")
+
+
+def test_a_jpeg_with_broken_exif_opens(tmp_path):
+    path = saved(tmp_path, Image.new("RGB", (8, 8), (99, 99, 99)), "a.jpg", exif=b"Exif\0\0MM\0*\0\0\xff\xff broken")
+    assert load_image(path).getpixel((4, 4))[0] in range(97, 102)
+
+
+# -- deep greys --------------------------------------------------------------------------------------------------------
+
+
+def tiff(pixels, photometric=1, sample_format=1, no_data=None):
+    """An uncompressed TIFF; photometric 0 is white-is-zero, sample format 1 unsigned, 2 signed, 3 float."""
+    height, width = pixels.shape
+    data = pixels.tobytes() + (no_data or b"")
+    tags = [(256, 4, 1, width), (257, 4, 1, height), (258, 3, 1, 8 * pixels.itemsize), (259, 3, 1, 1)]
+    tags += [(262, 3, 1, photometric), (273, 4, 1, 8), (277, 3, 1, 1), (278, 4, 1, height), (279, 4, 1, pixels.nbytes)]
+    tags += [(339, 3, 1, sample_format)]
+    tags += [(42113, 2, len(no_data), 8 + pixels.nbytes)] if no_data else []
+    entries = b"".join(struct.pack("<HHII", *tag) for tag in tags)
+    return b"II*\0" + struct.pack("<I", 8 + len(data)) + data + struct.pack("<H", len(tags)) + entries + bytes(4)
+
+
+BYTES = np.tile(np.linspace(0, 255, 32).astype(np.uint8), (4, 1))
+HOLED = BYTES.astype(np.float32) - 1000
+HOLED[0, 0] = np.nan
+FILLED = BYTES.astype(np.float32) - 1000
+FILLED[0, 0] = -99999
+
+
+@pytest.mark.parametrize(
+    ("file", "right"),
+    [
+        (tiff(BYTES, 0), 255 - BYTES),
+        (tiff(BYTES.astype(np.uint16) * 257), BYTES),
+        (tiff(BYTES.astype(np.uint16) * 257, 0), 255 - BYTES),
+        (tiff(BYTES.astype(np.uint32) * 16843009), BYTES),
+        (tiff(BYTES.astype(np.int32) * 1000 - 99999, 1, 2), BYTES),
+        (tiff(BYTES.astype(np.float32) - 1000, 1, 3), BYTES),
+        (tiff(HOLED, 1, 3), BYTES),
+        (tiff(FILLED, 1, 3, b"-99999\0\0\0"), BYTES),
+    ],
+)
+def test_deep_grey_is_shown_as_the_files_own_tags_say(file, right):
+    shown = np.asarray(decode_image(file, "deep.tif"))[..., 0].astype(int)
+    assert np.abs(shown[1:] - right[1:]).max() <= 1
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.floats(width=32), min_size=1, max_size=9))
+def test_any_values_become_bytes_in_their_order(values):
+    numbers = np.array(values, dtype=np.float32)
+    shown = stretch_to_bytes(numbers).astype(int)
+    finite = np.isfinite(numbers)
+    assert (shown[np.isnan(numbers)] == 0).all()
+    order = np.argsort(numbers[finite], kind="stable")
+    assert (np.diff(shown[finite][order]) >= 0).all()
+    if len(set(numbers[finite].tolist())) > 1:
+        assert shown[finite].min() == 0 and shown[finite].max() == 255
+
+
+# -- any bytes ---------------------------------------------------------------------------------------------------------
+
+
+def _samples():
+    grey = Image.effect_noise((12, 9), 60)
+    for name, image in (("PNG", grey), ("JPEG", grey), ("GIF", grey), ("TIFF", grey), ("BMP", grey), ("WEBP", grey)):
+        stream = io.BytesIO()
+        image.save(stream, name)
+        yield stream.getvalue()
+    yield tiff(BYTES.astype(np.uint16) * 257, 0)
+
+
+SAMPLES = list(_samples())
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.sampled_from(SAMPLES),
+    st.lists(st.tuples(st.integers(0, 2000), st.integers(0, 255)), max_size=6),
+    st.integers(0, 2000) | st.none(),
+)
+def test_damaged_bytes_are_a_picture_or_one_line(data, changes, cut):
+    damaged = bytearray(data)
+    for place, value in changes:
+        damaged[place % len(damaged)] = value
+    try:
+        opened = decode_image(bytes(damaged[:cut]), "damaged")
+    except UserError as error:
+        assert "damaged" in str(error) and "\n" not in str(error)
+    else:
+        assert opened.mode == "RGB"

@@ -128,3 +128,11 @@ def test_a_broken_file_is_one_line_each_time(tmp_path, monkeypatch, shapes, body
         assert f"mine.py: the plugin cannot be imported ({reason}" in str(refused.value)
     use(monkeypatch, plugin(tmp_path / "plugins", "mine.py", "mended"))
     assert shapes.SHAPES.names() == ["mended"]
+
+
+def test_the_order_of_what_ships_is_that_of_its_modules_whichever_was_imported_first():
+    registry = Registry("thing", "some.package")
+    registry._complete = True
+    for module in ("some.package.later", "a_plugin", "some.package.early"):
+        registry.register(type("Thing", (), {"name": module, "__module__": module}))
+    assert [thing.name for thing in registry] == ["some.package.early", "some.package.later", "a_plugin"]

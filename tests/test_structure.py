@@ -17,13 +17,14 @@ ZERO = sorted((ROOT / "scripts").glob("zero*.json"))
 # Each room may import the rooms named beside it, and itself.
 BELOW_ALL = {"constants", "utils", "files", "locks", "registry", "folds", "padding", "devices", "truncation"}
 BELOW_ALL |= {"normal_form", "outside", "schema", "inside", "targets"}
-HELPERS = BELOW_ALL | {"conversation", "image_io", "mm_utils"}
+PICTURES = {"image_io", "dicom", "deep_grey"}
+HELPERS = BELOW_ALL | PICTURES | {"conversation", "mm_utils"}
 MODEL = HELPERS | {"checkpoints", "slots", "data"}
 MAY_IMPORT = {
     "constants": set(),
     "utils": {"constants"},
     "files": {"constants", "utils", "targets"},
-    "locks": {"utils", "files"},
+    "locks": {"utils", "files", "targets"},
     "registry": {"utils"},
     "outside": {"utils"},
     "schema": {"outside", "utils"},
@@ -36,7 +37,9 @@ MAY_IMPORT = {
     "normal_form": set(),
     "devices": {"utils"},
     "conversation": BELOW_ALL | {"image_io"},
-    "image_io": BELOW_ALL,
+    "image_io": BELOW_ALL | {"dicom", "deep_grey"},
+    "dicom": {"utils", "deep_grey"},
+    "deep_grey": set(),
     "mm_utils": BELOW_ALL | {"image_io"},
     "checkpoints": BELOW_ALL,
     "slots": BELOW_ALL | {"checkpoints"},
@@ -136,7 +139,8 @@ READERS = {
     "llava/checkpoints/card.py": "a card of any encoding is kept as it is",
     "llava/data/raw/download.py": "writes the pictures of a zip",
     "llava/eval/model_vqa_mmbench.py": "a table of gigabytes is read line by line",
-    "llava/eval/answer_file.py": "appends answers, and samples weights for their checksum",
+    "llava/checkpoints/large_files.py": "samples weights for their checksum",
+    "llava/eval/answer_file.py": "appends answers",
     "llava/image_io.py": "looks for DICOM's mark",
 }
 

@@ -33,6 +33,7 @@ from llava.checkpoints.kinds import (
     language_family,
     names_llava,
 )
+from llava.checkpoints.manifest import check_seal, difference, manifest
 from llava.utils import UserError, rank0_print
 
 
@@ -106,6 +107,25 @@ class Checkpoint:
         return weights.fingerprint_of(self.config, self.weight_files)
 
     @cached_property
+    def manifest(self) -> dict[str, str]:
+        """By name the checksum of each file that decides what the model does, see ``manifest.manifest``."""
+        return manifest(self.folder)
+
+    def identity(self, path: str) -> dict[str, Any]:
+        """What keys and slots keep of this base, to know it again; ``path`` is how it was named."""
+        return {"path": path, "fingerprint": self.fingerprint, "files": self.manifest}
+
+    def other_than(self, kept: dict[str, Any]) -> str | None:
+        """What tells this base from the one whose ``identity`` was kept, in words; ``None`` where nothing does.
+
+        Slots of earlier versions kept a fingerprint alone.
+        """
+        fingerprint, files = kept.get("fingerprint"), kept.get("files")
+        if fingerprint and fingerprint != self.fingerprint:
+            return f"its fingerprint is {self.fingerprint}, not {fingerprint}"
+        return difference(files, self.manifest) if files else None
+
+    @cached_property
     def tensor_files(self) -> dict[str, Path]:
         """Which file holds which tensor, by the names in the files."""
         return weights.tensor_places(self.folder, self.weight_files)
@@ -128,7 +148,11 @@ class Checkpoint:
 
     @property
     def kind(self) -> str:
-        """What the folder is, see the module's table; ``UserError`` if it holds nothing that can be loaded."""
+        """What the folder is, see the module's table.
+
+        Raises:
+            UserError: it holds nothing that can be loaded; a file is not the one that was written into it.
+        """
         return self._told[0]
 
     @property
@@ -138,6 +162,7 @@ class Checkpoint:
 
     @cached_property
     def _told(self) -> tuple[str, str]:
+        check_seal(self.folder)
         if self.has(SLOTS_FILE):
             return "stage", f"{SLOTS_FILE} found"
         if self.has(ADAPTER_CONFIG):

@@ -39,9 +39,10 @@ def check_training(places: Places, base: str, keys: str | None, image_folder: Fo
         UserError: an unknown method; rows, pictures, base or keys that are missing or do not fit; too little disk.
     """
     sequence = places.sequence
-    recipe = METHODS.get(places.method)
+    recipe = METHODS.get(places.method)()
     for task in sequence.tasks:
-        rows = [row for file in task.files for row in read_rows(file, require_answer=True, one_task=True)]
+        known = recipe.tasks(sequence, task.name)
+        rows = [row for file in task.files for row in read_rows(file, require_answer=True, one_task=True, tasks=known)]
         check_image_files(rows, image_folder)
     checkpoint = check_base(base)
     if not recipe.needs_keys:

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from llava.checkpoints.weights import fingerprint, resolve_checkpoint
+from llava.checkpoints.checkpoint import Checkpoint
+from llava.checkpoints.weights import resolve_checkpoint
 from llava.continual.queries import compute_queries
 from llava.continual.settings import KeySettings
 from llava.data.prompt import Prompt
 from llava.data.rows import Row, read_rows
 from llava.data.samples import picture_groups
+from llava.files import file_sha256
 from llava.folds import held_out
 from llava.inside import Folder
 from llava.mm_utils import get_model_name_from_path
@@ -54,7 +55,7 @@ def fit_task(
     """
     base = resolve_checkpoint(base_name)
     prompt = Prompt.of(llava_config(base), get_model_name_from_path(str(base_name)), **asked)
-    rows = [row for path in data_paths for row in read_rows(path, one_task=True)]
+    rows = [row for path in data_paths for row in read_rows(path, one_task=True, tasks=[task])]
     queries = compute_queries(
         rows,
         base,
@@ -73,8 +74,7 @@ def fit_task(
     info = {"rows": len(rows), "data": [_digest(path) for path in data_paths]}
     fit = task, range(*slot_range), queries, kept, held, pictures, settings, options.seed, options.iterations, info
     task_slots, fitted = fit_task_slots(*fit)
-    made_for = {"path": str(base_name), "fingerprint": fingerprint(base)}
-    return Pool(settings, [task_slots], made_for, prompt.to_dict()), fitted
+    return Pool(settings, [task_slots], Checkpoint(base).identity(str(base_name)), prompt.to_dict()), fitted
 
 
 def split_by_picture(rows: list[Row], share: float, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -111,4 +111,4 @@ def _settings(base: Path, queries: Queries, options: KeyOptions) -> RetrieverSet
 
 
 def _digest(path: str) -> str:
-    return f"{Path(path).name}:{hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]}"
+    return f"{Path(path).name}:{file_sha256(path)[:16]}"

@@ -11,6 +11,7 @@ import functools
 import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -19,17 +20,16 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from llava.checkpoints.weights import fingerprint
+from llava.checkpoints.manifest import manifest, tower_manifest
 from llava.continual.query_cache import QueryCache
 from llava.data.prompt import Picture, check_aspect_ratio, pixels_of
 from llava.data.rows import Row
 from llava.data.samples import Features, check_image_files, picture_names, picture_sha256
-from llava.files import file_sha256
 from llava.inside import Folder, inside
 from llava.model.configs import llava_config
 from llava.model.multimodal_encoder.tower import VisionTower
 from llava.model.vision.features import load_vision_tower, tower_features
-from llava.slots.encoders import TextEncoder, load_text_encoder
+from llava.slots.encoders import TextEncoder, encoder_content, load_text_encoder
 from llava.slots.picture_query import image_queries, image_query_dim, joined_query
 from llava.slots.queries import Queries
 from llava.utils import is_main_process
@@ -38,7 +38,8 @@ FEATURES_ON_DISK = 2**30
 """Bytes of picture features that one entry of the cache may hold; more are computed where they are needed."""
 
 _TOWER_FIELDS = ("mm_vision_tower", "mm_vision_select_layer", "mm_vision_select_feature", "image_grid_pinpoints")
-_PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
+LIBRARIES = {"libraries": {name: version(name) for name in ("torch", "transformers", "tokenizers", "pillow", "numpy")}}
+"""What computes: another version may give other numbers."""
 
 
 def compute_queries(
@@ -66,7 +67,7 @@ def compute_queries(
     if "text" in query_mode:
         encoder = load_text_encoder(text_encoder, base)
         queries.encoder = encoder.identity
-        queries.text = text_queries(rows, encoder.identity, lambda: encoder, cache)
+        queries.text = text_queries(rows, encoder.identity, base, lambda: encoder, cache)
     if "image" in query_mode:
         check_image_files(rows, image_folder)
         source = PictureSource.standalone(base, image_folder, aspect_ratio, device, batch_size=batch_size)
@@ -75,10 +76,13 @@ def compute_queries(
 
 
 def text_queries(
-    rows: list[Row], identity: dict[str, Any], load: Callable[[], TextEncoder], cache: QueryCache
+    rows: list[Row], identity: dict[str, Any], base: Path, load: Callable[[], TextEncoder], cache: QueryCache
 ) -> Tensor:
     """Text queries ``[rows, text_dim]``; ``load`` gives the encoder of this identity where they must be computed."""
-    content = {"encoder": identity, "questions": [row.question for row in rows]}
+    content: dict[str, Any] = {}
+    if cache:
+        files = encoder_content(identity, base)
+        content = {"encoder": identity, "files": files, "questions": [row.question for row in rows], **LIBRARIES}
     found: Tensor | None = cache.read("text", content)
     if found is None:
         encoder = load()
@@ -129,19 +133,13 @@ class PictureSource:
 
     def content(self, names: list[str]) -> dict[str, Any]:
         """What decides the features of these pictures."""
-        tower = getattr(self.config, "mm_vision_tower", None) or ""
         return {
-            "base": fingerprint(self.base),
+            "base": manifest(self.base),
             "tower": {name: getattr(self.config, name, None) for name in _TOWER_FIELDS},
-            "tower_weights": fingerprint(Path(tower)) if Path(tower, "config.json").is_file() else None,
-            "processor": [
-                file_sha256(folder / name)
-                for folder in (self.base, Path(tower or self.base))
-                for name in _PROCESSOR_FILES
-                if (folder / name).is_file()
-            ],
+            "tower_files": tower_manifest(vars(self.config)),
             "aspect_ratio": self.aspect_ratio,
             "run": [self.device, str(self.dtype), self.batch_size],
+            **LIBRARIES,
             "pictures": [picture_sha256(inside(self.image_folder, name)) for name in names],
         }
 

@@ -18,11 +18,11 @@ import torch
 from llava.files import atomic_write
 from llava.utils import is_main_process, rank0_print
 
-FORMAT = 1
+FORMAT = 2
 """Raised when the same content would give other numbers."""
 
 _DIGEST = 32
-"""A file begins with the SHA-256 of the rest, because torch does not notice every damage."""
+"""A file begins with the SHA-256 of its name and the rest: torch does not notice every damage, nor an exchange."""
 
 
 class QueryCache:
@@ -40,7 +40,7 @@ class QueryCache:
         if path is None or not path.is_file():
             return None
         data = path.read_bytes()
-        if hashlib.sha256(data[_DIGEST:]).digest() != data[:_DIGEST]:
+        if _digest(path, data[_DIGEST:]) != data[:_DIGEST]:
             rank0_print(f"note: {path} is damaged; its contents are computed again")
             return None
         return torch.load(io.BytesIO(data[_DIGEST:]), map_location="cpu", weights_only=True)["values"]
@@ -54,7 +54,7 @@ class QueryCache:
         torch.save({"values": values}, packed)
         try:
             with atomic_write(path, "wb") as stream:
-                stream.write(hashlib.sha256(packed.getbuffer()).digest())
+                stream.write(_digest(path, packed.getvalue()))
                 stream.write(packed.getbuffer())
         except OSError as error:
             rank0_print(f"note: {path} cannot be written ({error.strerror}); it is not kept")
@@ -64,3 +64,7 @@ class QueryCache:
             return None
         text = json.dumps({"format": FORMAT, "kind": kind, **content}, sort_keys=True)
         return self.folder / f"{kind}-{hashlib.sha256(text.encode()).hexdigest()[:32]}.pt"
+
+
+def _digest(path: Path, data: bytes) -> bytes:
+    return hashlib.sha256(path.name.encode() + data).digest()

@@ -18,8 +18,11 @@ from llava.outside import read_object
 from llava.schema import an_object, check_fields, whole, words
 from llava.utils import UserError
 
-VERSION = 2
+VERSION = 3
 """Of the record. Records without a version were written by hand-picked names; they are compared as far as they go."""
+
+SINCE_THIRD = ("base_content", "tower_content")
+"""What records of the second version did not hold: they knew a base and a tower by samples of their weights."""
 
 FIRST_VERSION = {"lora_enable": False}
 """What records of the first version left out where it was not asked for."""
@@ -76,11 +79,12 @@ IGNORED: dict[str, str] = {
         "torch_compile_backend torch_compile_mode torch_empty_cache_steps ddp_find_unused_parameters ddp_bucket_cap_mb "
         "ddp_broadcast_buffers ddp_static_graph ddp_backend ddp_timeout fsdp fsdp_config accelerator_config "
         "parallelism_config local_rank use_cache feature_cache_mb auto_find_batch_size attn_implementation "
-        "lazy_preprocess".split(),
+        "lazy_preprocess checkpoint_if_needed".split(),
         _MACHINE,
     ),
     "deepspeed": "its optimiser, schedule and clipping are recorded; the rest spreads the same steps over memory",
     "do_train": "is what every run does",
+    "max_pixels": "refuses pictures, and changes none",
     "is_multimodal": "each row says whether it has a picture",
     "disable_task_id": "is kept for the prototype's scripts and decides nothing",
     "remove_unused_columns": "rows have no columns that could be removed",
@@ -166,7 +170,7 @@ def difference(kept: Mapping[str, Any], now: Mapping[str, Any], unset: Mapping[s
     old = "record" not in kept
     kept, now = _flat({**FIRST_VERSION, **kept} if old else kept), _flat(now)
     for name in sorted({*kept, *now} - {"record"}):
-        if name not in kept and (old or (name in unset and unset[name] == now[name])):
+        if name not in kept and (old or name in SINCE_THIRD or (name in unset and unset[name] == now[name])):
             continue
         if name not in now and (old or name in unset):
             continue

@@ -20,12 +20,13 @@ import torch
 from torch import Tensor
 
 from llava.checkpoints.kinds import SLOTS_FILE, TRAINING_FILE
+from llava.checkpoints.manifest import check_seal, seal
 from llava.continual.places import Places
 from llava.continual.record import SHORT, difference, plain, read_record
 from llava.data.rows import Row, read_rows, write_jsonl
 from llava.files import atomic_folder, atomic_write
 from llava.locks import only_writer
-from llava.slots.adapter import MEMORY_FILE, read_memory
+from llava.slots.adapter import read_memory, write_memory
 from llava.slots.pool import Pool
 from llava.utils import UserError
 
@@ -69,6 +70,7 @@ class Run:
         place = Path(folder)
         if not (place / SLOTS_FILE).is_file():
             raise UserError(f"stage checkpoint not found: {place} (train the stage before this one first)")
+        check_seal(place)
         record = read_record(place / TRAINING_FILE) if (place / TRAINING_FILE).is_file() else {}
         rows = read_rows(place / KEPT_ROWS_FILE) if (place / KEPT_ROWS_FILE).is_file() else []
         run = cls(place, record, memory=read_memory(place), kept_rows=rows)
@@ -117,6 +119,7 @@ class Run:
             return False
         if self.has_slots:
             self._refuse_edited()
+        check_seal(self.folder)
         return True
 
     def begin_work(self) -> None:
@@ -154,14 +157,14 @@ class Run:
                 with atomic_write(partial / name) as stream:
                     json.dump(value, stream, indent=1)
             if self.memory:
-                with atomic_write(partial / MEMORY_FILE, "wb") as stream:
-                    torch.save(self.memory, stream)
+                write_memory(partial, self.memory)
             if self.kept_rows:
                 write_jsonl(partial / KEPT_ROWS_FILE, [row.raw for row in self.kept_rows])
             for write_more in more_files:
                 write_more(partial)
             if self.has_slots:
                 pool.write(partial / SLOTS_FILE)
+            seal(partial)
 
     def _refuse_another(self, path: Path, folder: Path) -> None:
         if not path.is_file():

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import os
 import re
+import sysconfig
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -42,7 +43,8 @@ from llava.schema import Wanted, check_fields, list_of, refuse_unknown, whole, w
 from llava.slots.names import check_task_name
 from llava.utils import UserError
 
-SEQUENCE_FOLDER = Path(__file__).resolve().parents[2] / "scripts" / "tasks"
+_IN_A_CLONE = Path(__file__).resolve().parents[2] / "scripts" / "tasks"
+SEQUENCE_FOLDER = _IN_A_CLONE if _IN_A_CLONE.is_dir() else Path(sysconfig.get_path("data"), "share", "llava", "tasks")
 _DEFAULTED_VARIABLE = re.compile(r"\$\{(\w+):-([^}]*)\}")
 
 

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from llava.constants import IGNORE_INDEX
+from llava.constants import IGNORE_INDEX, SHARED_SEGMENT
 from llava.data.labels import expanded_length
 from llava.data.prompt import PromptEncoder
 from llava.data.rows import Row
-from llava.model.apart import SHARED
 
 Apart = tuple[list[int], list[int], list[int]]
 """Ids, labels and segments of a row."""
@@ -26,11 +25,11 @@ def turns_apart(row: Row, encoder: PromptEncoder) -> Apart:
     pairs = [row.conversations[place : place + 2] for place in range(0, len(row.conversations), 2)]
     if len(row.images) > 1 or len(pairs) < 2:
         ids, labels = encoder.tokens(row, answer=True)
-        return ids, labels, [SHARED] * len(ids)
+        return ids, labels, [SHARED_SEGMENT] * len(ids)
     turns = [encoder.tokens(replace(row, conversations=pair), answer=True) for pair in pairs]
     shared = _shared([ids for ids, _ in turns], [labels for _, labels in turns])
     ids, labels = turns[0][0][:shared], turns[0][1][:shared]
-    segments = [SHARED] * shared
+    segments = [SHARED_SEGMENT] * shared
     taken, limit = expanded_length(ids, encoder.image_tokens), encoder.prompt.max_length
     for number, (own_ids, own_labels) in enumerate(turns, start=1):
         taken += expanded_length(own_ids[shared:], encoder.image_tokens)

@@ -3,15 +3,16 @@
 A *question row* is one JSON object a line: ``question_id``, ``image`` (a file name, or a list of them), ``pair_id``,
 ``text`` (the question with ``<image>``), ``gpt4_answer`` (the reference answer), ``domain`` (name -> bool; one true
 entry is the row's task), and optionally ``answer_type`` (OPEN or CLOSED), ``question_type``, ``split``. An *instruct
-row* is LLaVA's ``id``, ``image``, ``conversations``. Readers tell the two apart by content, keep unknown fields, and
-refuse a bad row with file, line, field and reason.
+row* is LLaVA's ``id``, ``image``, ``conversations``. Readers tell the two apart by content, read other programs' rows
+as what they are (``llava.data.layouts``), keep fields of no meaning here, and refuse a bad row with file, line, field
+and reason.
 """
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -19,8 +20,9 @@ from typing import Any
 from llava.constants import DEFAULT_IMAGE_TOKEN
 from llava.conversation import plain_question
 from llava.data.jsonl import identifier_of, json_line, json_values, text_of, write_jsonl
+from llava.data.layouts import CONVERSATION_KEYS, in_our_layout, is_missing, other_field
 from llava.outside import kind_of
-from llava.utils import UserError, require_file
+from llava.utils import UserError, rank0_print, require_file
 
 __all__ = ["Row", "in_lower_case", "json_line", "json_values", "parse_row", "question_row", "read_rows", "write_jsonl"]
 
@@ -28,7 +30,6 @@ HUMAN, GPT, SYSTEM = "human", "gpt", "system"
 ANSWER_TYPES = ("OPEN", "CLOSED")
 ANSWER_STYLES = ("as_is", "lower")
 """How answers are taught: as the data has them, or in lower case."""
-CONVERSATION_KEYS = ("conversations", "conversatons")  # the second is a slip in LLaVA-Med's published files
 
 
 @dataclass(frozen=True)
@@ -89,28 +90,36 @@ class Row:
         return self.conversations[1][1]
 
 
-def read_rows(path: str | Path, require_answer: bool = False, one_task: bool = False) -> list[Row]:
+def read_rows(
+    path: str | Path, require_answer: bool = False, one_task: bool = False, tasks: Collection[str] = ()
+) -> list[Row]:
     """Read a question JSONL or a LLaVA instruct JSON/JSONL, told by content, not by file ending.
 
     Args:
         path: the file.
         require_answer: refuse rows without an answer (training needs one, prediction does not).
         one_task: refuse rows whose ``domain`` says that they belong to no task, or to several.
+        tasks: with ``one_task``, the tasks that the file is for: a row whose ``domain`` is another is refused.
 
     Raises:
         UserError: missing, unreadable or empty file; broken JSON; a bad field.
     """
     source = require_file(path, "row file", "check the path, or build it with: python fusion.py")
     rows: list[Row] = []
-    for where, value in json_values(source):
-        row = parse_row(value, where)
+    others: dict[str, None] = {}  # in the order of their first use
+    for place, (where, value) in enumerate(json_values(source)):
+        row = parse_row(value, where, place)
+        if name := other_field(value):
+            others[name] = None
         if require_answer:
             _require_answers(row, where)
         if one_task:
-            _require_one_task(row, where)
+            _require_one_task(row, where, tasks)
         rows.append(row)
     if not rows:
         raise UserError(f"{source}: the file holds no rows (write one JSON object a line)")
+    if others:
+        rank0_print(f"note: {source}: pictures are read from {', '.join(map(repr, others))}, which stands for 'image'")
     return with_positions(rows)
 
 
@@ -120,14 +129,19 @@ def with_positions(rows: Sequence[Row]) -> list[Row]:
     return [replace(row, position=place) if uses[str(row.id)] > 1 else row for place, row in enumerate(rows)]
 
 
-def parse_row(value: Any, where: str = "row") -> Row:
-    """Check one decoded JSON value and return it as a ``Row``; ``where`` names the place in error messages.
+def parse_row(value: Any, where: str = "row", place: int = 0) -> Row:
+    """Check one decoded JSON value and return it as a ``Row``.
+
+    Args:
+        where: names the place in error messages.
+        place: the row's place in its file, from 0: the id of another program's row, which may have none.
 
     Raises:
         UserError: with the field and the reason.
     """
     if not isinstance(value, dict):
         raise UserError(f"{where}: expected a JSON object, found {kind_of(value)}")
+    raw, (value, foreign) = value, in_our_layout(value, where)
     key = next((name for name in CONVERSATION_KEYS if name in value), None)
     if key is None and "text" not in value:
         raise UserError(
@@ -137,13 +151,15 @@ def parse_row(value: Any, where: str = "row") -> Row:
     system, conversations = turns
     images = _images(value.get("image"), f"{where}: field 'image'")
     _check_placeholders(conversations, len(images), where)
+    if foreign and value.get("id") is None and value.get("question_id") is None:
+        value["id" if key else "question_id"] = place
     return Row(
         id=_row_id(value, where, instruct=key is not None),
         images=images,
         conversations=conversations,
         domains=_domains(value.get("domain"), f"{where}: field 'domain'"),
         answer_type=_answer_type(value.get("answer_type"), f"{where}: field 'answer_type'"),
-        raw=value,
+        raw=raw,
         system=system,
     )
 
@@ -251,18 +267,24 @@ def wrong_count(marks: int, images: int) -> str:
 def _require_answers(row: Row, where: str) -> None:
     answers = [text for role, text in row.conversations if role == GPT]
     if len(answers) * 2 != len(row.conversations) or not all(text.strip() for text in answers):
-        name = "gpt4_answer" if "question_id" in row.raw else "conversations"
+        name = "conversations" if any(name in row.raw for name in CONVERSATION_KEYS) else "gpt4_answer"
         raise UserError(f"{where}: field '{name}': a training row needs an answer to each question")
 
 
-def _require_one_task(row: Row, where: str) -> None:
+def _require_one_task(row: Row, where: str, tasks: Collection[str]) -> None:
     if row.raw.get("domain") is not None and row.domain is None:
         found = f"{len(row.domains)} ({', '.join(row.domains) or 'none'})"
         raise UserError(f"{where}: field 'domain': a training row has one task: exactly one entry true, found {found}")
+    if tasks and row.domain is not None and row.domain not in tasks:
+        wanted = " or ".join(repr(task) for task in tasks)
+        raise UserError(
+            f"{where}: field 'domain': the row is of {row.domain!r}, but the file trains {wanted} (give that task's "
+            "file, or correct the row)"
+        )
 
 
 def _row_id(value: dict[str, Any], where: str, instruct: bool) -> int | str:
-    name = "question_id" if "question_id" in value or not instruct else "id"
+    name = "question_id" if value.get("question_id") is not None or not instruct else "id"
     return identifier_of(value.get(name), f"{where}: field '{name}'")
 
 
@@ -287,11 +309,13 @@ def _answer_type(value: Any, where: str) -> str | None:
         return None
     kind = text_of(value, where).strip().upper()
     if kind not in ANSWER_TYPES:
-        raise UserError(f"{where}: expected OPEN or CLOSED, found {value!r}")
+        raise UserError(f"{where}: expected OPEN or CLOSED, found {kind_of(value)}")
     return kind
 
 
 def _answer_text(value: Any, where: str) -> str:
     if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
         return str(value)
+    if is_missing(value):
+        raise UserError(f"{where}: {value!r} stands for a missing value (leave the field out, or write the answer)")
     return text_of(value, where)

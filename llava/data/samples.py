@@ -20,14 +20,14 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset
 
-from llava.constants import IGNORE_INDEX
+from llava.constants import IGNORE_INDEX, NO_SEGMENT
 from llava.data.apart import turns_apart
 from llava.data.labels import expanded_length, has_labels
 from llava.data.prompt import Picture, PromptEncoder, pictures_of
 from llava.data.rows import Row
+from llava.devices import OnHost
 from llava.files import file_sha256
 from llava.inside import Folder, inside
-from llava.model.apart import PADDING
 from llava.padding import pad
 from llava.utils import UserError, rank0_print
 
@@ -244,9 +244,13 @@ class DataCollatorForSupervisedDataset:
     and ``image_query`` ``[B, d]`` and ``segments`` ``[B, T]``. Samples with ``image_features`` give a list per sample
     of these instead of ``images``; ``picture_names`` are a list too. The mask comes from the lengths, never from the
     padding id, which may be a real token.
+
+    Args:
+        hold_queries: give queries as ``OnHost``, so that no trainer moves or casts them.
     """
 
     tokenizer: Any
+    hold_queries: bool = False
 
     def __call__(self, samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
         ids, mask = pad([sample["input_ids"] for sample in samples], value=self.tokenizer.pad_token_id or 0)
@@ -260,7 +264,7 @@ class DataCollatorForSupervisedDataset:
         if "picture_names" in samples[0]:
             batch["picture_names"] = [sample["picture_names"] for sample in samples]
         if "segments" in samples[0]:
-            batch["segments"] = pad([sample["segments"] for sample in samples], value=PADDING)[0]
+            batch["segments"] = pad([sample["segments"] for sample in samples], value=NO_SEGMENT)[0]
         if "image_features" in samples[0]:
             batch["image_features"] = [sample["image_features"] for sample in samples]
         else:
@@ -268,7 +272,8 @@ class DataCollatorForSupervisedDataset:
             batch["images"] = torch.stack(images) if _stackable(images) else images
         for name in ("text_query", "image_query"):
             if name in samples[0]:
-                batch[name] = torch.stack([sample[name] for sample in samples])
+                queries = torch.stack([sample[name] for sample in samples])
+                batch[name] = OnHost(queries) if self.hold_queries else queries
         return batch
 
 

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import llava
+from llava.checkpoints.manifest import manifest_of
 from llava.data.rows import Row
-from llava.eval.answer_file import answer_row, append, appending, chunk_range, model_fingerprint, progress, run_id
+from llava.eval.answer_file import answer_row, append, appending, base_of, chunk_range, progress, run_id
 from llava.eval.generation import Generation, Loading, given_tasks
 from llava.eval.shown_pictures import BLANK, REAL, shown_metadata, shown_rows
 from llava.files import file_sha256
@@ -80,8 +81,8 @@ class Chunk:
         return run_id(
             {
                 "version": llava.__version__,
-                "model": model_fingerprint(self.model),
-                "base": model_fingerprint(self.base) if self.base else None,
+                "model": manifest_of(self.model),
+                "base": manifest_of(self.base or base_of(self.model) or self.model),
                 "question_file": file_sha256(self.question_file),
                 "pictures": pictures_checksum(self.rows, self.image_folder),
                 "prompt": [self.asked, self.defaults],

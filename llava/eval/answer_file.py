@@ -16,29 +16,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from llava.data.answers import read_answers
+from llava.checkpoints.kinds import ADAPTER_CONFIG
+from llava.checkpoints.manifest import local_folder
+from llava.checkpoints.schemas import read_settings
+from llava.data.answers import read_answers, with_checksum
 from llava.data.rows import Row
 from llava.eval.answer_match import answers_of, missing_rows, position_of
-from llava.files import file_sha256
 from llava.locks import only_writer
 from llava.targets import open_in_place, remove, replaceable
 from llava.utils import UserError
 
 RUN_LENGTH = 16
-HASHED_WHOLE = 64 << 20
-SAMPLES, SAMPLE_SIZE = 64, 1 << 16
-"""Model files up to ``HASHED_WHOLE`` bytes are hashed; of larger ones the size and evenly spread samples are."""
-_WEIGHT_FILES = (".safetensors", ".bin", ".pth", ".pt", ".model", ".jinja")
-_SETTING_FILES: tuple[str, ...] = (
-    "config",
-    "generation_config",
-    "tokenizer",
-    "special_tokens",
-    "added_tokens",
-    "vocab",
-    "merges",
-)
-_SETTING_FILES += ("preprocessor_config", "processor_config", "adapter_config", "chat_template")
 
 
 def split_evenly(total: int, parts: int) -> list[range]:
@@ -72,30 +60,16 @@ def run_id(settings: Mapping[str, Any]) -> str:
     return hashlib.sha256(text.encode("utf-8")).hexdigest()[:RUN_LENGTH]
 
 
-def model_fingerprint(path: str) -> dict[str, str]:
-    """Checksums of a model folder's files by name (not of folders in it); a hub id stands for itself."""
-    folder = Path(path)
-    if not folder.is_dir():
-        return {"hub id": path}
-    files = [file for file in sorted(folder.iterdir()) if _decides_answers(file) and file.is_file()]
-    return {file.name: _file_fingerprint(file) for file in files}
-
-
-def _decides_answers(file: Path) -> bool:
-    """Weights, settings and tokenizer, but no logs of the training."""
-    return file.name.startswith(_SETTING_FILES) or (file.suffix in _WEIGHT_FILES and file.name != "training_args.bin")
-
-
-def _file_fingerprint(file: Path) -> str:
-    size = file.stat().st_size
-    if size <= HASHED_WHOLE:
-        return file_sha256(file)
-    digest = hashlib.sha256(str(size).encode())
-    with open(file, "rb") as stream:
-        for sample in range(SAMPLES):
-            stream.seek((size - SAMPLE_SIZE) * sample // (SAMPLES - 1))
-            digest.update(stream.read(SAMPLE_SIZE))
-    return digest.hexdigest()
+def base_of(model: str) -> str | None:
+    """The base that a checkpoint of its own parts names in its configs, where it lies there; ``None`` without one."""
+    folder = local_folder(model)
+    files = [] if folder is None else [folder / name for name in (ADAPTER_CONFIG, "config.json")]
+    named = [read_settings(file).get("base_model_name_or_path") for file in files if file.is_file()]
+    name = next(filter(None, named), None)
+    if folder is None or name is None:
+        return None
+    places = [Path(name), *(parent / name for parent in folder.resolve().parents)]
+    return str(next((place for place in places if place.is_dir()), name))
 
 
 def answer_row(row: Row, text: str, model_id: str, metadata: Mapping[str, Any]) -> dict[str, Any]:
@@ -145,8 +119,8 @@ def appending(
 
 
 def append(stream: IO[bytes], answers: Sequence[Mapping[str, Any]]) -> None:
-    """Write answers and hand them to the system, so that a kill loses none of them."""
-    lines = "".join(json.dumps(answer, ensure_ascii=False, allow_nan=False) + "\n" for answer in answers)
+    """Write answers, each with its checksum, and hand them to the system, so that a kill loses none of them."""
+    lines = "".join(json.dumps(with_checksum(answer), ensure_ascii=False, allow_nan=False) + "\n" for answer in answers)
     stream.write(lines.encode("utf-8"))
     stream.flush()
 

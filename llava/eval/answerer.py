@@ -49,6 +49,7 @@ from llava.model.builder import attach_slots, check_slots_fit, load_pretrained_m
 from llava.model.configs import llava_config
 from llava.model.prefixes import PrefixStore
 from llava.model.saving import refuse_lost_weights
+from llava.model.vision.features import on_device
 from llava.padding import pad
 from llava.slots.adapter import read_memory
 from llava.slots.names import ROUTERS
@@ -198,16 +199,19 @@ class Answerer:
 
     def _load(self, place: str, base: str | None) -> _Loaded:
         loading = self.loading
-        tokenizer, model, image_processor, _ = load_pretrained_model(
+        device = default_device(loading.device)
+        loaded: Any = load_pretrained_model(
             place,
             base,
             get_model_name_from_path(place),
             load_8bit=loading.load_8bit,
             load_4bit=loading.load_4bit,
-            device=default_device(loading.device),
+            device_map=loading.device_map or {"": device},
+            device=device,
             attn_implementation=loading.attn_implementation,
             dtype=loading.dtype,
         )
+        tokenizer, model, image_processor, _ = loaded
         if not hasattr(model, "get_vision_tower"):
             raise UserError(f"{place} is a plain language model, not a LLaVA checkpoint")
         if self.base is not None and place != self.base:
@@ -330,7 +334,7 @@ class Answerer:
         sights = [self.cache.look(row, encoder, model) for row in rows]
         inputs = {
             **self._padded(ids),
-            "image_features": [[sight.features.to(model.device) for sight in seen] for seen in sights],
+            "image_features": on_device([[sight.features for sight in seen] for seen in sights], model.device),
             "image_sizes": [one_or_all([sight.size for sight in seen]) for seen in sights],
             "picture_names": [self.cache.names(row, encoder) for row in rows],
             "rows": rows,
@@ -342,12 +346,12 @@ class Answerer:
             queries = [
                 joined_query(kind, [sight.queries[kind] for sight in seen]) if seen else blank for seen in sights
             ]
-            inputs["image_query"] = torch.stack(queries).to(model.device)
+            inputs["image_query"] = torch.stack(queries)  # on the host, where routes are decided
         return inputs
 
     def _padded(self, ids: Sequence[list[int]]) -> dict[str, Tensor]:
         padded, mask = pad([torch.tensor(row) for row in ids], "left", self._pad_id)
-        return {"input_ids": padded.to(self.model.device), "attention_mask": mask.long().to(self.model.device)}
+        return {"input_ids": padded, "attention_mask": mask.long()}  # on the host, where splicing is planned
 
     @property
     def _pad_id(self) -> int:

@@ -30,7 +30,7 @@ from typing import Any
 
 import llava
 from llava.cli import SEEDS, fail, flag, parse, spelled
-from llava.data.answers import parse_answer
+from llava.data.answers import CHECKSUM, parse_answer
 from llava.data.jsonl import json_values
 from llava.data.metric_names import METRICS
 from llava.data.rows import Row, read_rows, write_jsonl
@@ -42,7 +42,7 @@ from llava.eval.score_schema import read_scores
 from llava.eval.score_table import score_table
 from llava.eval.statistics import DRAWS, SEED
 from llava.eval.text_metrics import TextScorer
-from llava.files import atomic_write, file_sha256
+from llava.files import atomic_write, file_sha256, values_sha256
 from llava.inside import check_file_name
 from llava.utils import UserError, require_file, run_cli
 
@@ -132,9 +132,14 @@ def _compare(files: Sequence[_Answers], arguments: Arguments, scorer: TextScorer
     print(f"\n{second.path} against {first.path}")
     print(comparison_table(found, ("first", "second")), flush=True)
     if arguments.output_dir:
-        provenance = {"question_file": _fingerprint(arguments.question_file), "tokenizer": scorer.tokenizer}
-        provenance |= {"first": _fingerprint(first.path), "second": _fingerprint(second.path)}
-        provenance |= {"draws": arguments.draws, "seed": arguments.seed}
+        provenance = {
+            "question_file": _fingerprint(arguments.question_file),
+            "first": _fingerprint(first.path),
+            "second": _fingerprint(second.path),
+            "tokenizer": scorer.tokenizer,
+            "draws": arguments.draws,
+            "seed": arguments.seed,
+        }
         result = {"format_version": FORMAT_VERSION, "groups": found, "provenance": provenance}
         _write(Path(arguments.output_dir) / COMPARISON_NAME, result)
 
@@ -204,7 +209,7 @@ class _Job(_Answers):
             return None
         try:
             scores, _ = read_scores(self.target)
-        except UserError:  # an older or foreign file: it is replaced
+        except UserError:  # an older, foreign or damaged file: it is replaced
             return None
         same = scores.get("format_version") == FORMAT_VERSION
         return scores if same and _checksums(scores["provenance"]) == _checksums(self.provenance(tokenizer)) else None
@@ -223,6 +228,8 @@ class _Job(_Answers):
             "provenance": self.provenance(scorer.tokenizer),
         }
         write_jsonl(self.target.with_name(ROWS_NAME), _row_values(self.rows, self.answers, per_row, by_domain))
+        scores["rows_sha256"] = file_sha256(self.target.with_name(ROWS_NAME))
+        scores[CHECKSUM] = values_sha256(scores)
         _write(self.target, scores)
         return scores
 

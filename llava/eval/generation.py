@@ -20,9 +20,14 @@ WINDOW = 8
 
 @dataclass(frozen=True)
 class Loading:
-    """Where the model runs and in which form: by default on the accelerator, where there is one, unquantised."""
+    """Where the model runs and in which form: by default on the accelerator, where there is one, unquantised.
+
+    Args:
+        device_map: ``auto`` puts the layers on all GPUs, in turn; by default the model is on one.
+    """
 
     device: str | None = None
+    device_map: str | None = None
     load_8bit: bool = False
     load_4bit: bool = False
     attn_implementation: str | None = None

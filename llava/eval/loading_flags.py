@@ -8,8 +8,9 @@ from typing import Any
 from llava.cli import flag
 from llava.devices import check_device
 from llava.eval.generation import Generation, Loading
+from llava.image_io import allow_pixels
 
-LOADING = ("device", "load_8bit", "load_4bit", "attn_implementation")
+LOADING = ("device", "device_map", "load_8bit", "load_4bit", "attn_implementation")
 GENERATION = ("temperature", "top_p", "num_beams", "max_new_tokens", "batch_size", "seed", "refuse_unknown")
 
 
@@ -18,6 +19,9 @@ class LoadingFlags:
     """Where the model runs and in which form."""
 
     device: str | None = flag(None, "cuda or cpu (default: cuda where there is one)")
+    device_map: str | None = flag(
+        None, "auto: a model too large for one GPU on all of them (default: on one)", choices=("auto",)
+    )
     load_8bit: bool = False
     load_4bit: bool = False
     attn_implementation: str | None = flag(
@@ -25,6 +29,7 @@ class LoadingFlags:
         "default: sdpa, which also stands in for a FlashAttention that is not installed",
         choices=("sdpa", "flash_attention_2", "eager"),
     )
+    max_pixels: int | None = flag(None, "pixels that a picture may have (default: LLAVA_MAX_PIXELS or 100 million)")
 
 
 @dataclass(kw_only=True)
@@ -41,7 +46,12 @@ class PromptFlags:
 
 
 def loading_of(arguments: Any) -> Loading:
-    """Where and in which form a command line wants the model; ``UserError`` for a device that is not here."""
+    """Where and in which form a command line wants the model; its limit for pictures holds from here on.
+
+    Raises:
+        UserError: a device that is not here.
+    """
+    allow_pixels(getattr(arguments, "max_pixels", None))
     if arguments.device:
         check_device(arguments.device)
     return Loading(**_given(arguments, LOADING))

@@ -26,8 +26,11 @@ from llava.utils import UserError, require_file, run_cli
 
 FORMAT_VERSION = 1
 # Student's t at 97.5 % for 1 to 30 degrees of freedom; beyond that the last, which is a little too wide.
-_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
-_T += (2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042)
+_T_TABLE = """
+12.706 4.303 3.182 2.776 2.571 2.447 2.365 2.306 2.262 2.228 2.201 2.179 2.160 2.145 2.131
+2.120 2.110 2.101 2.093 2.086 2.080 2.074 2.069 2.064 2.060 2.056 2.052 2.048 2.045 2.042
+"""
+_T = [float(value) for value in _T_TABLE.split()]
 
 
 @dataclass(kw_only=True)

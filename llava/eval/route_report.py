@@ -85,7 +85,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def load_pool(place: str, model_base: str | None) -> tuple[Any, Path]:
     """The pool and its base model's folder. Where no task is trained (key files), all take part."""
-    from llava.checkpoints.weights import fingerprint, resolve_checkpoint, resolve_recorded
+    from llava.checkpoints.checkpoint import Checkpoint
+    from llava.checkpoints.weights import resolve_checkpoint, resolve_recorded
     from llava.slots.edit import read_place
 
     slots = read_place(place)
@@ -93,8 +94,8 @@ def load_pool(place: str, model_base: str | None) -> tuple[Any, Path]:
     if not name:
         raise UserError(f"{place} names no base model; give --model-base")
     base = resolve_checkpoint(model_base or resolve_recorded(name, Path(place)))
-    if slots.base.get("fingerprint") not in (None, fingerprint(base)):
-        raise UserError(f"{place} belongs to another base than {base}; give the right --model-base")
+    if found := Checkpoint(base).other_than(slots.base):
+        raise UserError(f"{place} belongs to another base than {base}: {found}; give the right --model-base")
     if not any(task.trained for task in slots.tasks):
         for task in slots.tasks:
             task.trained = True
@@ -110,6 +111,7 @@ def read_queries(arguments: Arguments, slots: Any, base: Path) -> tuple[list, An
     from llava.continual.queries import compute_queries
     from llava.data.rows import read_rows
     from llava.inside import opened_to_links
+    from llava.slots.encoders import same_encoder
     from llava.slots.queries import Queries
 
     files = [(arguments.question_file, arguments.image_folder)]
@@ -137,7 +139,7 @@ def read_queries(arguments: Arguments, slots: Any, base: Path) -> tuple[list, An
                 aspect_ratio=slots.prompt.get("aspect_ratio"),
             )
         )
-    if settings.uses_text and parts[0].encoder != settings.encoder:
+    if settings.uses_text and not same_encoder(parts[0].encoder, settings.encoder):
         raise UserError(f"the slots were fitted with text encoder {settings.encoder}, here it is {parts[0].encoder}")
     joined = [
         None if getattr(parts[0], kind) is None else torch.cat([getattr(part, kind) for part in parts])

@@ -10,9 +10,8 @@ speaks of, without it all pictures stand in front of the question.
 
 from __future__ import annotations
 
-import io
+import http.client
 import sys
-import urllib.error
 import urllib.request
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -27,6 +26,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 URL_TIMEOUT = 30  # seconds
+MOST_BYTES = 2**30
 
 
 @dataclass(kw_only=True)
@@ -90,13 +90,14 @@ def load_image(image_file: str) -> Image:
 
     if not image_file.startswith(("http://", "https://")):
         return image_io.load_image(image_file)
-    from PIL import Image, UnidentifiedImageError
-
     try:
         with urllib.request.urlopen(image_file, timeout=URL_TIMEOUT) as stream:
-            return image_io.to_rgb(Image.open(io.BytesIO(stream.read())))
-    except (urllib.error.URLError, TimeoutError, UnidentifiedImageError) as error:
+            data = stream.read(MOST_BYTES + 1)
+    except (OSError, http.client.HTTPException, ValueError) as error:
         raise UserError(f"no picture can be had from {image_file} ({error}); download it and give the file") from error
+    if len(data) > MOST_BYTES:
+        raise UserError(f"{image_file} is larger than {MOST_BYTES >> 20} MB; download it and give the file")
+    return image_io.decode_image(data, image_file.partition("?")[0])
 
 
 def with_pictures(query: str, count: int) -> str:

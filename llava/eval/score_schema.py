@@ -5,7 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from llava.data.answers import CHECKSUM
 from llava.data.jsonl import json_values
+from llava.files import file_sha256, values_sha256
 from llava.inside import inside
 from llava.outside import kind_of, read_object
 from llava.schema import Wanted, an_object, check_fields, list_of, number, whole, words
@@ -38,15 +40,17 @@ SCORES: dict[str, Wanted] = {
     "provenance": an_object(PROVENANCE),
     "rows_file": words(empty=False),
     "tokenizer": words(),
+    "rows_sha256": words(empty=False),
+    CHECKSUM: words(empty=False),
 }
 ROW: dict[str, Wanted] = {"domain": words(), "scores": an_object(), "scores_by_domain": an_object()}
 
 
 def read_scores(path: str | Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """A ``scores.json``, and the row values that lie beside it.
+    """A ``scores.json``, and the row values that lie beside it; files of earlier versions hold no checksums.
 
     Raises:
-        UserError: one of them is missing or broken, or a field is not what a scores file has.
+        UserError: one of them is missing or broken, a field is not what a scores file has, or a checksum differs.
     """
     source = Path(path)
     scores = read_object(source, "scores file", "score the answers first: python -m llava.eval.eval_video_qa")
@@ -64,7 +68,18 @@ def read_scores(path: str | Path) -> tuple[dict[str, Any], list[dict[str, Any]]]
                     raise UserError(f"{where}: {metric}: field {absent[0]!r} is missing")
     except UserError as error:
         raise UserError(f"{error} (not a scores file; score again)") from error
-    return scores, _read_rows(inside(source.parent, scores["rows_file"], str(source)))
+    rows = inside(source.parent, scores["rows_file"], str(source))
+    if CHECKSUM in scores:
+        _check_written(source, scores, rows)
+    return scores, _read_rows(rows)
+
+
+def _check_written(source: Path, scores: dict[str, Any], rows: Path) -> None:
+    """Compare scores and row values with the checksums in the scores."""
+    if values_sha256({name: value for name, value in scores.items() if name != CHECKSUM}) != scores[CHECKSUM]:
+        raise UserError(f"{source}: is not what was written here; score again")
+    if rows.is_file() and file_sha256(rows) != scores.get("rows_sha256"):
+        raise UserError(f"{rows}: is not what was written beside {source.name}; score again")
 
 
 def _read_rows(path: Path) -> list[dict[str, Any]]:

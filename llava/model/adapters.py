@@ -29,6 +29,7 @@ from llava.utils import UserError, rank0_print
 
 PEFT_PREFIX = "base_model.model."
 HF_NAMES = re.compile(r"base_model\.model\.(model\.)?(language_model|multi_modal_projector)\.")
+WHOLE_TABLE = re.compile(r"\b(embed_tokens|lm_head)\.(base_layer\.)?weight$")
 NOT_DECODER = r".*(vision_tower|mm_projector|retriever|lm_head).*"
 
 
@@ -126,8 +127,8 @@ def apply_adapter(model: PreTrainedModel, folder: Path, merge: bool, trainable: 
     except (RuntimeError, ValueError, TypeError, KeyError, AttributeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{folder}: the LoRA does not fit the base ({reason}); give the right --model-base") from error
-    tables = any("embed_tokens" in key or "lm_head" in key for key in state)  # else PEFT guesses, by the base's config
-    places = get_peft_model_state_dict(wrapped, save_embedding_layers=tables).keys()
+    whole = any(WHOLE_TABLE.search(key) for key in state)  # else PEFT guesses, by the base's config
+    places = get_peft_model_state_dict(wrapped, save_embedding_layers=whole).keys()
     odd = sorted(places ^ state.keys())
     if odd:
         raise UserError(
@@ -135,9 +136,26 @@ def apply_adapter(model: PreTrainedModel, folder: Path, merge: bool, trainable: 
             "give the right --model-base"
         )
     if merge:
+        if any("embed_tokens" in key or "lm_head" in key for key in state):
+            untie_head(model)
         rank0_print("LoRA merged into the base")
         return cast(PreTrainedModel, wrapped.merge_and_unload())
     return cast(PreTrainedModel, wrapped.get_base_model())
+
+
+def untie_head(model: PreTrainedModel) -> None:
+    """Give the output head a table of its own where it shares the token embeddings'.
+
+    What a LoRA adds to one of the two would else be added to both, and the model would answer otherwise than it was
+    trained to.
+    """
+    layers = (model.get_input_embeddings(), model.get_output_embeddings())
+    table, head = (cast(Any, getattr(layer, "base_layer", layer)) for layer in layers)
+    if head is None or head.weight is not table.weight:
+        return
+    head.weight = torch.nn.Parameter(table.weight.detach().clone(), requires_grad=table.weight.requires_grad)
+    model.config.tie_word_embeddings = False
+    rank0_print("the base's head and token embeddings are one table; each has its own now, because the LoRA is on one")
 
 
 def _write_renamed(folder: Path, state: dict[str, Tensor], config: Any) -> None:

@@ -12,11 +12,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from llava.constants import IMAGE_TOKEN_INDEX
+from llava.constants import IMAGE_TOKEN_INDEX, NO_SEGMENT, SHARED_SEGMENT
 from llava.padding import pad
-
-SHARED, PADDING = 0, -1
-"""Segments of what all turns see, and of what no turn does; the turns count from 1."""
 
 
 def spread(
@@ -38,7 +35,7 @@ def spread(
         repeats = torch.ones_like(ids)
         repeats[ids == IMAGE_TOKEN_INDEX] = torch.tensor(list(taken), dtype=ids.dtype, device=ids.device)
         rows.append(own.repeat_interleave(repeats))
-    found = pad(rows, value=PADDING)[0]
+    found = pad(rows, value=NO_SEGMENT)[0]
     if found.shape[1] != length:
         raise ValueError(f"rows of {found.shape[1]} positions were cut to {length}; turns that are kept apart must fit")
     return found
@@ -50,7 +47,7 @@ def who_sees_whom(segments: Tensor, added: torch.dtype | None = None) -> tuple[T
     Each turn's positions go on behind what is shared, as if it stood there alone. With ``added``, a float type, the
     mask is one to add to scores, as eager attention takes it.
     """
-    shared = segments == SHARED  # [batch, length]
+    shared = segments == SHARED_SEGMENT  # [batch, length]
     same = segments[:, :, None] == segments[:, None, :]  # [batch, query, key]
     before = torch.ones_like(same[0]).tril()
     own = same & before

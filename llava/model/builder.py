@@ -276,12 +276,12 @@ def check_slots_fit(config: Any, slots: Pool, base: Place) -> None:
     Raises:
         UserError: naming what differs.
     """
-    expected, checkpoint = slots.base.get("fingerprint"), Checkpoint.open(base)
+    checkpoint = Checkpoint.open(base)
     beside = checkpoint.has(SLOTS_FILE)  # the base's weights were written together with the slots, under other names
-    if expected and not beside and expected != checkpoint.fingerprint:
+    if not beside and (found := checkpoint.other_than(slots.base)):
         raise UserError(
-            f"the slots were trained on base {slots.base.get('path')} ({expected}), but {checkpoint} is "
-            f"{checkpoint.fingerprint}; give the right --model-base"
+            f"the slots were trained on base {slots.base.get('path')}, and {checkpoint} is another: {found}; give the "
+            "right --model-base, or restore it"
         )
     layers = config.num_hidden_layers
     if slots.settings.num_layers != layers:

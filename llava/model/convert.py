@@ -22,6 +22,7 @@ from llava.checkpoints.card import CARD_FILE, NOT_CLINICAL, PIPELINE, TAGS, lice
 from llava.checkpoints.checkpoint import Checkpoint
 from llava.checkpoints.hf_layout import TO_HF, TO_LLAVA, config_to_hf, renamed
 from llava.checkpoints.kinds import SLOTS_FILE, TOWER_PREFIX
+from llava.checkpoints.manifest import seal
 from llava.checkpoints.schemas import has_processor
 from llava.checkpoints.tokenizer import load_tokenizer
 from llava.checkpoints.weights import load_bin
@@ -69,6 +70,7 @@ def convert(source: Path, target: Path, direction: str) -> None:
                 shutil.copyfile(source / name, partial / name)
         (_from_hf if direction == FROM_HF else _to_hf)(checkpoint, partial)
         _write_card(checkpoint, partial, target.name, direction)
+        seal(partial)
     rank0_print(f"{source} converted ({direction}) to {target}")
 
 

@@ -188,7 +188,8 @@ class LlavaMetaForCausalLM(Routed, SharedPrefixes, PicturedText):
         before = None if before is None else before.cut(length)
         if not length:
             check_prompts(input_ids, attention_mask)
-        if length and input_ids is not None and not (input_ids == IMAGE_TOKEN_INDEX).any():
+        handed = images is not None or image_features is not None
+        if length and handed and input_ids is not None and not (input_ids == IMAGE_TOKEN_INDEX).any():
             images = image_features = None  # of the prefill; some loops hand them over at every step
         if image_features is None or images is not None:
             images, image_sizes = self.hand_out(input_ids, attention_mask, images, image_sizes, modalities)

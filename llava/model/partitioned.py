@@ -41,6 +41,29 @@ def never_parted() -> Iterator[None]:
             integration.set_hf_deepspeed_config(config)
 
 
+def optimizer_copy(parameter: Tensor) -> Tensor | None:
+    """The whole float32 copy that DeepSpeed's optimizer steps on, of which the parameter is a rounding in 16 bits;
+    ``None`` where there is none. Every process must call this."""
+    if not _has_optimizer_copy(parameter):
+        return None
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    found: Tensor | None = safe_get_full_fp32_param(parameter)
+    return found
+
+
+def set_optimizer_copy(parameter: Tensor, value: Tensor) -> None:
+    """Write into that copy, where there is one. Every process must call this."""
+    if _has_optimizer_copy(parameter):
+        from deepspeed.utils import safe_set_full_fp32_param
+
+        safe_set_full_fp32_param(parameter, value.to(parameter.device))
+
+
+def _has_optimizer_copy(parameter: Tensor) -> bool:
+    return hasattr(parameter, "_z3_optimizer") or hasattr(parameter, "_hp_mapping")
+
+
 def size_of(parameter: Tensor) -> int:
     """How many numbers a parameter has in all its parts."""
     return int(getattr(parameter, "ds_numel", parameter.numel()))

@@ -168,9 +168,10 @@ class SharedPrefixes:
         prefixes = self._prefixes(rows, names, features, image_sizes)
         if self._too_long(prefixes, rows):
             return None
-        cached, seen = joined(prefixes, input_ids.device)
+        embed = self.get_model().embed_tokens
+        cached, seen = joined(prefixes, embed.weight.device)
         ids, real = pad([torch.tensor(row.ids) for row in rows], "left")
-        words = self.get_model().embed_tokens(ids.to(input_ids.device))
+        words = embed(ids.to(embed.weight.device))
         empty = words.new_zeros(len(rows), seen.shape[1], words.shape[2])
         mask = torch.cat([seen, real.to(seen.device)], dim=1)
         return torch.cat([empty, words], dim=1), mask, filled(cached), seen.shape[1]

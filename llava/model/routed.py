@@ -14,6 +14,7 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
+from llava.devices import OnHost
 from llava.model.asked import QuestionReader
 from llava.model.decision import (
     NO_ROUTE,
@@ -39,8 +40,8 @@ class Asked:
     """What a caller says of the questions, as ``forward`` and ``generate`` take it."""
 
     questions: Sequence[str] | None = None
-    text_query: Tensor | None = None
-    image_query: Tensor | None = None
+    text_query: Any = None  # a tensor, or one ``OnHost``
+    image_query: Any = None
     tasks: Sequence[str | None] | None = None
     route: Route | Decision | str | None = None
 
@@ -49,6 +50,10 @@ class Asked:
             self.questions = [self.questions]
         if isinstance(self.tasks, str):
             self.tasks = [self.tasks]
+        if isinstance(self.text_query, OnHost):
+            self.text_query = self.text_query.tensor
+        if isinstance(self.image_query, OnHost):
+            self.image_query = self.image_query.tensor
 
     def check_route(self, rows: int) -> None:
         """``ValueError`` for a route of other questions: it has a row for each of ``rows``, or one for all of them."""
@@ -115,8 +120,6 @@ class Routed:
         """The route of each sample, or ``None`` when no slot may be selected (the base model answers)."""
         if self.retriever is None or not self.retriever.active:
             return None
-        text_query = None if text_query is None else text_query.to(self.device)
-        image_query = None if image_query is None else image_query.to(self.device)
         return self.retriever.decide(Query(text_query, image_query), tasks)
 
     def _route_decoder(

@@ -13,7 +13,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import save as safetensors_bytes
 from torch import Tensor, nn
 from transformers import BaseImageProcessor, PreTrainedModel, PreTrainedTokenizerBase
@@ -21,8 +20,9 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from llava.checkpoints.checkpoint import Checkpoint
 from llava.checkpoints.kinds import ADAPTER_CONFIG, SLOTS_FILE
+from llava.checkpoints.manifest import CHECKSUMS_FILE, seal
 from llava.files import atomic_folder, atomic_write, share
-from llava.slots.adapter import MEMORY_FILE
+from llava.slots.adapter import MEMORY_FILE, write_memory
 from llava.slots.card import write_slots_card
 from llava.slots.encoders import QUERY_TABLE_FILE, BaseEmbeddingEncoder, table_fingerprints
 from llava.slots.pool import Pool
@@ -80,6 +80,8 @@ class StageFolder:
         if writes:
             for name in (SLOTS_FILE, MEMORY_FILE, QUERY_TABLE_FILE):  # of an earlier save: they are written last
                 remove(folder / name)
+        if is_main_process:
+            remove(folder / CHECKSUMS_FILE)  # of an earlier save; the caller may write more than this
         stage = adapter is not None
         with _without_adapter(model), _told_its_tower(model, told=stage, as_stage=stage):
             super().save_pretrained(  # type: ignore[misc]
@@ -165,6 +167,7 @@ def save_whole_model(
         tokenizer.save_pretrained(partial)
         if image_processor is not None:
             image_processor.save_pretrained(partial)
+        seal(partial)
     rank0_print(f"written to {folder}")
 
 
@@ -250,8 +253,7 @@ def _write_slots(model: Any, folder: Path, own: dict[str, Tensor], state: dict[s
     now = {**adapter.state_dict(), **own}
     memory = {name: now.get(name, value).detach().cpu().clone() for name, value in model.stage_memory.items()}
     if memory:
-        with atomic_write(folder / MEMORY_FILE, "wb") as stream:
-            torch.save(memory, stream)
+        write_memory(folder, memory)
     encoder, identity = adapter.encode_text, pool.settings.encoder
     if isinstance(encoder, BaseEmbeddingEncoder):
         table = model.get_input_embeddings().weight if state is None else state["model.embed_tokens.weight"]

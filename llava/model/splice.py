@@ -1,4 +1,8 @@
-"""Text and pictures in one run of embeddings: the features of a picture take the place of its ``<image>``."""
+"""Text and pictures in one run of embeddings: the features of a picture take the place of its ``<image>``.
+
+Where everything goes is planned on the host, from ids that are there or are copied there once; then one gather puts
+words, pictures and padding in their places.
+"""
 
 from __future__ import annotations
 
@@ -84,7 +88,9 @@ def splice(
     """
     if attention_mask is not None and attention_mask.shape != input_ids.shape:
         raise ValueError("pictures need an attention_mask of shape [batch, tokens], or none")
-    keep = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+    weight = getattr(embed, "weight", input_ids)
+    device = input_ids.device if weight.device.type == "meta" else weight.device  # a hook may bring the weight
+    input_ids, keep, labels = _on_host(input_ids, attention_mask, labels)
     shortened, cut, behind = [], [], []
     for index, pictures in enumerate(features):
         ids = input_ids[index][keep[index]]
@@ -106,20 +112,34 @@ def splice(
         cut.append(lost)
         behind.append(len(row.ids) - 1 - places[-1] if places else None)
     # Once for the whole batch: under ZeRO-3 processes must call it equally often, whatever pictures their rows have.
-    words = embed(torch.cat([row.ids.clamp(min=0) for row in shortened]))  # [tokens of all rows, hidden]
+    words = embed(torch.cat([row.ids.clamp(min=0) for row in shortened]).to(device))  # [tokens of all rows, hidden]
+    flat = [picture.to(words) for row in shortened for picture in row.pictures]
+    front = [] if prefix is None else [prefix.to(words).flatten(0, 1)]
+    nothing = words.new_zeros(1, words.shape[1])
+    table = torch.cat([nothing, *front, words, *flat])
+    length = 0 if prefix is None else prefix.shape[1]
+    word, picture = 1 + len(shortened) * length, 1 + len(shortened) * length + len(words)
     rows, row_labels = [], []
-    for index, (row, text) in enumerate(zip(shortened, words.split([len(row.ids) for row in shortened]), strict=True)):
-        embeds, spliced = splice_row(text, row)
-        if prefix is not None:
-            embeds = torch.cat([prefix[index].to(embeds.dtype), embeds])
-            spliced = torch.cat([spliced.new_full((prefix.shape[1],), IGNORE_INDEX), spliced])
-        rows.append(embeds)
-        row_labels.append(spliced)
-    embeds, mask = pad(rows, side)
-    ends = [embeds.shape[1] if side == "left" else len(row) for row in rows]
+    for index, row in enumerate(shortened):
+        sources, spliced = plan_row(row, word, picture)
+        ahead = torch.arange(1 + index * length, 1 + (index + 1) * length)
+        rows.append(torch.cat([ahead, sources]))
+        row_labels.append(torch.cat([spliced.new_full((length,), IGNORE_INDEX), spliced]))
+        word, picture = word + len(row.ids), picture + sum(map(len, row.pictures))
+    sources, mask = pad(rows, side)  # [batch, longest]
+    ends = [sources.shape[1] if side == "left" else len(row) for row in rows]
     starts = [end - (len(row) if own is None else own) for end, row, own in zip(ends, rows, behind, strict=True)]
     positions = (mask.cumsum(1) - 1) * mask  # counted from each row's own start; 0 on padding
-    return Spliced(embeds, mask, positions, pad(row_labels, side, IGNORE_INDEX)[0], cut, starts)
+    plan = torch.stack([sources, mask.long(), positions, pad(row_labels, side, IGNORE_INDEX)[0]]).to(words.device)
+    embeds = table.index_select(0, plan[0].flatten()).unflatten(0, sources.shape)
+    return Spliced(embeds, plan[1].bool(), plan[2], plan[3], cut, starts)
+
+
+def _on_host(ids: Tensor, mask: Tensor | None, labels: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Ids, which of them are no padding, and labels, on the CPU; from a device they come in one copy."""
+    keep = torch.ones_like(ids) if mask is None else mask.bool().to(ids)
+    host = torch.stack([ids, keep, ids if labels is None else labels.to(ids)]).cpu()
+    return host[0], host[1].bool(), None if labels is None else host[2]
 
 
 def _within(limit: int | None, row: Row, places: list[int]) -> tuple[Row, int]:
@@ -134,19 +154,21 @@ def _within(limit: int | None, row: Row, places: list[int]) -> tuple[Row, int]:
     return Row(row.ids[chosen], row.labels[chosen], left), len(row.ids) - len(kept)
 
 
-def splice_row(text: Tensor, row: Row) -> tuple[Tensor, Tensor]:
-    """Embeddings ``[length, hidden]`` and labels ``[length]`` of a row with as many pictures as placeholders.
+def plan_row(row: Row, word: int, picture: int) -> tuple[Tensor, Tensor]:
+    """Where each position of a row comes from, and its label: both ``[length]``.
 
     Args:
-        text: ``[tokens, hidden]``, the embeddings of the row's ids; those of placeholders are not used.
+        row: with as many pictures as placeholders. word, picture: where its words, and its pictures, begin in the
+            table of all that positions can come from.
     """
     places = (row.ids == IMAGE_TOKEN_INDEX).nonzero().flatten().tolist()
     pieces, piece_labels, start = [], [], 0
-    for place, picture in zip([*places, len(row.ids)], [*row.pictures, None], strict=True):
-        pieces.append(text[start:place])
+    for place, shown in zip([*places, len(row.ids)], [*row.pictures, None], strict=True):
+        pieces.append(torch.arange(word + start, word + place))
         piece_labels.append(row.labels[start:place])
-        if picture is not None:
-            pieces.append(picture.to(pieces[0].dtype))
-            piece_labels.append(row.labels.new_full((len(picture),), IGNORE_INDEX))
+        if shown is not None:
+            pieces.append(torch.arange(picture, picture + len(shown)))
+            piece_labels.append(row.labels.new_full((len(shown),), IGNORE_INDEX))
+            picture += len(shown)
         start = place + 1
     return torch.cat(pieces), torch.cat(piece_labels)

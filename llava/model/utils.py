@@ -10,6 +10,7 @@ import json
 
 from llava.checkpoints.checkpoint import Checkpoint
 from llava.checkpoints.kinds import names_llava
+from llava.checkpoints.manifest import changing
 from llava.files import atomic_write
 from llava.utils import UserError, rank0_print
 
@@ -30,7 +31,8 @@ def auto_upgrade(config: str) -> None:
     if input("Write LLaVA's model type into it? [Y/N] ").strip().lower() not in ("y", "yes"):
         raise UserError(f"{checkpoint}: config.json was left as it is; transformers will load a plain Llama")
     values = {**checkpoint.config, "model_type": MODEL_TYPE, "architectures": [ARCHITECTURE]}
-    with atomic_write(checkpoint.folder / "config.json") as stream:
+    path = checkpoint.folder / "config.json"
+    with changing(path), atomic_write(path) as stream:
         json.dump(values, stream, indent=2)
         stream.write("\n")
     rank0_print("config.json is upgraded")

@@ -15,7 +15,9 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from llava.files import atomic_write
 from llava.registry import Registry
+from llava.slots.file import content_sha256
 from llava.slots.offsets import WeightOffset
 from llava.slots.pool import Pool
 from llava.slots.queries import Query
@@ -24,6 +26,7 @@ from llava.slots.settings import RetrieverSettings
 from llava.utils import UserError
 
 MEMORY_FILE = "memory.pth"
+_CHECKSUM = "checksum of the rest"
 RETRIEVER = "retriever"
 """The adapter of slot files that name none."""
 
@@ -80,6 +83,13 @@ class AdapterKind(Protocol):
 ADAPTERS: Registry[AdapterKind] = Registry("adapter", "llava.continual.methods")
 
 
+def write_memory(folder: Path, memory: dict[str, Tensor]) -> None:
+    """Write the tensors that a stage's method keeps beside the slots, with their checksum."""
+    kept = {**memory, _CHECKSUM: _checksum(memory)}
+    with atomic_write(folder / MEMORY_FILE, "wb") as stream:
+        torch.save(kept, stream)
+
+
 def read_memory(folder: Path) -> dict[str, Tensor]:
     """The tensors that a stage's method keeps beside the slots; empty where it keeps none.
 
@@ -100,4 +110,11 @@ def read_memory(folder: Path) -> dict[str, Tensor]:
         ) from error
     if not isinstance(found, dict) or not all(isinstance(value, Tensor) for value in found.values()):
         raise UserError(f"{path}: holds something else than tensors by name; train the stage again")
+    kept = found.pop(_CHECKSUM, None)  # files of earlier versions have none
+    if kept is not None and not torch.equal(kept, _checksum(found)):
+        raise UserError(f"{path}: is damaged, its checksum is not that of what it holds; train the stage again")
     return found
+
+
+def _checksum(memory: dict[str, Tensor]) -> Tensor:
+    return torch.tensor(list(content_sha256(dict(sorted(memory.items()))).encode()), dtype=torch.uint8)

@@ -14,8 +14,9 @@ from pathlib import Path
 
 import torch
 
+from llava.checkpoints.checkpoint import Checkpoint
 from llava.checkpoints.kinds import SLOTS_FILE, TRAINING_FILE
-from llava.checkpoints.weights import fingerprint
+from llava.checkpoints.manifest import CHECKSUMS_FILE, check_seal, seal
 from llava.files import atomic_write
 from llava.slots.card import TRAINING, write_slots_card
 from llava.slots.merge import merge_pools, refuse_more_than_slots
@@ -24,7 +25,7 @@ from llava.slots.pool import Pool
 from llava.slots.task_slots import TaskSlots
 from llava.utils import UserError
 
-NOT_COPIED = (SLOTS_FILE, TRAINING_FILE, "log_history.json")
+NOT_COPIED = (SLOTS_FILE, TRAINING_FILE, CHECKSUMS_FILE, "log_history.json")
 
 
 def slots_path(place: str | Path) -> Path:
@@ -38,7 +39,9 @@ def slots_path(place: str | Path) -> Path:
 
 
 def read_place(place: str | Path) -> Pool:
-    """The pool at a place."""
+    """The pool at a place; ``UserError`` where a file of its folder is not the one that was written."""
+    if Path(place).is_dir():
+        check_seal(Path(place))
     return Pool.read(slots_path(place))
 
 
@@ -66,6 +69,7 @@ def write_place(pool: Pool, output: str | Path, like: Sequence[str | Path], done
         json.dump({"made_by": done, "tasks": pool.names}, stream, indent=1)
     write_slots_card(target, pool, drop=[TRAINING])
     pool.write(target / SLOTS_FILE)
+    seal(target)
     return target / SLOTS_FILE
 
 
@@ -151,9 +155,9 @@ def verify(pool: Pool, base: Path | None) -> list[Finding]:
     if not recorded or base is None:
         findings.append(Finding("base", None, f"not checked ({pool.base.get('path') or 'no base'} recorded)"))
     else:
-        here = fingerprint(base)
-        words = f"is {recorded}" if here == recorded else f"is {here}, but the slots belong to {recorded}"
-        findings.append(Finding("base", here == recorded, f"{base} {words}"))
+        other = Checkpoint(base).other_than(pool.base)
+        words = f"is {recorded}" if other is None else f"is not the one that the slots belong to: {other}"
+        findings.append(Finding("base", other is None, f"{base} {words}"))
     return findings
 
 

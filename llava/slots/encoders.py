@@ -18,13 +18,14 @@ import re
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import safe_open
 from torch import Tensor
 
 from llava.checkpoints.checkpoint import Checkpoint, Place
+from llava.checkpoints.manifest import difference, manifest_of
 from llava.checkpoints.tokenizer import load_tokenizer
 from llava.checkpoints.weights import first_line, lacking_tensors
 from llava.utils import UserError
@@ -36,6 +37,9 @@ QUERY_TABLE_FILE = "query_table.safetensors"
 """Beside a stage's own weights: the table of its queries, where the weights don't hold those numbers any more."""
 EMBEDDING_KEYS = ("model.embed_tokens.weight", "language_model.model.embed_tokens.weight", "embed_tokens.weight")
 
+Manifest = dict[str, str]
+"""Files by checksum."""
+
 _ENCODING = threading.Lock()
 """A fast tokenizer may not be used by two threads at once."""
 
@@ -43,8 +47,8 @@ _ENCODING = threading.Lock()
 class TextEncoder:
     """Questions to queries: ``encoder(["..."]) -> [batch, dim]`` float32 on the CPU.
 
-    ``identity`` says which encoder it is (``kind``, ``name``, ``fingerprint``, ``dim``); key files keep it, so that
-    keys of different encoders are never mixed.
+    ``identity`` says which encoder it is (``kind``, ``name``, ``fingerprint``, ``dim``, and for one in a folder of its
+    own ``files``, their checksums); key files keep it, so that keys of different encoders are never mixed.
     """
 
     kind = ""
@@ -117,11 +121,12 @@ class SentenceEncoder(TextEncoder):
                 f"text encoder {name!r} lacks {len(needed)} tensors, among them {', '.join(needed[:4])}; copy the "
                 "whole model, or give --text_encoder base"
             )
-        # What no file holds is random at each load and unused; the identity is made of what was read.
+        # What no file holds is random at each load and unused; the fingerprint is made of what was read.
         read = [value for key, value in self.model.named_parameters() if key not in lacking]
         sample = torch.cat([value.detach().flatten()[:64] for value in read]).numpy().tobytes()
         digest = hashlib.sha256(sample + str(self.model.config.hidden_size).encode()).hexdigest()[:16]
         super().__init__(name, digest, self.model.config.hidden_size)
+        self.identity["files"] = manifest_of(source)
 
     @torch.inference_mode()
     def encode_one(self, question: str) -> Tensor:
@@ -149,13 +154,30 @@ def encoder_from_identity(identity: dict[str, Any], base_path: Place | None) -> 
         encoder: TextEncoder = BaseEmbeddingEncoder(base_path, identity["fingerprint"])
     else:
         encoder = load_text_encoder(identity["name"], base_path)
-    if encoder.identity != identity:
+    if not same_encoder(encoder.identity, identity):
+        kept, now = (one.get("files", {}) for one in (identity, encoder.identity))
+        files = difference(cast(Manifest, kept), cast(Manifest, now)) or ""
         raise UserError(
             f"the slots were fitted with text encoder {identity['name']!r} ({identity['fingerprint']}, "
-            f"{identity['dim']} dimensions), here it is {encoder.identity['fingerprint']} with {encoder.dim}; "
-            "use the base model and encoder of stage 1"
+            f"{identity['dim']} dimensions), here it is {encoder.identity['fingerprint']} with {encoder.dim}"
+            f"{files and f', and its {files}'}; use the base model and encoder of stage 1"
         )
     return encoder
+
+
+def same_encoder(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Whether two identities are of one encoder; those of earlier versions say nothing of its files."""
+    shared = {*one, *other} if "files" in one and "files" in other else {*one, *other} - {"files"}
+    return all(one.get(name) == other.get(name) for name in shared)
+
+
+def encoder_content(identity: dict[str, Any], base_path: Place | None) -> Manifest:
+    """Every file that decides the queries of the encoder of an identity, by checksum: its own, or the base's."""
+    if "files" in identity:
+        return cast(Manifest, identity["files"])
+    if identity["name"] == BaseEmbeddingEncoder.kind and base_path is not None:
+        return Checkpoint.open(base_path).manifest
+    return manifest_of(_packaged_minilm() if identity["name"] == "minilm" else identity["name"])
 
 
 def read_embedding_table(base_path: Place) -> Tensor:

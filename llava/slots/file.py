@@ -13,6 +13,7 @@ checkpoints (``slots.pth``). It is a ``torch.save`` of tensors and plain contain
              extent: tensors of ``unknown.TaskExtent`` | None, held_out: {text, image} | None, info: {},
              checksum: of the task's tensors}]
     offsets: {task: {"A": {target: [slots, layers, rank, out]}, "B": {target: [slots, layers, rank, in]}}}
+    checksum: of all the rest, which is compared on every reading; files of earlier versions have none
 
 ``start`` and ``stop`` are the task's slots in the task sequence; keys are stored in the order of ``tasks``. The
 prototype's bare ``{"keys": tensor}`` is read by ``llava.slots.prototype``.
@@ -20,6 +21,7 @@ prototype's bare ``{"keys": tensor}`` is read by ``llava.slots.prototype``.
 
 from __future__ import annotations
 
+import hashlib
 import pickle
 import sys
 from pathlib import Path
@@ -28,6 +30,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from llava.checkpoints.manifest import changing
 from llava.files import atomic_write
 from llava.slots.key_scores import joined
 from llava.slots.queries import TaskStatistics
@@ -70,8 +73,10 @@ def write_slot_data(path: str | Path, slots: SlotData) -> None:
         data["prompt"] = slots.prompt
     if slots.adapter:
         data["adapter"] = slots.adapter
-    with atomic_write(path, "wb") as stream:
-        torch.save(_canonical(data), stream)
+    data = _canonical(data)
+    data["checksum"] = content_sha256(data)
+    with changing(Path(path)), atomic_write(path, "wb") as stream:
+        torch.save(data, stream)
 
 
 def read_slot_data(path: str | Path) -> SlotData:
@@ -88,7 +93,9 @@ def read_slot_data(path: str | Path) -> SlotData:
         raise UserError(f"{path}: slot file version {data['version']}, this package reads up to {VERSION}; update it")
     check_slot_data(data, str(path))
     try:
-        return _parse(data, path)
+        found = _parse(data, path)
+        _check_content(data, found, path)
+        return found
     except UserError:
         raise
     except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
@@ -131,6 +138,40 @@ def _parse(data: dict[str, Any], path: str | Path) -> SlotData:
         _refuse_nan(tasks[-1], path)
         place += count
     return SlotData(settings, tasks, data["base"], data.get("prompt", {}), data.get("adapter", ""))
+
+
+def _check_content(data: dict[str, Any], found: SlotData, path: str | Path) -> None:
+    """The file holds what was written: by its checksum, in a file of an earlier version by those of its tasks."""
+    mend = "copy it again, or make it again"
+    kept = data.pop("checksum", None)
+    if kept is not None and kept != content_sha256(data):
+        raise UserError(f"{path}: is damaged, its checksum is not that of what it holds; {mend}")
+    if kept is None:
+        for task in found.tasks:
+            if task.recorded_checksum and task.recorded_checksum != task.checksum():
+                raise UserError(
+                    f"{path}: task {task.name!r} is damaged, its checksum is not that of its numbers; {mend}"
+                )
+
+
+def content_sha256(value: Any) -> str:
+    """16 hex digits of a SHA-256 over tensors and plain containers, in their order."""
+    digest = hashlib.sha256()
+    _feed(digest, value)
+    return digest.hexdigest()[:16]
+
+
+def _feed(digest: Any, value: Any) -> None:
+    if isinstance(value, Tensor):
+        plain = value.detach().cpu().contiguous()
+        digest.update(f"{plain.dtype} {tuple(plain.shape)}".encode())
+        digest.update(plain.flatten().view(torch.uint8).numpy().data)
+    elif isinstance(value, (dict, list, tuple)):
+        digest.update(f"{type(value).__name__} {len(value)}".encode())
+        for part in value.items() if isinstance(value, dict) else value:
+            _feed(digest, part)
+    else:
+        digest.update(f"{type(value).__name__} {value!r};".encode())
 
 
 def _load(path: str | Path) -> dict[str, Any]:

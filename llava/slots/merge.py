@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import combinations
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from llava.checkpoints.manifest import difference
+from llava.slots.encoders import same_encoder
 from llava.slots.fit import seed_of
 from llava.slots.pool import Pool
 from llava.slots.settings import RetrieverSettings
@@ -61,15 +64,23 @@ def check_mergeable(path_a: Path | str, a: Pool, path_b: Path | str, b: Pool) ->
                     f"{pair}: slots overlap ({one.name} {one.start}:{one.stop}, {other.name} "
                     f"{other.start}:{other.stop}); fit them with the same task sequence"
                 )
-    if a.settings.encoder != b.settings.encoder:
+    if not same_encoder(a.settings.encoder, b.settings.encoder):
         raise UserError(f"{pair} used different text encoders: {a.settings.encoder} and {b.settings.encoder}")
-    if a.base.get("fingerprint") != b.base.get("fingerprint"):
-        raise UserError(f"{pair} were made for different base models: {a.base} and {b.base}")
-    mine, theirs = a.settings.to_dict(), b.settings.to_dict()
+    if found := _other_base(a.base, b.base):
+        bases = f"{a.base.get('path')} and {b.base.get('path')}"
+        raise UserError(f"{pair} were made for different base models, {bases}: {found}")
+    mine, theirs = ({**pool.settings.to_dict(), "encoder": None} for pool in (a, b))
     different = [name for name in mine if mine[name] != theirs[name]]
     if different:
         name = different[0]
         raise UserError(f"{pair} differ in {name}: {mine[name]} and {theirs[name]}; fit both with the same settings")
+
+
+def _other_base(one: dict[str, Any], other: dict[str, Any]) -> str | None:
+    if one.get("fingerprint") != other.get("fingerprint"):
+        return f"their fingerprints are {one.get('fingerprint')} and {other.get('fingerprint')}"
+    files = one.get("files"), other.get("files")  # earlier versions kept none
+    return difference(files[0], files[1]) if files[0] and files[1] else None
 
 
 def _check_pictures(path_a: Path, a: Pool, path_b: Path, b: Pool) -> None:

@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 import torch._dynamo
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
@@ -35,12 +36,12 @@ ARGUMENT = "weight_offset"
 """The keyword argument that offsets travel by."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class WeightOffset:
     """The offsets of one batch for all layers.
 
     Attributes:
-        down: per target ``[layers, batch or 1, in, m]``; ``m`` = ranks of all gathered slots.
+        down: per target ``[layers, batch or 1, m, in]``; ``m`` = ranks of all gathered slots.
         up: per target ``[layers, batch or 1, m, out]``.
         gate: ``[batch, 1, m]``, the sample's slot weight times ``scale``, repeated over each slot's ranks.
         where: ``[batch, length, 1]``, the positions that the offsets act on; ``None`` for all.
@@ -51,15 +52,42 @@ class WeightOffset:
     gate: Tensor
     where: Tensor | None = None
 
-    def apply(self, target: str, layer: int, x: Tensor) -> Tensor:
-        """The offset's share of the output: ``[batch, length, in] -> [batch, length, out]``."""
-        down, up = self.down[target][layer], self.up[target][layer]
-        if down.shape[0] == 1:  # shared by the batch: plain products
-            down, up = down[0], up[0]
-        low = (x.to(down.dtype) @ down) * self.gate  # [batch, length, m]
-        if self.where is not None:
-            low = low.masked_fill(~self.where, 0)
-        return (low @ up).to(x.dtype)
+    def __post_init__(self) -> None:
+        # Once, not at each layer: the backward pass of an index is a tensor of all layers for each of them.
+        self._layers = {target: list(zip(self.down[target].unbind(0), self.up[target].unbind(0))) for target in self.up}
+        # In half precision what overflows in a slot that a sample did not select would be no number: inf * 0.
+        gate = self.gate if self.where is None else self.gate * self.where  # [batch, length or 1, m]
+        closed = gate == 0 if gate.dtype == torch.float16 else None
+        self._gates = {gate.device: (gate, closed)}
+
+    def add_to(self, output: Tensor, target: str, layer: int, x: Tensor) -> Tensor:
+        """``output`` ``[batch, length, out]`` of a projection, with the offset's share for its ``x``
+        ``[batch, length, in]``."""
+        down, up = self._layer(target, layer, x.device)
+        gate, closed = self._gate(x.device)
+        shared = down.shape[0] == 1
+        x = x.to(down.dtype)
+        low = (x @ down.squeeze(0).T if shared else torch.bmm(x, down.mT)) * gate  # [batch, length, m]
+        if closed is not None:
+            low = low.masked_fill(closed, 0)
+        if output.dtype != low.dtype:
+            return output + (low @ up).to(output.dtype)
+        if shared:
+            return torch.addmm(output.flatten(0, -2), low.flatten(0, -2), up.squeeze(0)).view(output.shape)
+        return torch.baddbmm(output, low, up)
+
+    def _layer(self, target: str, layer: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """``down`` and ``up`` of a layer; on its device, where the model lies on several, moved there once."""
+        down, up = self._layers[target][layer]
+        if down.device != device:
+            down, up = self._layers[target][layer] = (down.to(device), up.to(device))
+        return down, up
+
+    def _gate(self, device: torch.device) -> tuple[Tensor, Tensor | None]:
+        if device not in self._gates:
+            gate, closed = self._gates[self.gate.device]
+            self._gates[device] = (gate.to(device), None if closed is None else closed.to(device))
+        return self._gates[device]
 
 
 def target_module(layer: nn.Module, target: str) -> nn.Module:
@@ -120,6 +148,6 @@ def _hook_layer(layer: nn.Module, index: int, targets: tuple[str, ...]) -> list[
 def _adder(current: _Current, target: str, index: int) -> Callable[..., Tensor | None]:
     def add(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
         offset = current.offset
-        return None if offset is None else output + offset.apply(target, index, args[0])
+        return None if offset is None else offset.add_to(output, target, index, args[0])
 
     return add

@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from einops import rearrange
 from torch import Tensor, nn
 
 from llava.slots.file import SlotData, read_slot_data, write_slot_data
 from llava.slots.offsets import WeightOffset
 from llava.slots.queries import Query
-from llava.slots.route import Route, choose, measure_novelty
+from llava.slots.resident import Resident, Sides
+from llava.slots.route import Route, choose, distance_weights, measure_novelty
 from llava.slots.routers import ORACLE, Router, build_router
 from llava.slots.settings import RetrieverSettings
 from llava.slots.task_slots import TaskSlots
@@ -32,15 +32,14 @@ from llava.utils import UserError
 SHARED_FORM_LIMIT = 32
 """Up to this many different slots in a batch, plain products over all of them beat a gather per sample."""
 
-Pairs = dict[str, tuple[Tensor, Tensor]]
-"""``A`` and ``B`` of some slots per target, each ``[slots, layers, rank, features]``."""
-
 
 @dataclass(frozen=True)
 class _Layout:
-    """Derived from a pool: each task's slot range, the mask ``[pool]``, the selectable slots and their tasks."""
+    """Derived from a pool: each task's slot range, each slot's task and number in it, the mask ``[pool]``, the
+    selectable slots and their tasks."""
 
     ranges: dict[str, range]
+    owners: list[tuple[str, int]]
     mask: Tensor
     allowed: Tensor
     allowed_tasks: dict[str, TaskSlots]
@@ -70,6 +69,8 @@ class Pool(nn.Module):
         self.settings, self.base, self.prompt, self.adapter = settings, base or {}, prompt or {}, adapter
         self.training_task: str | None = None
         self.slots = nn.ModuleDict()
+        self.here: Tensor
+        self.register_buffer("here", torch.zeros(1), persistent=False)  # moves with the model
         self.changed()
         for task in sorted(tasks, key=lambda task: task.start):
             self.add(task)
@@ -132,6 +133,7 @@ class Pool(nn.Module):
         self._routers: dict[str, Router] = {}
         self._layout: _Layout | None = None
         self._gate: list[UnknownGate | None] = []  # empty until it is asked for
+        self._tables: Resident | None = None
 
     def check_shapes(self) -> None:
         """``UserError`` naming the first task whose tensors don't fit the settings."""
@@ -145,16 +147,18 @@ class Pool(nn.Module):
         if self._layout is None:
             ranges, start = {}, 0
             mask: list[bool] = []
+            owners: list[tuple[str, int]] = []
             allowed_tasks: dict[str, TaskSlots] = {}
             for task in self.tasks:
                 allowed = task.name == self.training_task if self.training_task else task.trained
                 ranges[task.name] = range(start, start + task.count)
                 mask += [allowed] * task.count
+                owners += [(task.name, number) for number in range(task.count)]
                 allowed_tasks |= {task.name: task} if allowed else {}
                 start += task.count
             with torch.inference_mode(False):
                 selectable = torch.tensor(mask, dtype=torch.bool)
-                self._layout = _Layout(ranges, selectable, selectable.nonzero().flatten(), allowed_tasks)
+                self._layout = _Layout(ranges, owners, selectable, selectable.nonzero().flatten(), allowed_tasks)
         return self._layout
 
     def slot_range(self, name: str) -> range:
@@ -189,8 +193,9 @@ class Pool(nn.Module):
         mine = self.task(name)
         for task in self.tasks:
             task.requires_grad_(task is mine)
+            task.stays = False
         self.training_task = name
-        self.changed()
+        self.to(self.device)
         return list(mine.parameters())
 
     def finish_training(self) -> None:
@@ -199,6 +204,8 @@ class Pool(nn.Module):
             self.task(self.training_task).trained = True
             self.training_task = None
         self.requires_grad_(False)
+        for task in self.tasks:
+            task.stays = True
         self.changed()
 
     # -- routing ---------------------------------------------------------------------------------------------------
@@ -234,13 +241,13 @@ class Pool(nn.Module):
             name = "keys"
         chooser, k = self.router(name), self.settings.top_k
         self._check_top_k(given or [])
-        query = Query(
-            text=query.text if self.settings.uses_text else None,
-            image=query.image if self.settings.uses_images else None,
+        query = Query(  # on the host, where the keys are: a batch of questions is too little work for a GPU
+            text=query.text.cpu() if self.settings.uses_text and query.text is not None else None,
+            image=query.image.cpu() if self.settings.uses_images and query.image is not None else None,
         )
         choice = choose(chooser, query, given, k)
         best = choice.scores
-        weights = best.softmax(-1) if self.settings.weighting == "softmax" else best / best.sum(-1, keepdim=True)
+        weights = best.softmax(-1) if self.settings.weighting == "softmax" else distance_weights(best)
         novelty = None
         if (gate := self.unknown_gate()) is not None and chooser.judges_tasks:
             novelty = measure_novelty(gate, query, choice, chooser.tasks, given)
@@ -269,59 +276,64 @@ class Pool(nn.Module):
     # -- offsets ---------------------------------------------------------------------------------------------------
 
     def forward(self, slot_indices: Tensor, slot_weights: Tensor, dtype: torch.dtype) -> WeightOffset:
-        """The weight offsets of a batch, for all layers.
+        """The weight offsets of a batch, for all layers, on the pool's device.
 
         Args:
             slot_indices, slot_weights: ``[batch, k]`` of a route. dtype: of the hidden states.
         """
+        chosen: list[list[int]] = slot_indices.tolist()
         if self.training_task is not None:
             used = list(self.slot_range(self.training_task))
         else:
-            used = sorted(set(slot_indices.flatten().tolist()))
-        pairs = self._gather(used)
-        place = torch.full((self.size,), -1, dtype=torch.long, device=slot_indices.device)
-        place[torch.tensor(used, device=slot_indices.device)] = torch.arange(len(used), device=slot_indices.device)
-        local = place[slot_indices]  # [batch, k] positions among the used slots
-        weights = slot_weights.to(dtype) * self.settings.scale
-        if len(used) <= SHARED_FORM_LIMIT:
-            return self._shared_form(pairs, local, weights, len(used), dtype)
-        return self._gathered_form(pairs, local, weights, dtype)
+            used = sorted({slot for row in chosen for slot in row})
+        weights = slot_weights.to(dtype) * self.settings.scale  # [batch, k]
+        if len(used) > SHARED_FORM_LIMIT:
+            sides = self._take([slot for row in chosen for slot in row], dtype)
+            return _per_sample(sides, weights.repeat_interleave(self.settings.rank, dim=1).to(self.device))
+        local = torch.tensor([[used.index(slot) for slot in row] for row in chosen]).to(weights.device)
+        gate = weights.new_zeros(len(chosen), len(used)).scatter_add(1, local, weights)
+        gate = gate.repeat_interleave(self.settings.rank, dim=1)  # [batch, used * rank]
+        return _shared(self._take(used, dtype), gate.to(self.device))
 
-    def _gather(self, used: list[int]) -> Pairs:
-        """``A`` and ``B`` of the used slots, task by task; tasks without a used slot are not touched."""
-        parts: dict[str, list[tuple[Tensor, Tensor]]] = {target: [] for target in self.settings.targets}
-        for name, slots in self.layout().ranges.items():
-            mine = [index - slots.start for index in used if index in slots]
-            if not mine:
-                continue
-            tensors = self.task(name)(self.settings.targets)
-            for number, target in enumerate(self.settings.targets):
-                a, b = tensors[2 * number], tensors[2 * number + 1]
-                whole = len(mine) == len(slots)
-                parts[target].append((a, b) if whole else (a[mine], b[mine]))
-        return {
-            target: (_joined([a for a, _ in pairs]), _joined([b for _, b in pairs])) for target, pairs in parts.items()
-        }
+    def _take(self, slots: list[int], dtype: torch.dtype) -> Sides:
+        """The offsets of some slots, which may repeat; tasks without one of them are not touched."""
+        places = [self.layout().owners[slot] for slot in slots]
+        tasks = {name: self.task(name) for name, _ in places}
+        if not any(parameter.requires_grad for task in tasks.values() for parameter in task.parameters()):
+            if self._tables is None:
+                self._tables = Resident(self.settings, self.size)
+            return self._tables.take(tasks, places, self.device, dtype)
+        starts, parts, start = {}, [], 0
+        for name, task in tasks.items():
+            starts[name], start = start, start + task.count
+            parts.append(task(self.settings.targets, dtype))
+        rows = [starts[name] + number for name, number in places]
+        sides = [torch.cat(part, dim=1) if len(part) > 1 else part[0] for part in zip(*parts, strict=True)]
+        if rows != list(range(start)):
+            wanted = torch.tensor(rows).to(sides[0].device)
+            sides = [side.index_select(1, wanted) for side in sides]
+        sides = [side.to(self.device) for side in sides]
+        return {target: (sides[2 * n], sides[2 * n + 1]) for n, target in enumerate(self.settings.targets)}
 
-    def _shared_form(
-        self, pairs: Pairs, local: Tensor, weights: Tensor, count: int, dtype: torch.dtype
-    ) -> WeightOffset:
-        gate = torch.zeros(len(local), count, dtype=dtype, device=local.device)
-        gate = gate.scatter_add(1, local, weights).repeat_interleave(self.settings.rank, dim=1)
-        down, up = {}, {}
-        for target, (a, b) in pairs.items():
-            down[target] = rearrange(b.to(dtype), "slots layers rank features -> layers 1 features (slots rank)")
-            up[target] = rearrange(a.to(dtype), "slots layers rank features -> layers 1 (slots rank) features")
-        return WeightOffset(down, up, gate.unsqueeze(1))
+    @property
+    def device(self) -> torch.device:
+        """Where the offsets act."""
+        return self.here.device
 
-    def _gathered_form(self, pairs: Pairs, local: Tensor, weights: Tensor, dtype: torch.dtype) -> WeightOffset:
-        gate = weights.repeat_interleave(self.settings.rank, dim=1)  # [batch, k * rank]
-        down, up = {}, {}
-        for target, (a, b) in pairs.items():
-            down[target] = rearrange(b.to(dtype)[local], "b k layers rank features -> layers b features (k rank)")
-            up[target] = rearrange(a.to(dtype)[local], "b k layers rank features -> layers b (k rank) features")
-        return WeightOffset(down, up, gate.unsqueeze(1))
+    def _apply(self, fn: Any, recurse: bool = True) -> Pool:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self.changed()
+        return self
 
 
-def _joined(parts: list[Tensor]) -> Tensor:
-    return torch.cat(parts) if len(parts) > 1 else parts[0]
+def _shared(sides: Sides, gate: Tensor) -> WeightOffset:
+    """Products over all slots in use, with a ``gate`` ``[batch, m]`` that is 0 where a sample did not select one."""
+    down, up = ({t: pair[n].flatten(1, 2).unsqueeze(1) for t, pair in sides.items()} for n in (0, 1))
+    return WeightOffset(down, up, gate.unsqueeze(1))
+
+
+def _per_sample(sides: Sides, gate: Tensor) -> WeightOffset:
+    """Each sample's own slots, ``[layers, batch * k, rank, features]``, and their weights ``[batch, k * rank]``."""
+    rows = len(gate)
+    down, up = ({t: pair[n].unflatten(1, (rows, -1)).flatten(2, 3) for t, pair in sides.items()} for n in (0, 1))
+    return WeightOffset(down, up, gate.unsqueeze(1))

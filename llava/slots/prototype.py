@@ -84,7 +84,7 @@ def import_prototype(
         )
         for name, (start, stop) in ranges.items()
     ]
-    return Pool(settings, tasks, {"path": base_name, "fingerprint": checkpoint.fingerprint})
+    return Pool(settings, tasks, checkpoint.identity(base_name))
 
 
 def _read(source: Path) -> dict[str, Tensor]:

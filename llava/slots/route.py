@@ -92,6 +92,12 @@ def choose(router: Router, query: Query, given: Sequence[str | None] | None, k: 
     )
 
 
+def distance_weights(scores: Tensor) -> Tensor:
+    """``s / sum s`` of each row ``[batch, k]``, the prototype's; equal weights where all are 0 (``uniform``)."""
+    weights = scores / scores.sum(-1, keepdim=True)
+    return torch.where((scores == 0).all(-1, keepdim=True), 1 / scores.shape[-1], weights)
+
+
 def measure_novelty(
     gate: UnknownGate, query: Query, choice: Choice, tasks: list[str], given: Sequence[str | None] | None
 ) -> Tensor | None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from llava.schema import HUGE, Wanted, an_object, check_fields, list_of, number, whole, words, yes_or_no
-from llava.slots.names import KINDS, QUERY_MODES, check_task_name
+from llava.slots.names import KINDS, QUERY_MODES, SCOPES, check_task_name
 from llava.utils import UserError
 
 WIDE = 2**20
@@ -28,6 +28,7 @@ def tensor_of(dimensions: int) -> Wanted:
     )
 
 
+_SOURCE: dict[str, Wanted] = {"fingerprint": words(), "files": an_object()}
 SETTINGS: dict[str, Wanted] = {
     **dict.fromkeys(("num_layers", "groups", "rank", "top_k", "text_dim", "image_dim"), _count),
     "features": an_object(),
@@ -39,7 +40,8 @@ SETTINGS: dict[str, Wanted] = {
     "router": words(empty=False),
     "weighting": words(("softmax", "distance")),
     "unknown_share": number(0, 1),
-    "encoder": an_object({"kind": words(), "name": words(), "fingerprint": words(), "dim": _count}),
+    "offset_scope": words(SCOPES),
+    "encoder": an_object({**_SOURCE, "kind": words(), "name": words(), "dim": _count}),
 }
 STATISTICS: dict[str, Wanted] = {"count": whole(0, None), "total": tensor_of(1), "scatter": tensor_of(2)}
 _TENSOR = Wanted("a tensor", lambda value: isinstance(value, Tensor))
@@ -61,9 +63,9 @@ PROMPT: dict[str, Wanted] = {
 }
 FILE: dict[str, Wanted] = {
     "settings": an_object(SETTINGS),
-    "base": an_object({"path": words(), "fingerprint": words()}),
+    "base": an_object({**_SOURCE, "path": words()}),
     "prompt": an_object(PROMPT),
-    "adapter": words(),
+    **dict.fromkeys(("adapter", "checksum"), words()),
     **dict.fromkeys(("keys", "image_keys"), tensor_of(4)),
     "tasks": list_of(replace(an_object(TASK), words="one task")),
     "offsets": an_object(),

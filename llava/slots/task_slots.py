@@ -51,8 +51,9 @@ class TaskSlots(nn.Module):
         recorded_checksum: written beside the tensors; ``None`` for a task that was not read from a file.
     """
 
-    text_keys: Tensor | None
-    image_keys: Tensor | None
+    stays = True
+    """Whether frozen slots stay where and what they are when a model moves or changes its type, as they do outside of
+    training: questions are routed on the host, and offsets are copied to the device (see ``resident``)."""
 
     def __init__(
         self,
@@ -74,8 +75,7 @@ class TaskSlots(nn.Module):
         super().__init__()
         self.name, self.start, self.stop = name, start, stop
         self.A, self.B = _frozen(A), _frozen(B)
-        self.register_buffer("text_keys", text_keys)
-        self.register_buffer("image_keys", image_keys)
+        self.text_keys, self.image_keys = text_keys, image_keys  # no buffers: they are never moved or rounded
         self.statistics, self.feature_statistics, self.extent = statistics, feature_statistics, extent
         self.held_out, self.trained = held_out, trained
         self.info: dict[str, Any] = {} if info is None else info
@@ -112,9 +112,18 @@ class TaskSlots(nn.Module):
             self.A[target] = nn.Parameter(torch.zeros(a_shape), requires_grad=False)
             self.B[target] = nn.Parameter(values, requires_grad=False)
 
-    def forward(self, targets: tuple[str, ...]) -> tuple[Tensor, ...]:
-        """All of the task's offsets, ``A`` then ``B`` per target. A call, so that ZeRO-3 gathers the parameters."""
-        return tuple(side[target].clone() for target in targets for side in (self.A, self.B))
+    def _apply(self, fn: Any, recurse: bool = True) -> TaskSlots:
+        if not self.stays or any(parameter.requires_grad for parameter in self.parameters()):
+            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
+
+    def forward(self, targets: tuple[str, ...], dtype: torch.dtype) -> tuple[Tensor, ...]:
+        """Copies of all of the task's offsets, ``B`` then ``A`` per target, ``[layers, count, rank, features]``.
+
+        A call, so that ZeRO-3 gathers the parameters.
+        """
+        sides = (side[target].transpose(0, 1) for target in targets for side in (self.B, self.A))
+        return tuple(side.to(dtype, copy=True, memory_format=torch.contiguous_format) for side in sides)
 
     def check(self, settings: RetrieverSettings) -> None:
         """``UserError`` where keys or offsets don't have the shapes that the settings ask for."""

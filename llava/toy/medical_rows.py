@@ -57,11 +57,11 @@ class MedicalRows:
 
     seed: int = 0
     side: int = 256
-    views: int = 4
-    turns: int = 9
+    views: int = 3
+    turns: int = 10
     mirrored: float = 0.3
     valued: float = 3.0
-    phantoms: int = 800
+    phantoms: int = 250
     phantom_turns: int = 6
 
 

@@ -137,6 +137,9 @@ class DataArguments:
     eval_data_path: str | None = field(default=None, metadata={"help": "rows for a validation loss while training"})
     image_folder: str | None = field(default=None, metadata={"help": "picture folder (default: the sequence's)"})
     follow_links: bool = field(default=False, metadata={"help": "open pictures that are links out of their folder"})
+    max_pixels: int | None = field(
+        default=None, metadata={"help": "pixels that a picture may have (default: LLAVA_MAX_PIXELS or 100 million)"}
+    )
     image_aspect_ratio: str | None = field(default=None, metadata={"help": "default: the checkpoint's"})
     image_grid_pinpoints: str | None = field(
         default=None,
@@ -171,6 +174,9 @@ class TrainingArguments(transformers.TrainingArguments):
     query_cache: str | None = field(
         default=None,
         metadata={"help": "where queries and picture features are kept (default: stage 1's; '' keeps none)"},
+    )
+    checkpoint_if_needed: bool = field(
+        default=False, metadata={"help": "what --gradient_checkpointing auto stands for: on where memory asks for it"}
     )
     bits: int = field(default=16, metadata={"help": "4 or 8: quantise the frozen base with bitsandbytes"})
     double_quant: bool = field(default=True, metadata={"help": "4 bits: quantise the scales too"})

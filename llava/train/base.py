@@ -18,7 +18,7 @@ from llava.model.configs import llava_config
 from llava.model.loading import attention
 from llava.model.vision.setup import initialize_vision_tokenizer, is_tower_of
 from llava.train.flags import ask, pinpoints
-from llava.train.lora import base_options
+from llava.train.lora import base_options, device_of, zero_stage
 from llava.train.preprocess import smart_tokenizer_and_embedding_resize
 from llava.train.stage_data import base_dtype
 from llava.utils import UserError
@@ -37,6 +37,9 @@ def load_for_training(
     # Weights that train are kept in float32; DeepSpeed keeps such a copy by itself.
     whole = recipe.writes_whole(context) and not args.deepspeed
     options = base_options(args, torch.float32 if whole else base_dtype(args))
+    if recipe.needs_keys and device_of(args) != "cpu" and zero_stage(args.deepspeed) < 3:
+        # Straight onto its GPU: processes would else all hold the base in the host's memory first.
+        options.setdefault("device_map", {"": device_of(args)})
     options["attn_implementation"] = attention(model_args.attn_implementation)
     loaded: Any = load_base(context.base, as_llava=not recipe.needs_keys, **options)
     model, tokenizer, image_processor = loaded

@@ -1,12 +1,12 @@
 """The trainer: transformers' loop, with checkpoints that hold the slots in training and not the frozen base.
 
-A checkpoint folder carries the mark ``complete`` once everything is in it; one without the mark is what a killed run
-left behind and is never resumed from.
+A checkpoint folder carries the mark ``complete`` once everything is in it (see ``checkpoint_mark``), and the losses so
+far: what a resumed run reports is the whole run's.
 """
 
 from __future__ import annotations
 
-import shutil
+import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,12 +14,13 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 from tqdm import tqdm
-from transformers import Trainer
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers import Trainer, TrainerCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
 from llava.continual.methods import Context, Recipe
 from llava.files import atomic_write, system_errors_named
-from llava.train.deepspeed_config import checkpoint_world_size
+from llava.outside import read_object
+from llava.train.checkpoint_mark import last_complete_checkpoint, mark_complete
 from llava.train.sampling import (
     LengthGroupedSampler,
     get_length_grouped_indices,
@@ -27,6 +28,7 @@ from llava.train.sampling import (
     split_to_even_chunks,
 )
 from llava.train.states import (
+    begin_exactly,
     get_mm_adapter_state_maybe_zero_3,
     maybe_zero_3,
     safe_save_model_for_hf_trainer,
@@ -47,8 +49,8 @@ __all__ = [
     "split_to_even_chunks",
 ]
 
-COMPLETE = "complete"
 SLOTS_STATE = "trained_slots.pt"
+LOSSES = "losses.json"
 
 
 class LLaVATrainer(Trainer):
@@ -64,6 +66,7 @@ class LLaVATrainer(Trainer):
 
     Attributes:
         groups: parameters with optimizer settings of their own (``ParamGroup``); the others have the command's.
+        exact: what trains, as it was before DeepSpeed rounded it; may be left empty.
     """
 
     def __init__(self, *args, recipe: Recipe | None = None, context: Context | None = None, tokenizer=None, **kwargs):
@@ -72,6 +75,7 @@ class LLaVATrainer(Trainer):
         super().__init__(*args, **kwargs)
         self.recipe, self.context = recipe, context
         self.groups: list[Mapping[str, Any]] = []
+        self.exact: dict[str, torch.Tensor] = {}
         rate = getattr(self.args, "mm_projector_lr", None)
         if recipe is None and rate is not None:
             named = self.model.named_parameters()
@@ -147,15 +151,72 @@ class LLaVATrainer(Trainer):
         wrapped = getattr(self.accelerator, "deepspeed_engine_wrapped", None)
         if wrapped is not None and self.recipe is not None:
             _leave_frozen_out(wrapped.engine)
+            begin_exactly(self.model, self.exact)
         return super().create_scheduler(num_training_steps, optimizer)
 
     def _save_checkpoint(self, model, trial) -> None:
         folder = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         with system_errors_named(folder):
             super()._save_checkpoint(model, trial)
+        losses = self._losses()
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
-            (folder / COMPLETE).touch()
+            with atomic_write(folder / LOSSES) as stream:
+                json.dump(losses, stream)
+            mark_complete(folder)
+
+    def _losses(self) -> dict[str, float]:
+        """The losses so far, on average over the processes; every process must call this."""
+        unlogged = self.accelerator.gather(self._tr_loss.reshape(1)).mean().item()
+        return {"unlogged": unlogged, "logged": self._total_loss_scalar, "last": self._globalstep_last_logged}
+
+    def _finish_without_steps(self) -> TrainOutput:
+        """What transformers does after the last step, in a run that was killed there."""
+        self._total_loss_scalar += self._tr_loss.item()
+        metrics = {"train_runtime": 0.0, "train_samples_per_second": 0.0, "train_steps_per_second": 0.0}
+        metrics |= {"total_flos": self.state.total_flos, "train_loss": 0.0}
+        self.log(metrics)
+        self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)
+        self.is_in_train = False
+        return TrainOutput(self.state.global_step, 0.0, metrics)
+
+    def train(self, resume_from_checkpoint=None, *args, **kwargs) -> TrainOutput:
+        """As transformers', with the training loss of the whole run, also of one that goes on from a checkpoint."""
+        if isinstance(resume_from_checkpoint, str):
+            self.add_callback(_TakeUp(self, Path(resume_from_checkpoint) / LOSSES))
+        try:
+            output = super().train(resume_from_checkpoint, *args, **kwargs)
+        except _AllStepsTaken:
+            output = self._finish_without_steps()
+        loss = self._total_loss_scalar / max(self.state.global_step, 1)
+        for logged in self.state.log_history[-1:]:
+            if "train_loss" in logged:
+                logged["train_loss"] = loss
+        return output._replace(training_loss=loss, metrics={**output.metrics, "train_loss": loss})
+
+
+class _AllStepsTaken(Exception):
+    """A run goes on from the checkpoint of its last step. Transformers would take a further one."""
+
+
+class _TakeUp(TrainerCallback):
+    """Gives a trainer the losses of the steps before the checkpoint that it goes on from.
+
+    Args:
+        file: the checkpoint's; those of earlier versions have none.
+    """
+
+    def __init__(self, trainer: LLaVATrainer, file: Path) -> None:
+        self.trainer, self.file = trainer, file
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if self.file.is_file():
+            losses = read_object(self.file)
+            self.trainer._tr_loss += losses["unlogged"]
+            self.trainer._total_loss_scalar = losses["logged"]
+            self.trainer._globalstep_last_logged = losses["last"]
+        if state.global_step >= state.max_steps > 0:
+            raise _AllStepsTaken
 
 
 def split_groups(optimizer, groups: list[Mapping[str, Any]]) -> None:
@@ -187,24 +248,3 @@ def _leave_frozen_out(engine) -> None:
         return load(*args, **{**kwargs, "load_module_strict": False})
 
     engine.save_checkpoint, engine.load_checkpoint = save_trained, load_trained
-
-
-def last_complete_checkpoint(folder: Path, world_size: int) -> str | None:
-    """The newest whole checkpoint in ``folder``, after removing what killed runs left half-written.
-
-    Raises:
-        UserError: it was written by another number of processes under DeepSpeed.
-    """
-    found = sorted(folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*"), key=lambda path: int(path.name.rsplit("-", 1)[1]))
-    for broken in (path for path in found if not (path / COMPLETE).exists()):
-        shutil.rmtree(broken, ignore_errors=True)
-    whole = [path for path in found if (path / COMPLETE).exists()]
-    if not whole:
-        return None
-    writers = checkpoint_world_size(whole[-1])
-    if writers is not None and writers != world_size:
-        raise UserError(
-            f"{whole[-1]} was written by {writers} processes, this run has {world_size}; use {writers}, or remove "
-            f"{folder} to start the task anew"
-        )
-    return str(whole[-1])

@@ -101,15 +101,21 @@ def base_options(args: TrainingArguments, dtype: torch.dtype) -> dict:
         return {"dtype": dtype}
     if args.bits not in (4, 8):
         raise UserError(f"--bits {args.bits}: choose 4, 8 or 16")
-    if _zero_stage(args.deepspeed) == 3:
+    if zero_stage(args.deepspeed) == 3:
         raise UserError(f"--bits {args.bits} does not go with ZeRO-3 ({args.deepspeed}); use scripts/zero2.json")
-    device = default_device(use_cpu=args.use_cpu)
-    place = device if device == "cpu" else int(os.environ.get("LOCAL_RANK", "0"))
+    place = device_of(args)
     quantised = quantization_config(args.bits, dtype, args.double_quant, args.quant_type)
     return {"dtype": dtype, "device_map": {"": place}, "quantization_config": quantised}
 
 
-def _zero_stage(deepspeed) -> int:
+def device_of(args: TrainingArguments) -> str | int:
+    """The one device of this process: the number of its GPU, or ``cpu``."""
+    device = default_device(use_cpu=args.use_cpu)
+    return device if device == "cpu" else int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def zero_stage(deepspeed) -> int:
+    """The stage that DeepSpeed's file (or its values) names; 0 without one."""
     if not deepspeed:
         return 0
     values = deepspeed if isinstance(deepspeed, dict) else read_object(deepspeed, "DeepSpeed settings")

@@ -1,27 +1,40 @@
-"""What a published command line asks of a machine, and what this one has: said where they differ."""
+"""What a published command line asks of a machine, and what this one has: said where they differ.
+
+Also what a killed process left on it: a compilation that is locked for ever.
+"""
 
 from __future__ import annotations
 
+import os
+import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from llava.devices import cpu_has_bfloat16, gpu_has_bfloat16, has_accelerator
+from llava.targets import remove
 from llava.utils import rank0_print
+
+CHECKPOINTING = "--gradient_checkpointing"
 
 
 def with_precision(argv: Sequence[str], default: str | None = None) -> list[str]:
     """A command line with ``--bf16 auto`` in the words of this machine, which are said.
 
     It is bfloat16 where a GPU, or without one the CPU, multiplies it by itself, else float16 on a GPU, else float32.
+    ``--gradient_checkpointing auto`` is left to an estimate, once the model is there (``llava.train.memory``).
     ``default`` is what a task sequence says, for a command that says nothing of precision.
     """
     if default is not None and not any(word.split("=", 1)[0] in ("--bf16", "--fp16") for word in argv):
         argv = ["--bf16", default, *argv]
-    words = [word for given in argv for word in (given.split("=", 1) if given.startswith("--bf16=") else [given])]
+    asking = ("--bf16=", f"{CHECKPOINTING}=")
+    words = [word for given in argv for word in (given.split("=", 1) if given.startswith(asking) else [given])]
     found: list[str] = []
     for word in words:
         if word == "auto" and found and found[-1] == "--bf16":
             found[-1:] = _precision_here()
+        elif word == "auto" and found and found[-1] == CHECKPOINTING:
+            found[-1:] = [CHECKPOINTING, "False", "--checkpoint_if_needed", "True"]
         else:
             found.append(word)
     return found
@@ -59,3 +72,34 @@ def settle_machine(asked: Any) -> None:
         rank0_print("note: --fp16 True is left out: float16 is for GPUs, and there is none here; float32 it is")
         asked.fp16 = False
     asked.use_cpu = True
+
+
+IDLE = 300
+"""Seconds without a change in its folder after which a compilation that no process here holds is nobody's."""
+
+
+def free_compilations() -> None:
+    """Remove the locks that killed processes left on torch's compiled extensions: torch would wait for ever.
+
+    A lock that a process of this machine has open stays, and so does one in a folder that was written to lately, which
+    may be another machine's.
+    """
+    from torch.utils.cpp_extension import get_default_build_root
+
+    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
+    for lock in {*root.glob("*/lock"), *root.glob("*/*/lock")}:
+        changed = max(path.stat().st_mtime for path in (lock, *lock.parent.iterdir()) if path.exists())
+        if time.time() - changed > IDLE and not _is_open(lock):
+            remove(lock)
+            rank0_print(f"note: {lock} was left by a killed compilation and is removed")
+
+
+def _is_open(path: Path) -> bool:
+    """Whether a process of this machine that can be looked at has a file open."""
+    for handle in Path("/proc").glob("[0-9]*/fd/*"):
+        try:
+            if os.readlink(handle) == str(path.resolve()):
+                return True
+        except OSError:  # closed meanwhile, or of a process that is gone
+            continue
+    return False

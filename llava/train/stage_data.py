@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from llava.checkpoints.checkpoint import Checkpoint
+from llava.checkpoints.manifest import content_of, manifest_of
 from llava.checkpoints.weights import fingerprint
 from llava.continual.queries import PictureSource, look_at_pictures, text_queries
 from llava.continual.query_cache import QueryCache
@@ -35,9 +36,9 @@ from llava.train.arguments import DataArguments, ModelArguments, TrainingArgumen
 from llava.utils import rank0_print
 
 
-def read_training_rows(files: list[str]) -> list[Row]:
-    """The files' rows; each has an answer to each question, and its ``domain``, where it has one, is one task."""
-    return [row for file in files for row in read_rows(file, require_answer=True, one_task=True)]
+def read_training_rows(files: list[str], tasks: Collection[str] = ()) -> list[Row]:
+    """The files' rows, each with an answer to each question; a ``domain``, where a row has one, is one of the tasks."""
+    return [row for file in files for row in read_rows(file, require_answer=True, one_task=True, tasks=tasks)]
 
 
 def stage_prompt(
@@ -92,14 +93,16 @@ def build_dataset(
     texts = None
     if settings.uses_text and settings.encoder:
         texts = text_queries(
-            rows, settings.encoder, lambda: encoder_from_identity(settings.encoder, source.base), cache
+            rows, settings.encoder, source.base, lambda: encoder_from_identity(settings.encoder, source.base), cache
         )
     kind = settings.image_query if settings.uses_images else None
     room = 0 if source.trains else args.feature_cache_mb * 2**20
-    if kind is None and len(picture_names(rows)) * source.least_bytes > room:
-        room = 0  # known before any picture is looked at
+    shown = len(picture_names(rows))
+    once = args.num_train_epochs <= 1 and args.max_steps <= 0 and shown == sum(len(row.images) for row in rows)
+    if kind is None and (once or shown * source.least_bytes > room):
+        room = 0  # known before any picture is looked at: they don't fit, or each is needed once
     images, features = look_at_pictures(rows, source.pictures, kind, cache, room) if kind or room else (None, None)
-    if features is None and not source.trains:
+    if features is None and not source.trains and not once:
         rank0_print("note: the pictures' features exceed --feature_cache_mb; the tower runs every step")
     return dataset.add(texts, images, features)
 
@@ -165,6 +168,7 @@ def parts_record(model_args: ModelArguments) -> dict[str, Any]:
     if model_args.vision_tower:
         folder = Path(model_args.vision_tower)
         found["tower"] = fingerprint(folder) if (folder / "config.json").is_file() else folder.name
+        found["tower_content"] = content_of(manifest_of(model_args.vision_tower))
     if model_args.pretrain_mm_mlp_adapter and Path(model_args.pretrain_mm_mlp_adapter).is_file():
         (found["projector"],) = checksums([model_args.pretrain_mm_mlp_adapter])
     return found

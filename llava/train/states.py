@@ -5,7 +5,7 @@ Beside the trainer's own there are LLaVA's helpers under their names, which othe
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from llava.checkpoints.kinds import PROJECTOR_FILE
 from llava.files import atomic_write
-from llava.model.partitioned import gathered
+from llava.model.partitioned import gathered, optimizer_copy, set_optimizer_copy
 from llava.utils import is_main_process, rank0_print
 
 Named = Iterable[tuple[str, Tensor]]
@@ -28,8 +28,16 @@ EMBEDDING_KEYS = ("embed_tokens", "embed_in")
 def trainable_state(model: nn.Module) -> dict[str, Tensor]:
     """Copies of the parameters that train, on the CPU; under ZeRO-3 every process must call this."""
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    with gathered(list(trained.values())):
-        return {name: parameter.detach().float().cpu().clone() for name, parameter in trained.items()}
+    exact = {name: copy for name, value in trained.items() if (copy := optimizer_copy(value)) is not None}
+    with gathered([value for name, value in trained.items() if name not in exact]):
+        return {name: exact.get(name, value).detach().float().cpu().clone() for name, value in trained.items()}
+
+
+def begin_exactly(model: nn.Module, values: Mapping[str, Tensor]) -> None:
+    """Let DeepSpeed's optimizer step on ``values`` by parameter name, and not on their roundings to 16 bits."""
+    named = dict(model.named_parameters())
+    for name, value in values.items():
+        set_optimizer_copy(named[name], value)
 
 
 def all_finite(model: nn.Module) -> bool:

@@ -22,6 +22,7 @@ import transformers
 from accelerate.utils import set_seed
 
 from llava.checkpoints.checkpoint import Checkpoint
+from llava.checkpoints.manifest import content_of
 from llava.continual.methods import METHODS, Context, Recipe
 from llava.continual.model_card import write_stage_card
 from llava.continual.record import VERSION, checksums, deepspeed_record, defaults, first_version, settings_record
@@ -31,6 +32,7 @@ from llava.data.prompt import Prompt, PromptEncoder
 from llava.data.rows import Row
 from llava.data.samples import DataCollatorForSupervisedDataset, TrainingSamples, pictures_checksum
 from llava.devices import has_accelerator
+from llava.image_io import allow_pixels
 from llava.inside import opened_to_links
 from llava.model.configs import llava_config
 from llava.model.partitioned import size_of
@@ -47,10 +49,13 @@ from llava.train.arguments import (
     parse_arguments,
 )
 from llava.train.base import asked_config, load_for_training
+from llava.train.checkpoint_mark import last_complete_checkpoint
 from llava.train.deepspeed_config import check_agreement, check_deepspeed_config, prepare_cpu_deepspeed
 from llava.train.flags import check_flags, check_frozen_base
-from llava.train.llava_trainer import LLaVATrainer, last_complete_checkpoint
-from llava.train.lora import add_lora, save_lora, slots_count_as_adapters
+from llava.train.llava_trainer import LLaVATrainer
+from llava.train.lora import add_lora, save_lora, slots_count_as_adapters, zero_stage
+from llava.train.machine import free_compilations
+from llava.train.memory import settle_checkpointing
 from llava.train.preprocess import (
     LazySupervisedDataset,
     make_supervised_data_module,
@@ -180,6 +185,7 @@ def what_trains(recipe: Recipe, context: Context, parameters: list[torch.nn.Para
 def look_at_deepspeed(path: str) -> None:
     """Check DeepSpeed's file before anything is loaded, and set it up on a machine without a GPU."""
     check_deepspeed_config(path)
+    free_compilations()
     if not has_accelerator():
         prepare_cpu_deepspeed()
 
@@ -188,6 +194,7 @@ def plan(
     recipe: Recipe, model_args: ModelArguments, data_args: DataArguments, args: TrainingArguments, options: Any
 ) -> tuple[Context, Prompt, list[Row]]:
     """Read and check everything but the base's weights: the stage, how its questions are asked, its rows."""
+    allow_pixels(data_args.max_pixels)
     sequence = load_sequence(data_args.sequence) if recipe.needs_keys else no_sequence(recipe.name)
     base = Checkpoint.open(model_args.model_name_or_path)
     folder = Path(args.output_dir)
@@ -200,7 +207,7 @@ def plan(
     folder_named: Any = opened_to_links(data_args.image_folder or sequence.image_folder, data_args.follow_links)
     data_args.image_folder = folder_named
     files = [data_args.data_path] if data_args.data_path else recipe.files(sequence, data_args.task)
-    rows = read_training_rows(files)
+    rows = read_training_rows(files, recipe.tasks(sequence, data_args.task))
     config = asked_config(base, recipe.needs_keys, model_args, data_args)
     if recipe.needs_keys:
         check_frozen_base(config, model_args, data_args, args)
@@ -221,6 +228,7 @@ def plan(
         **settings_record(*groups),
         "prompt": prompt.to_dict(),
         "base": keys.base.get("fingerprint"),
+        "base_content": content_of(base.manifest),
         **({"keys": checksums([args.retriever_state_dict])[0]} if recipe.needs_keys else {}),
         **({"offset_scope": keys.settings.offset_scope} if keys.settings.offset_scope != ALL else {}),
         **({} if recipe.needs_keys else parts_record(model_args)),
@@ -241,7 +249,7 @@ def no_sequence(name: str) -> TaskSequence:
 def no_slots(base: Checkpoint) -> Pool:
     """For a recipe without keys: a pool that holds nothing, over this base."""
     settings = RetrieverSettings(num_layers=llava_config(base).num_hidden_layers, features={})
-    return Pool(settings, (), {"path": str(base), "fingerprint": base.fingerprint})
+    return Pool(settings, (), base.identity(str(base)))
 
 
 def prepare(
@@ -275,9 +283,14 @@ def prepare(
     build = partial(build_dataset, encoder=encoder, settings=settings, source=source, args=args)
     dataset, held_out = build(rows, apart=data_args.turns_apart), None
     if data_args.eval_data_path:
-        held_out = build(read_training_rows([data_args.eval_data_path]), apart=data_args.turns_apart)
+        asked = read_training_rows([data_args.eval_data_path], recipe.tasks(context.sequence, context.task))
+        held_out = build(asked, apart=data_args.turns_apart)
     share_prefixes(model, filter(None, (dataset, held_out)), settings, args)
+    if args.checkpoint_if_needed:
+        settle_checkpointing(model, max(dataset.lengths), args, zero_stage(args.deepspeed))
+    exact = trainable_state(model) if args.deepspeed and not recipe.writes_whole(context) else {}
     trainer = build_trainer(recipe, context, dataset, args, held_out)
+    trainer.exact = exact
     trainer.groups = [group for group in groups if isinstance(group, Mapping)]
     return trainer
 
@@ -304,7 +317,7 @@ def build_trainer(
             args=args,
             train_dataset=dataset,
             eval_dataset=held_out,
-            data_collator=DataCollatorForSupervisedDataset(context.tokenizer),
+            data_collator=DataCollatorForSupervisedDataset(context.tokenizer, hold_queries=True),
             processing_class=context.tokenizer,
             recipe=recipe,
             context=context,

@@ -90,6 +90,7 @@ def test_without_an_output_dir_the_stage_given_is_the_one_before(world, first, t
 def test_a_stage_that_does_not_belong_is_refused_in_one_line(world, first, tmp_path, capsys, change, message):
     stage, task, more = tmp_path / "llava-before", "chest", ()
     shutil.copytree(first, stage)
+    (stage / "checksums.json").unlink()
     slots = Pool.read(stage / "slots.pth")
     if change == "sequence":
         more = ("--sequence", write_sequence(tmp_path, ("chest", "knee"), "other"))

@@ -67,7 +67,7 @@ def test_a_key_file_holds_one_tasks_part_of_the_sequence(words, world, capsys):
     assert f"written to {words['--save_path']}" in out
 
 
-def test_the_keys_really_come_from_the_questions_and_pictures(words, world, tmp_path):
+def test_the_keys_really_come_from_the_questions_and_pictures(words, world, tmp_path, capsys):
     run_main(train_prompt_key.main, *command_line(words))
     first = Pool.read(words["--save_path"]).tasks[0]
     run_main(train_prompt_key.main, *command_line(words))
@@ -77,7 +77,13 @@ def test_the_keys_really_come_from_the_questions_and_pictures(words, world, tmp_
     run_main(train_prompt_key.main, *command_line({**words, "--data_paths": tmp_path / "other.jsonl"}))
     other = Pool.read(words["--save_path"]).tasks[0]
     assert not torch.equal(other.text_keys, first.text_keys)
-    run_main(train_prompt_key.main, *command_line({**words, "--data_paths": world.folder / "train_head.jsonl"}))
+    heads = {**words, "--data_paths": world.folder / "train_head.jsonl"}
+    assert "line 1: field 'domain': the row is of 'head', but the file trains 'chest'" in refusal(
+        train_prompt_key.main, command_line(heads), capsys
+    )
+    lines = (world.folder / "train_head.jsonl").read_text().replace('"head": true', '"head": false')
+    (tmp_path / "heads.jsonl").write_text(lines.replace('"chest": false', '"chest": true'))
+    run_main(train_prompt_key.main, *command_line({**words, "--data_paths": tmp_path / "heads.jsonl"}))
     assert not torch.equal(Pool.read(words["--save_path"]).tasks[0].image_keys, first.image_keys)
 
 

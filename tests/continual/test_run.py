@@ -8,6 +8,8 @@ import pytest
 from PIL import Image
 from tiny_world import refusal
 
+from llava.checkpoints.checkpoint import Checkpoint
+from llava.checkpoints.manifest import CHECKSUMS_FILE
 from llava.continual.places import Places
 from llava.continual.record import difference
 from llava.continual.run import Run
@@ -112,6 +114,7 @@ def old(stage, world):
     data = {"train_abd.jsonl": kept["training_files"][0]}
     record = {name: kept[name] for name in names} | own | {"data": data, "earlier_tasks": {}}
     (stage / "training.json").write_text(json.dumps(record))
+    (stage / CHECKSUMS_FILE).unlink()
     return stage
 
 
@@ -146,6 +149,7 @@ def test_a_task_removed_in_place_from_a_stage_of_the_first_version_is_not_finish
     record = json.loads((second / "training.json").read_text())
     names = ("task", "method", "seed", "earlier_tasks")
     (second / "training.json").write_text(json.dumps({name: record[name] for name in names}))
+    (second / CHECKSUMS_FILE).unlink()
     world.train("chest", second, old)
     assert "is finished already" in capsys.readouterr().out
     whole = Pool.read(second / "slots.pth")
@@ -207,6 +211,30 @@ def test_a_stage_of_another_kind_is_not_replaced(world, stage, capsys):
     record = json.loads((stage / "training.json").read_text())
     (stage / "training.json").write_text(json.dumps({**record, "method": "instruct"}))
     assert "was trained with method = instruct" in refused(world, capsys, stage)
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut", "empty", "remove"])
+def test_a_damaged_file_of_a_finished_stage_is_named(stage, damage):
+    """A flipped bit in a stage was trained on, and its slots, tokenizer or log passed for finished."""
+    files = sorted(path for path in stage.iterdir() if path.name not in ("README.md", CHECKSUMS_FILE))
+    assert {"slots.pth", "training.json", "config.json", "tokenizer.json", "log_history.json"} <= {
+        f.name for f in files
+    }
+    run = Run(stage, Run.open(stage).record)
+    del run.record["slots"]
+    assert run.finished()
+    for file in files:
+        data = file.read_bytes()
+        middle = len(data) // 2
+        changed = {"flip": data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :], "cut": data[:middle]}
+        file.unlink() if damage == "remove" else file.write_bytes(changed.get(damage, b""))
+        for look in (lambda: Run.open(stage), run.finished, lambda: Checkpoint(stage).kind):
+            if damage == "remove" and file.name == "slots.pth":  # no stage any more, which is trained
+                continue
+            with pytest.raises(UserError, match=rf"{stage.name}/{file.name}"):
+                look()
+        file.write_bytes(data)
+    assert run.finished()
 
 
 def test_a_folder_without_a_stage_is_named(tmp_path):

@@ -232,3 +232,14 @@ def test_reading_a_sequence_needs_no_torch():
     code = "import sys, llava.continual.tasks, llava.continual.places; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout == "False\n"
+
+
+def test_the_sequences_ship_with_an_installed_package():
+    """Installed without -e there is no scripts folder beside the package."""
+    from llava.continual import sequence
+
+    root = Path(__file__).resolve().parents[2]
+    tomllib = pytest.importorskip("tomllib")  # from Python 3.11 on
+    shipped = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["setuptools"]["data-files"]
+    (pattern,) = shipped["share/llava/tasks"]
+    assert sorted(root.glob(pattern)) == sorted(sequence.SEQUENCE_FOLDER.glob("*.json"))

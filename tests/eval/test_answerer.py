@@ -341,3 +341,15 @@ def test_a_model_without_a_tower_refuses_pictures(place, rows):
     with pytest.raises(UserError, match="no vision tower"):
         list(answerer.answer(rows, SHORT, str(place / "images")))
     assert len(list(answerer.answer([rows[7]], SHORT))) == 1
+
+
+@pytest.mark.parametrize(
+    ("loading", "device_map"),
+    [(Loading(device="cuda"), {"": "cuda"}), (Loading(device="cuda", device_map="auto"), "auto"), (CPU, {"": "cpu"})],
+)
+def test_a_model_lies_on_one_device_unless_asked_otherwise(place, monkeypatch, loading, device_map):
+    asked = {}
+    monkeypatch.setattr(answerer_module, "load_pretrained_model", lambda *_, **options: asked.update(options) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        Answerer.load(str(place / "tiny-base"), loading)
+    assert asked["device_map"] == device_map and asked["device"] == loading.device

@@ -59,3 +59,27 @@ def test_answers_and_routes_are_the_cpus(place, route):
     found, log = asked.on_gpu()
     assert found == asked.expected and len({text for text, _ in found}) > 1
     assert sum(log.kernels.values()) > 100
+
+
+def ours(counter):
+    """Of what was counted, that which this project causes: ``generate`` itself is transformers'."""
+    return {line: count for line, count in counter.items() if "llava_arch.py" not in line and "generation/" not in line}
+
+
+def test_a_batch_waits_once_for_the_gpu_and_copies_little_to_it(place):
+    _, log = Asked(place).on_gpu()
+    assert sum(ours(log.syncs).values()) == 1  # the answers themselves
+    assert sum(ours(log.copies).values()) <= 10
+    assert not log.of(log.kernels, "slots/routers", "slots/route", "slots/unknown", "slots/key_scores")
+
+
+def test_a_decoding_step_waits_for_nothing_of_ours_and_a_batch_costs_few_more_kernels_than_the_base(place):
+    logs = {route: [Asked(place, route).on_gpu(tokens)[1] for tokens in (2, 6)] for route in (None, "none")}
+    counts = {
+        route: {name: [sum(getattr(log, name).values()) for log in both] for name in ("syncs", "copies", "kernels")}
+        for route, both in logs.items()
+    }
+    for name in ("syncs", "copies"):
+        (short, long), (base_short, base_long) = counts[None][name], counts["none"][name]
+        assert long - short == base_long - base_short, logs
+    assert counts[None]["kernels"][1] <= 1.15 * counts["none"]["kernels"][1], logs

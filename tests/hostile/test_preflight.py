@@ -152,7 +152,10 @@ def test_all_tasks_are_looked_at_before_the_first_is_trained(world, places, tmp_
         return places(tasks=[*entries[:-1], {**entries[-1], **changes}])
 
     (tmp_path / "broken.jsonl").write_text('{"question_id": 1}\n')
-    row = json.loads((world.folder / "train_abd.jsonl").read_text().splitlines()[0])
+    of_abd = json.loads((world.folder / "train_abd.jsonl").read_text().splitlines()[0])
+    row = {name: value for name, value in of_abd.items() if name != "domain"}
+    (tmp_path / "plain.jsonl").write_text(json.dumps(row) + "\n")
+    (tmp_path / "of_abd.jsonl").write_text(json.dumps(of_abd) + "\n")
     (tmp_path / "pictures.jsonl").write_text(json.dumps({**row, "image": "gone.png"}) + "\n")
     (tmp_path / "out.jsonl").write_text(json.dumps({**row, "image": "../keys/abd.pth"}) + "\n")
     unanswered = {name: value for name, value in row.items() if name != "gpt4_answer"}
@@ -163,9 +166,11 @@ def test_all_tasks_are_looked_at_before_the_first_is_trained(world, places, tmp_
         ("pictures.jsonl", "image file not found"),
         ("out.jsonl", "leads out of its folder"),
         ("unanswered.jsonl", "a training row needs an answer"),
+        ("of_abd.jsonl", "the row is of 'abd', but the file trains"),
     ):
         refused(lambda: check_training(last(train=str(tmp_path / name)), base, keys, folder), said)  # noqa: B023
-    refused(lambda: check_training(last(name="foot"), base, keys, folder), "no keys of task 'foot'")
+    foot = last(name="foot", train=str(tmp_path / "plain.jsonl"))
+    refused(lambda: check_training(foot, base, keys, folder), "no keys of task 'foot'")
     refused(lambda: check_training(places(), base, "absent.pth", folder), "slot file not found: absent.pth")
     refused(lambda: check_training(places(), "./absent", keys, folder), "checkpoint folder not found: ./absent")
     refused(lambda: check_training(places(), base, keys, tmp_path / "absent"), "image folder not found")

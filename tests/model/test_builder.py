@@ -61,7 +61,8 @@ def test_the_content_decides_and_not_the_folders_name(place, tmp_path):
 
 def test_another_base_is_refused_with_both_fingerprints(place):
     with pytest.raises(
-        UserError, match=r"trained on base .*tiny-llava-base \([0-9a-f]{16}\), but .*other is [0-9a-f]{16}"
+        UserError,
+        match=r"on base .*tiny-llava-base, and .*other is another: its fingerprint is [0-9a-f]{16}, not [0-9a-f]{16}",
     ):
         load(place / "llava-stage", place / "tiny-llava-other")
 

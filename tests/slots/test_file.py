@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 from tiny_llava import GROUPS, HIDDEN, RANK, SLOTS, VISION, write_base, write_stage
-from tiny_world import same_slots
+from tiny_world import same, same_slots
 
 from llava.model.language_model.retriever import Retriever
 from llava.slots.pool import Pool
@@ -27,8 +27,9 @@ def written(tmp_path_factory):
 
 
 def altered(written, target, change):
-    """A copy of the file's plain data, changed and saved again."""
+    """A copy of the file's plain data, changed and saved again, as an earlier version would have: without checksum."""
     data = torch.load(written, weights_only=True)
+    del data["checksum"]
     change(data)
     torch.save(data, target)
     return target
@@ -41,6 +42,38 @@ def test_round_trip_is_bit_for_bit_and_its_bytes_repeat(written, tmp_path):
     assert all(same_slots(one, other) for one, other in zip(slots.tasks, again.tasks, strict=True))
     assert again.settings == slots.settings and again.base == slots.base
     assert (tmp_path / "again.pth").read_bytes() == written.read_bytes()
+
+
+@pytest.mark.parametrize("place", range(0, 19))
+def test_one_bit_of_a_slot_file_never_makes_another_pool(written, tmp_path, place):
+    """A flipped bit in keys, offsets or settings gave other answers, and training went on with it."""
+    data = bytearray(written.read_bytes())
+    target = tmp_path / "slots.pth"
+    for number in range(3):
+        at = (len(data) - 1) * (3 * place + number) // 56
+        target.write_bytes(bytes([*data[:at], data[at] ^ 4, *data[at + 1 :]]))
+        try:
+            found = Pool.read(target)
+        except UserError as error:
+            assert str(error).startswith(f"{target}: ")
+        else:  # the bit lay between what is read
+            found.write(tmp_path / "again.pth")
+            assert (tmp_path / "again.pth").read_bytes() == written.read_bytes()
+
+
+def test_settings_and_numbers_are_those_that_were_written(written, tmp_path):
+    for change in (
+        lambda data: data["settings"].update(tau=data["settings"]["tau"] * 2),
+        lambda data: data["offsets"]["abd"]["A"]["o_proj"].add_(1),
+        lambda data: data["tasks"][0].update(trained=False),
+    ):
+        data = torch.load(written, weights_only=True)
+        change(data)
+        torch.save(data, tmp_path / "slots.pth")
+        with pytest.raises(UserError, match=r"slots\.pth: is damaged, its checksum"):
+            Pool.read(tmp_path / "slots.pth")
+    with pytest.raises(UserError, match=r"task 'abd' is damaged"):  # as earlier versions wrote it
+        Pool.read(altered(written, tmp_path / "old.pth", lambda data: data["offsets"]["abd"]["A"]["o_proj"].add_(1)))
 
 
 def test_the_order_in_which_tasks_are_given_leaves_the_bytes_alone(written, tmp_path):
@@ -123,15 +156,16 @@ def copied(value):
 
 
 @pytest.mark.parametrize("prompt", [None, {"conv_mode": "vicuna_v1", "answer_suffix": ""}])
-def test_a_file_read_and_written_again_keeps_its_bytes(written, tmp_path, prompt):
+def test_a_file_read_and_written_again_keeps_what_it_holds(written, tmp_path, prompt):
     """Gaps between slot ranges, tasks without offsets or calibration, several targets in an order of their own."""
     old = as_old_versions_wrote(written, tmp_path / "old.pth", prompt)
     pool = Pool.read(old)
     pool.write(tmp_path / "again.pth")
-    assert (tmp_path / "again.pth").read_bytes() == old.read_bytes()
+    before, after = (torch.load(path, weights_only=True) for path in (old, tmp_path / "again.pth"))
+    assert after.pop("checksum") and same(after, before)
     assert pool.prompt == (prompt or {}) and not pool.task("knee").B
     pool.with_tasks(pool.tasks).write(tmp_path / "third.pth")
-    assert (tmp_path / "third.pth").read_bytes() == old.read_bytes()
+    assert (tmp_path / "third.pth").read_bytes() == (tmp_path / "again.pth").read_bytes()
 
 
 def test_a_tasks_checksum_is_that_of_the_versions_before():

@@ -1,17 +1,19 @@
 """Low-rank offsets equal their dense form, wherever and however the projection is called."""
 
 import copy
+from collections import Counter
 
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import CLIPVisionConfig
 
 from llava.constants import IMAGE_TOKEN_INDEX
 from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
 from llava.model.language_model.retriever import Retriever
 from llava.slots import pool as pool_module
-from llava.slots.offsets import TARGETS, target_features, target_module
+from llava.slots.offsets import TARGETS, WeightOffset, target_features, target_module
 from llava.slots.pool import Pool
 from llava.slots.settings import RetrieverSettings
 
@@ -215,6 +217,79 @@ def test_only_the_used_tasks_get_gradients():
     assert pool.task("chest").A["o_proj"].grad.abs().max() > 0
 
 
+def operators(form_limit, monkeypatch):
+    """Names of the operators of two layers' offsets, forward and backward."""
+    monkeypatch.setattr(pool_module, "SHARED_FORM_LIMIT", form_limit)
+    pool = make_model().retriever.pool
+    pool.task("abd").requires_grad_(True)
+    slots, weights = a_route(3)
+    offset = pool(slots, weights, torch.float32)
+    x = [torch.randn(3, 5, HIDDEN, requires_grad=True) for _ in range(LAYERS)]
+    names = {"forward": [], "backward": []}
+
+    class Noted(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            names[phase].append(func.overloadpacket.__name__)
+            return func(*args, **(kwargs or {}))
+
+    with Noted():
+        phase = "forward"
+        out = sum(offset.add_to(x[layer] * 2, "o_proj", layer, x[layer]).sum() for layer in range(LAYERS))
+        phase = "backward"
+        out.backward()
+    return names
+
+
+@pytest.mark.parametrize(
+    ("limit", "products"), [(32, {"mm": 1, "mul": 1, "addmm": 1}), (0, {"bmm": 1, "mul": 1, "baddbmm": 1})]
+)
+def test_a_layer_takes_three_operators_and_its_gradient_no_tensor_of_all_layers(monkeypatch, limit, products):
+    names = operators(limit, monkeypatch)
+    views = {
+        "view",
+        "_unsafe_view",
+        "transpose",
+        "permute",
+        "squeeze",
+        "t",
+        "select",
+        "expand",
+        "detach",
+        "unsqueeze",
+        "alias",
+    }
+    work = Counter(name for name in names["forward"] if name not in views)
+    work.subtract({"mul": LAYERS, "sum": LAYERS, "add": LAYERS})  # the projection that stands in, and the loss
+    assert +work == Counter({name: LAYERS * count for name, count in products.items()})
+    assert not {"select_backward", "slice_backward"} & set(names["backward"])
+
+
+def test_a_slot_that_a_sample_did_not_select_makes_no_number_of_it_infinite():
+    down = torch.ones(1, 1, 4, 8, dtype=torch.float16)
+    down[:, :, 2:] *= 100  # of the second slot, whose products overflow
+    gate = torch.tensor([[[0.5, 0.5, 0, 0]], [[0, 0, 0.5, 0.5]]], dtype=torch.float16)
+    offset = WeightOffset({"o_proj": down}, {"o_proj": torch.ones(1, 1, 4, 8, dtype=torch.float16)}, gate)
+    x = torch.full((2, 1, 8), 300.0, dtype=torch.float16)
+    found = offset.add_to(torch.zeros_like(x), "o_proj", 0, x)
+    assert torch.equal(found[0], torch.full((1, 8), 2400.0, dtype=torch.float16)) and found[1].isinf().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_both_forms_equal_the_sum_over_slots(form, dtype):
+    pool = make_model().retriever.pool
+    slots, weights = a_route(4)
+    x, output = torch.randn(4, 3, HIDDEN, dtype=dtype), torch.randn(4, 3, HIDDEN, dtype=dtype)
+    a, b = (getattr(pool.task("abd"), side)["o_proj"].to(dtype) for side in "AB")
+    offset = pool(slots, weights, dtype)
+    for layer in range(LAYERS):
+        expected = output.clone()
+        for row in range(4):
+            for slot, weight in zip(slots[row], weights[row].to(dtype)):
+                expected[row] += SCALE * weight * (x[row] @ b[slot, layer].T) @ a[slot, layer]
+        bound = 1e-12 if dtype == torch.float64 else 1e-5
+        torch.testing.assert_close(offset.add_to(output, "o_proj", layer, x), expected, atol=bound, rtol=bound)
+
+
 # -- bfloat16, wrapped projections, repeated attaching -----------------------------------------------------------------
 
 
@@ -320,8 +395,8 @@ def test_generation_follows_each_rows_route_also_with_beams(beams):
 
 def test_the_offsets_are_gathered_once_an_answer(monkeypatch):
     model, calls = make_model(), []
-    gather = Pool._gather
-    monkeypatch.setattr(Pool, "_gather", lambda self, used: calls.append(used) or gather(self, used))
+    take = Pool._take
+    monkeypatch.setattr(Pool, "_take", lambda self, *of: calls.append(of) or take(self, *of))
     model.generate(torch.randint(3, VOCABULARY, (2, 5)), text_query=torch.randn(2, 8), max_new_tokens=7, pad_token_id=0)
     assert len(calls) == 1
 

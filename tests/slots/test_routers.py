@@ -303,6 +303,11 @@ def test_the_prototypes_weights_are_the_distances():
     torch.testing.assert_close(route.slot_weights, (best / best.sum(-1, keepdim=True)).float())
 
 
+def test_distance_weights_of_equal_slots_are_equal():
+    made = pool(router="uniform", weighting="distance")
+    assert torch.equal(made.route(cloud("abd", 3)).slot_weights, torch.full((3, 2), 0.5))
+
+
 def test_while_a_task_trains_only_its_slots_compete():
     made, query = pool(), cloud("abd", 5)
     made.train_only("head")

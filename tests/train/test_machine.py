@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 
 from llava.train import machine
@@ -36,6 +38,28 @@ def test_what_a_user_decides_stays(monkeypatch, capsys):
     line = ["--bf16", "False", "--output_dir", "auto", "--bf16=True", "--bf16"]
     assert with_precision(line) == ["--bf16", "False", "--output_dir", "auto", "--bf16", "True", "--bf16"]
     assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("words", [["--gradient_checkpointing", "auto"], ["--gradient_checkpointing=auto"]])
+def test_checkpointing_is_left_to_the_estimate(words):
+    expected = ["--gradient_checkpointing", "False", "--checkpoint_if_needed", "True"]
+    assert with_precision(["--task", "abd", *words]) == ["--task", "abd", *expected]
+    assert with_precision(["--gradient_checkpointing", "True"]) == ["--gradient_checkpointing", "True"]
+
+
+def test_a_compilation_that_a_killed_process_left_locked_is_freed(tmp_path, monkeypatch, capsys):
+    """torch waits for the file to go, without a word."""
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    locks = [tmp_path / name / "lock" for name in ("py311_cpu/cpu_adam", "utils", "held", "lately")]
+    for lock in locks:
+        lock.parent.mkdir(parents=True)
+        lock.touch()
+        os.utime(lock, (0, 0))
+    (locks[3].parent / "build.ninja").touch()
+    with open(locks[2]):
+        machine.free_compilations()
+    assert [lock.exists() for lock in locks] == [False, False, True, True]
+    assert capsys.readouterr().out.count("was left by a killed compilation and is removed") == 2
 
 
 @pytest.mark.parametrize("line", [["--bf16", "False"], ["--fp16=True"]])

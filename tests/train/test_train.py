@@ -21,7 +21,8 @@ from llava.model.builder import load_pretrained_model
 from llava.slots.pool import Pool
 from llava.train import llava_trainer
 from llava.train import train as train_module
-from llava.train.llava_trainer import COMPLETE, LLaVATrainer, last_complete_checkpoint
+from llava.train.checkpoint_mark import COMPLETE, last_complete_checkpoint
+from llava.train.llava_trainer import LLaVATrainer
 from llava.utils import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -205,6 +206,13 @@ def kill_before_the_stage_appears(*_):
     Pool.write = write
 
 
+def logged(stage):
+    """A stage's log without the times that were measured."""
+    measured = ("train_runtime", "train_samples_per_second", "train_steps_per_second")
+    entries = json.loads((stage / "log_history.json").read_text())
+    return [{name: value for name, value in entry.items() if name not in measured} for entry in entries]
+
+
 @pytest.mark.parametrize("moment", ["in the first checkpoint", "in the third checkpoint", "in writing the stage"])
 def test_a_killed_run_ends_as_an_undisturbed_one(stage, world, tmp_path, moment, capsys):
     target = tmp_path / stage.name
@@ -226,6 +234,7 @@ def test_a_killed_run_ends_as_an_undisturbed_one(stage, world, tmp_path, moment,
     world.train("abd", target, None, *EACH_STEP)
     assert ("going on from" in capsys.readouterr().out) == bool(kept)
     assert (target / "slots.pth").read_bytes() == (stage / "slots.pth").read_bytes()
+    assert logged(target) == logged(stage)
     assert [path.name for path in target.parent.iterdir() if path.name.startswith(".")] == [] and not work.exists()
 
 
@@ -376,6 +385,7 @@ def test_a_place_one_may_not_write_to(world, tmp_path, capsys, monkeypatch):
 
 # -- DeepSpeed ZeRO-3 --------------------------------------------------------------------------------------------------
 
+ZERO_STAGES = ("zero2", "zero3")
 DRIVER = """
 import os, sys
 sys.path[:0] = [{here!r}, {tests!r}, {root!r}]
@@ -398,6 +408,9 @@ def run(folder, kill=None, more=(), task="abd", before=None):
 
 print("STATUS", run("undisturbed"), run("killed", 3), run("killed"), run("lora", more=LORA), flush=True)
 print("WHOLE", run("whole", more=("--save_full_model", "True")), flush=True)
+for zero in test_train.ZERO_STAGES:
+    half = ("--bf16", "True", "--deepspeed", {config!r}.replace("zero3", zero))
+    print("HALF", zero, run(f"half-{{zero}}", more=half), flush=True)
 for name in test_train.METHODS_WITH_MEMORY:
     more = ("--method", name)
     codes = run(name, more=more), run(name, more=more, task="chest", before="llava-tiny_abd")
@@ -427,6 +440,7 @@ def zero3(world, tmp_path_factory):
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
     said = done.stdout[-3000:] + done.stderr[-3000:]
     assert f"STATUS 0 {-signal.SIGKILL} 0 0" in done.stdout and "WHOLE 0" in done.stdout, said
+    assert all(f"HALF {zero} 0" in done.stdout for zero in ZERO_STAGES), said
     assert all(f"METHOD {name} 0 0" in done.stdout for name in METHODS_WITH_MEMORY), said
     assert "going on from" in done.stdout and "checkpoint-2" in done.stdout
     return folder
@@ -467,6 +481,14 @@ def test_zero3_writes_the_whole_model_where_it_is_asked_to(zero3, world):
     expected = base.state_dict()
     assert all(torch.equal(found.state_dict()[name], value) for name, value in expected.items())
     assert found.retriever.pool.names == ["abd"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("zero", ZERO_STAGES)
+def test_slots_trained_in_bfloat16_are_written_as_the_optimizer_has_them(zero3, zero):
+    task = Pool.read(zero3 / f"half-{zero}" / "llava-tiny_abd" / "slots.pth").tasks[0]
+    for side in (task.A["o_proj"], task.B["o_proj"]):
+        assert side.dtype == torch.float32 and not torch.equal(side, side.bfloat16().float())
 
 
 @pytest.mark.slow

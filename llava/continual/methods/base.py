@@ -106,6 +106,13 @@ class Recipe:
         """Training files of the stage that ends with ``task``."""
         return list(sequence.task(task).files)
 
+    def tasks(self, sequence: TaskSequence, task: str | None) -> list[str]:
+        """The domains that rows may have: those of ``files``; empty for a recipe without tasks."""
+        if not task:
+            return []
+        files = set(self.files(sequence, task))
+        return [entry.name for entry in sequence.tasks if entry.name == task or files & set(entry.files)]
+
     def rows(self, context: Context, rows: list[Row]) -> list[Row]:
         """The rows to train on, given those of ``files``."""
         return rows
@@ -134,10 +141,7 @@ class Recipe:
         return False
 
     def loss(self, context: Context, batch: dict[str, Any], outputs: Any, loss: Tensor) -> Tensor:
-        """The loss of a batch, given the answers' cross-entropy ``loss`` and the model's ``outputs``.
-
-        ``outputs.logits`` are those of the answers' tokens alone, ``[answer tokens, vocabulary]``.
-        """
+        """The loss of a batch, given the answers' cross-entropy; the logits of ``outputs`` are the answers' alone."""
         return loss
 
     def end(self, context: Context, batches: Iterable[dict[str, Any]]) -> None:

@@ -43,14 +43,14 @@ class EWC(Sequential):
         self.anchor: list[Tensor] = []
         if context.previous is not None:
             before = context.previous.pool.task(SHARED)
-            self.anchor = [tensor.detach() for tensor in before(context.pool.settings.targets)]
+            self.anchor = [tensor.detach() for tensor in _offsets(before, context)]
             self.fisher = [context.previous.remembered(name) for name in _names(context)]
         return parameters
 
     def loss(self, context: Context, batch: dict[str, Any], outputs: Any, loss: Tensor) -> Tensor:
         if not self.fisher:
             return loss
-        now = _slots(context)(context.pool.settings.targets)
+        now = _offsets(_slots(context), context)
         # The model is not on its device yet when training begins; from the first step on nothing moves.
         self.fisher, self.anchor = ([one.to(now[0].device) for one in held] for held in (self.fisher, self.anchor))
         penalty = torch.zeros_like(loss)
@@ -71,7 +71,8 @@ class EWC(Sequential):
                 used.clear()
                 with torch.enable_grad():
                     loss = context.model(**batch).loss
-                squares = [gradient.detach().float().square() for gradient in torch.autograd.grad(loss, used[0])]
+                gradients = _as_stored(torch.autograd.grad(loss, used[0]))
+                squares = [gradient.detach().float().square() for gradient in gradients]
                 total = [one + other for one, other in zip(total, squares)] if total else squares
                 count += 1
         finally:
@@ -85,6 +86,15 @@ class EWC(Sequential):
 def _slots(context: Context) -> TaskSlots:
     pool: Pool = context.model.retriever.pool
     return pool.task(SHARED)
+
+
+def _offsets(task: TaskSlots, context: Context) -> list[Tensor]:
+    return _as_stored(task(context.pool.settings.targets, torch.float32))
+
+
+def _as_stored(sides: Iterable[Tensor]) -> list[Tensor]:
+    """``[layers, count, rank, features]``, as a forward pass takes offsets, to ``[count, layers, rank, features]``."""
+    return [side.transpose(0, 1) for side in sides]
 
 
 def _names(context: Context) -> list[str]:

@@ -53,8 +53,8 @@ class GatedAdapter(Retriever):
         self.gate.weight = nn.Parameter(memory[GATE].clone(), requires_grad=False)
 
     def decide(self, query: Query, tasks: Sequence[str | None] | None = None) -> Route:
-        weights = self.gate(query.joint().to(self.gate.weight.dtype)).softmax(-1)  # [batch, experts]
-        return Route(torch.arange(weights.shape[1], device=weights.device).expand_as(weights), weights)
+        weights = self.gate(query.joint().to(self.gate.weight)).softmax(-1)  # [batch, experts]
+        return Route(torch.arange(weights.shape[1]).expand(weights.shape), weights)
 
 
 @METHODS.register

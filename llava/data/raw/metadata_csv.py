@@ -7,11 +7,13 @@ name. Optional columns are ``split`` (train or test), ``question_id``, ``answer_
 
 from __future__ import annotations
 
+import ast
 import re
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from llava.data.layouts import is_missing
 from llava.data.raw.example import TEST, TRAIN, Example, Report
 from llava.data.raw.vqa_rad import answer_type, question_types
 from llava.files import file_sha256
@@ -106,7 +108,7 @@ def _line_numbers(table: pandas.DataFrame) -> list[int]:
 
 def _example(values: dict[str, str], where: str, split: str | None, number: int, report: Report) -> Example:
     for field in REQUIRED:
-        if values[field].lower() in ("", "nan"):
+        if not values[field] or is_missing(values[field]):
             raise UserError(f"{where}: field '{field}' is empty")
     identifier: int | str = values.get("question_id") or number
     if isinstance(identifier, str) and re.fullmatch(r"\d{1,18}", identifier):
@@ -114,13 +116,30 @@ def _example(values: dict[str, str], where: str, split: str | None, number: int,
     kind = values.get("answer_type")
     return Example(
         id=identifier,
-        image=values["image"],
+        image=_picture_name(values["image"], where),
         question=report.text(values["question"], "question", identifier, where),
         answer=report.text(values["answer"], "answer", identifier, where),
         domain=_domain(values.get("domain"), where),
         split=split or _split(values.get("split"), where),
         answer_type=answer_type(kind, identifier, where, report) if kind else None,
         question_type=question_types(values.get("question_type"), identifier, report),
+    )
+
+
+def _picture_name(cell: str, where: str) -> str:
+    """The file name in a picture's cell; ``datasets`` and pandas write ``{'bytes': …, 'path': …}`` there."""
+    if not cell.startswith("{"):
+        return cell
+    try:
+        picture = ast.literal_eval(cell)
+        named = picture.get("path") if not picture.get("bytes") else None
+    except (ValueError, SyntaxError, AttributeError, TypeError, MemoryError, RecursionError):
+        named = None
+    if isinstance(named, str) and named.strip():
+        return named.strip()
+    raise UserError(
+        f"{where}: field 'image': the picture itself stands in the cell, not its file's name (save the pictures as "
+        "files, and name them in the column)"
     )
 
 

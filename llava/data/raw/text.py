@@ -10,6 +10,7 @@ import math
 import re
 from typing import Any
 
+from llava.data.layouts import is_missing
 from llava.utils import UserError
 
 _MOVED_LETTER = re.compile(r"(?<=\w) (\w)\t")
@@ -50,6 +51,8 @@ def mend_text(value: Any, where: str) -> tuple[str, list[str]]:
         mended.append(SPACE)
     if not tidy:
         raise UserError(f"{where} is empty")
+    if is_missing(tidy):
+        raise UserError(f"{where} is missing: {tidy!r} (fill it in, or take the row out)")
     return tidy, mended
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -79,7 +80,7 @@ class Prepared:
     def domains(self) -> Iterable[tuple[str, Sequence[int], Callable[[Row], bool]]]:
         """Name, row numbers and test for training rows of the overall group and of every domain."""
         for name, members in group_members(self.examples).items():
-            yield name, members, lambda row, name=name: name in (OVERALL, *row.domains)
+            yield name, members, partial(_is_of, name, lambda row: (OVERALL, *row.domains))
 
     def kinds(self, kind: str) -> Iterable[tuple[str, Sequence[int], Callable[[Row], bool]]]:
         """The same of every label of a kind, one of ``KINDS``, in alphabetical order."""
@@ -87,7 +88,7 @@ class Prepared:
         of_rows = [labels(example.row) for example in self.examples]
         for name in sorted({label for found in of_rows for label in found}):
             members = [number for number, found in enumerate(of_rows) if name in found]
-            yield name, members, lambda row, name=name: name in labels(row)
+            yield name, members, partial(_is_of, name, labels)
 
 
 def score(
@@ -150,6 +151,10 @@ def score(
         "per_row": {metric.name: per_row[metric.name] for metric in METRICS if metric.name in per_row},
         "by_domain": by_domain,
     }
+
+
+def _is_of(name: str, labels: Callable[[Row], Sequence[str]], row: Row) -> bool:
+    return name in labels(row)
 
 
 def _question_types(row: Row) -> Sequence[str]:

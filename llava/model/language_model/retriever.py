@@ -41,7 +41,7 @@ class Retriever(nn.Module):
 
     def __init__(self, pool: Pool, memory: Mapping[str, Tensor] | None = None):
         super().__init__()
-        self.pool = pool.with_tasks([with_offsets(task, pool.settings) for task in pool.tasks]).float()
+        self.pool = pool.with_tasks([with_offsets(task, pool.settings) for task in pool.tasks])
         self.pool.check_shapes()
         self.encode_text: Callable[[Sequence[str]], Tensor] | None = None
         self.router_name = pool.settings.router

@@ -73,3 +73,12 @@ def tower_features(
         features = tower(pixels).split([len(tile) for tile in tiles])
         for name, picture, feature, tile in zip(batch, pictures, features, tiles, strict=True):
             yield name, feature, tile, picture.size
+
+
+def on_device(features: list[list[Tensor]], device: torch.device) -> list[list[Tensor]]:
+    """Features of each row's pictures ``[tiles, patches, size]`` on a device, in one copy."""
+    flat = [picture for row in features for picture in row]
+    if not flat:
+        return features
+    moved = iter(torch.cat(flat).to(device).split(list(map(len, flat))))
+    return [[next(moved) for _ in row] for row in features]

@@ -49,7 +49,7 @@ def test_mending_by_hand(value, text, mended):
     assert mend_text(value, "here") == (text, mended)
 
 
-@pytest.mark.parametrize("value", [None, float("nan"), True, [], {}, "", " \t ", '"'])
+@pytest.mark.parametrize("value", [None, float("nan"), True, [], {}, "", " \t ", '"', "NaN", " null"])
 def test_field_without_text_is_refused(value):
     with pytest.raises(UserError, match="^here"):
         mend_text(value, "here")
@@ -250,6 +250,13 @@ def test_csv_with_every_optional_column(tmp_path):
         ("image,question\na,b\n", "line 1: no column for 'answer' (answer or gpt4_answer) in: image, question"),
         ('image,question,answer\na,"two\nlines",x\nb,,y\n', "line 4: field 'question' is empty"),
         ("image,question,answer\na,b,c\n\nd,e,nan\n", "line 4: field 'answer' is empty"),
+        ("image,question,answer\na,b,<NA>\n", "line 2: field 'answer' is empty"),
+        (
+            "image,question,answer\n\"{'bytes': b'\\x89PNG', 'path': None}\",b,c\n",
+            "the picture itself stands in the cell",
+        ),
+        ("image,question,answer\n\"{'bytes': b'\\x89P\",b,c\n", "the picture itself stands in the cell"),
+        ("image,question,answer\n{},b,c\n", "the picture itself stands in the cell"),
         ("image,question,answer\na,b\n", "line 2: field 'answer' is empty"),
         ("image,question,answer\na,b,c,d\n", "broken csv"),
         ("image,question,answer\na,b,c\na,b,c,d\n", "line 3"),

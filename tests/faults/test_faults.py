@@ -1,0 +1,207 @@
+"""Each step of the pipeline, disturbed and given again: the undisturbed result or one line, and no leftovers.
+
+python -m pytest tests/faults --thorough -k "[40]"     # one point in forty
+python -m pytest tests/faults --thorough               # every point
+"""
+
+from __future__ import annotations
+
+import errno
+import signal
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import tiny_world
+import torch
+from faults.disturb import (
+    at_change,
+    comparable,
+    contents,
+    count_changes,
+    damaged,
+    in_child,
+    kill,
+    put_back,
+    refuse_with,
+)
+
+STEPS = [pytest.param(each, marks=pytest.mark.thorough) for each in (40, 1)]
+"""Of so many points one is taken."""
+ERRORS = (errno.ENOSPC, errno.EIO, errno.EACCES, errno.EFBIG, errno.EDQUOT)
+TASKS = ("abd", "chest")
+DAMAGES = ("flip", "cut", "empty", "remove", "swap")
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """A world of its own, and its steps as commands, each after those before it.
+
+    Attributes:
+        changes: how many changes to the disk each step makes, undisturbed.
+        after: what the output folder holds after each.
+    """
+
+    world: tiny_world.World
+    steps: dict[str, Callable[[], None]]
+    changes: dict[str, int]
+    after: dict[str, dict[str, bytes]]
+
+    @property
+    def out(self) -> Path:
+        return self.world.folder / "out"
+
+    def go_back_before(self, step: str) -> None:
+        names = list(self.steps)
+        put_back(self.out, self.after[names[names.index(step) - 1]] if names.index(step) else {})
+
+    def points(self, each: int) -> Iterator[tuple[str, int]]:
+        """One change of so many, as step and number."""
+        every = [(step, number) for step, count in self.changes.items() for number in range(count)]
+        return iter(every[::each])
+
+    def run_again(self, step: str) -> None:
+        """The undisturbed result, with nothing left over."""
+        again = in_child(self.steps[step])
+        assert again.code == 0, again.said
+        found, wanted = comparable(contents(self.out)), comparable(self.after[step])
+        assert found.keys() == wanted.keys()
+        assert [name for name in wanted if found[name] != wanted[name]] == []
+
+
+def steps_of(world, out) -> dict[str, Callable[[], None]]:
+    import merge_prompt_key
+    import train_prompt_key
+    from llava.eval import eval_video_qa, model_vqa_loader
+
+    stages = out / "llava-tiny_abd", out / "llava-tiny_abd_chest"
+    questions, answers = world.folder / "test.jsonl", out / "eval" / "answers.jsonl"
+
+    def keys():
+        words = ["--sequence", world.sequence, "--model-base", world.base, "--cache_dir", out / "cache"]
+        for task in TASKS:
+            more = ["--task", task, "--save_path", out / "keys" / f"{task}.pth"]
+            tiny_world.run_main(
+                train_prompt_key.main, *words, *more, "--top_k", 2, "--rank", 2, "--text_encoder", "base"
+            )
+
+    def merge():
+        tiny_world.run_main(merge_prompt_key.main, "--sequence", world.sequence, "--key_dir", out / "keys")
+
+    def train(task, stage, before=None):
+        more = ["--retriever_state_dict", out / "keys" / "merged_prompt_key.pth", "--query_cache", out / "cache"]
+        more += ["--save_strategy", "steps", "--save_steps", 1, "--logging_steps", 2]
+        world.train(task, stage, before, *more)
+
+    def answer():
+        words = ["--model-path", stages[1], "--model-base", world.base, "--question-file", questions]
+        words += ["--image-folder", world.folder / "images", "--answers-file", answers, "--device", "cpu"]
+        tiny_world.run_main(lambda: model_vqa_loader.main(), *words, "--max_new_tokens", 3, "--batch_size", 2)
+
+    def score():
+        words = ["--question-file", questions, "--answers-file", answers, "--no-java", "--draws", 20]
+        tiny_world.run_main(lambda: eval_video_qa.main(), *words)
+
+    return {
+        "keys": keys,
+        "merge": merge,
+        "first stage": lambda: train("abd", stages[0]),
+        "second stage": lambda: train("chest", stages[1], stages[0]),
+        "answers": answer,
+        "scores": score,
+    }
+
+
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory):
+    """The undisturbed pipeline."""
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("faults")
+    base = tiny_world.write_base(folder / "tiny-llava-base")
+    world = tiny_world.World(folder, base, tiny_world.write_sequence(folder, TASKS), folder / "none.pth")
+    made = Pipeline(world, steps_of(world, folder / "out"), {}, {})
+    for name, step in made.steps.items():
+        made.changes[name] = count_changes(step, made.out)
+        made.after[name] = contents(made.out)
+    return made
+
+
+@pytest.mark.parametrize("each", STEPS)
+def test_a_killed_step_ends_as_an_undisturbed_one(pipeline, each):
+    for step, number in pipeline.points(each):
+        pipeline.go_back_before(step)
+        killed = in_child(pipeline.steps[step], at_change(number, pipeline.out, kill))
+        assert killed.code == -signal.SIGKILL, (step, number, killed.said)
+        pipeline.run_again(step)
+
+
+@pytest.mark.parametrize("each", STEPS)
+def test_a_refused_change_is_one_line_and_the_next_run_ends_as_an_undisturbed_one(pipeline, each):
+    for step, number in pipeline.points(each):
+        pipeline.go_back_before(step)
+        refused = in_child(
+            pipeline.steps[step], at_change(number, pipeline.out, refuse_with(ERRORS[number % len(ERRORS)]))
+        )
+        if refused.code:  # what is kept for speed alone may fail: the step goes on
+            refused.check_refused()
+        pipeline.run_again(step)
+
+
+def files_of(pipeline, step) -> list[Path]:
+    """What a step reads or has written, but for cards, and inputs of which nothing was written down."""
+    out = [pipeline.out / name for name in pipeline.after[step] if not name.endswith("README.md")]
+    inputs = [path for path in pipeline.world.folder.rglob("*") if path.is_file() and pipeline.out not in path.parents]
+    unknown = {"keys": inputs, "scores": [pipeline.world.folder / "test.jsonl"]}.get(step, [])
+    return sorted(path for path in {*out, *inputs} - {*unknown} if path.is_file())
+
+
+@pytest.mark.parametrize("each", STEPS)
+def test_a_damaged_file_never_gives_another_result(pipeline, each):
+    every = [(step, number, how) for step in pipeline.steps for number in range(60) for how in DAMAGES]
+    for step, number, how in every[::each]:
+        put_back(pipeline.out, pipeline.after[step])
+        files = files_of(pipeline, step)
+        if number >= len(files):
+            continue
+        file = files[number]
+        data = file.read_bytes()
+        damaged(file, how)
+        again = in_child(pipeline.steps[step])
+        if again.code:
+            again.check_refused()
+        else:
+            found, wanted = comparable_but(pipeline, file), comparable(pipeline.after[step])
+            assert [name for name in found if found[name] != wanted.get(name)] == [], (step, file, how, again.said)
+        file.write_bytes(data)
+
+
+def comparable_but(pipeline, file) -> dict[str, bytes]:
+    """The output without a file that was damaged, whether or not it was made again."""
+    found = contents(pipeline.out)
+    if pipeline.out in file.parents:
+        found.pop(str(file.relative_to(pipeline.out)), None)
+    return comparable(found)
+
+
+@pytest.mark.parametrize("each", STEPS)
+def test_a_damaged_checkpoint_is_not_gone_on_from(pipeline, each):
+    step, work = "first stage", pipeline.out / "checkpoints"
+
+    def kill_before_it_appears(event, args):
+        if event == "os.rename" and str(args[0]).endswith(".partial"):
+            kill()
+
+    pipeline.go_back_before(step)
+    assert in_child(pipeline.steps[step], kill_before_it_appears).code == -signal.SIGKILL
+    state = contents(pipeline.out)
+    every = [(file, how) for file in sorted(work.rglob("*")) if file.is_file() for how in DAMAGES]
+    for file, how in every[::each]:
+        put_back(pipeline.out, state)
+        damaged(file, how)
+        again = in_child(pipeline.steps[step])
+        if again.code:
+            again.check_refused()
+            continue
+        found, wanted = comparable(contents(pipeline.out)), comparable(pipeline.after[step])
+        assert [name for name in {*found, *wanted} if found.get(name) != wanted.get(name)] == [], (file, how)
