@@ -6,6 +6,7 @@ YAML block at the top, stay. A card names folders by their last part: it says no
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -111,7 +112,7 @@ def write_merged_card(folder: Path, source: Any, base: Any = None) -> None:
     part, over = public_name(source), public_name(base)
     about = f"`{part}`{f' over `{over}`' if over else ''}, written as one checkpoint that needs no other."
     front = {"base_model": over or part, "library_name": "llava", "pipeline_tag": PIPELINE, "tags": list(TAGS)}
-    place = Path(base or source).expanduser()
+    place = Path(os.path.expanduser(base or source))
     licence = licence_section(over or part, licence_of(place))
     known = {"about": f"# {folder.name}\n\n{about}\n\n{NOT_CLINICAL}", "licence": licence}
     write_card(folder, {**front, **licence_fields(place)}, known)
@@ -124,7 +125,7 @@ def public_name(place: Any) -> str:
         return "/".join(cached[1].split("--"))
     owner, _, name = text.partition("/")
     is_hub = owner and name and "/" not in name and owner not in (".", "..", "~", "output", "data")
-    return text if is_hub and not Path(text).expanduser().exists() else Path(text).name
+    return text if is_hub and not Path(os.path.expanduser(text)).exists() else Path(text).name
 
 
 def table(head: Sequence[Any], rows: Iterable[Sequence[Any]]) -> str:

@@ -57,7 +57,7 @@ def _read() -> dict[str, list[Any]]:
         values = read_object(_place())
         entries: dict[str, list[Any]] = values["entries"]
         return entries if values["checksum"] == _checksum(entries) else {}
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError):  # the last: nobody knows the home
         return {}
 
 
@@ -67,7 +67,7 @@ def _keep(place: str, entry: list[Any]) -> None:
     try:
         with atomic_write(_place()) as stream:
             json.dump({"entries": entries, "checksum": _checksum(entries)}, stream)
-    except OSError:  # a home that cannot be written to: the file is read again next time
+    except (OSError, RuntimeError):  # no home, or one that cannot be written to: the file is read again next time
         return
 
 

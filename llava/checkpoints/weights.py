@@ -36,7 +36,7 @@ _EDGE = 1 << 16  # bytes read at each end of a weight file for the fingerprint
 
 def resolve_checkpoint(name: str | os.PathLike[str]) -> Path:
     """The local folder of a checkpoint given by path or by hub name (from the local cache, else downloaded)."""
-    folder = Path(name).expanduser()
+    folder = Path(os.path.expanduser(name))
     if folder.is_dir():
         return folder
     looks_like_hub_name = str(name).count("/") == 1 and not str(name).startswith((".", "/", "~", "output/", "data/"))
@@ -61,7 +61,7 @@ def resolve_recorded(name: str, stage: Path) -> str:
     Raises:
         UserError: neither.
     """
-    folder = Path(name).expanduser()
+    folder = Path(os.path.expanduser(name))
     if not folder.is_dir() and not folder.is_absolute():
         above = [parent / folder for parent in stage.resolve().parents]
         if here := next((place for place in above if place.is_dir()), None):

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import os
+import tempfile
 import threading
+from pathlib import Path
 
 import pytest
 
@@ -12,6 +14,7 @@ from llava import targets
 from llava.data.rows import parse_row, write_jsonl
 from llava.eval.answer_file import append, appending, progress
 from llava.files import atomic_folder, atomic_write
+from llava.locks import only_writer
 from llava.targets import open_in_place, remove, replaceable
 from llava.utils import UserError
 
@@ -130,6 +133,31 @@ def test_a_failed_write_leaves_link_and_file(tmp_path):
         stream.write("new")
         raise RuntimeError
     assert link.is_symlink() and real.read_text() == "old" and sorted(os.listdir(tmp_path)) == ["link", "real"]
+
+
+def test_what_is_written_in_place_gets_no_lock_beside_it(tmp_path):
+    """A lock file in ``/dev``, or beside a pipe, is nobody's to make, and keeps a second writer of nothing away."""
+    os.mkfifo(tmp_path / "pipe")
+    before = sorted(os.listdir("/dev"))
+    for path in ("/dev/null", "/dev/stdout", "/dev/fd/1", tmp_path / "pipe"):
+        with only_writer(path), only_writer(path):
+            assert os.listdir(tmp_path) == ["pipe"] and sorted(os.listdir("/dev")) == before
+    with only_writer(tmp_path / "a"):
+        assert sorted(os.listdir(tmp_path)) == [".a.lock", "pipe"]
+    with only_writer(tmp_path):  # a folder
+        assert (tmp_path.parent / f".{tmp_path.name}.lock").is_file()
+
+
+@pytest.mark.skipif(not os.access("/dev/shm", os.W_OK), reason="no /dev/shm here")
+def test_memory_that_is_mounted_as_a_folder_holds_files_as_any_other():
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
+        path = Path(folder) / "rows.jsonl"
+        assert replaceable(path) == path.resolve()
+        for _ in range(2):
+            write_jsonl(path, [{"a": 1}])
+            assert path.read_text() == '{"a": 1}\n' and os.listdir(folder) == ["rows.jsonl"]
+        remove(path)
+        assert not path.exists()
 
 
 def test_links_in_a_circle_and_folders_are_one_line(tmp_path):
