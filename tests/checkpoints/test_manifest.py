@@ -171,7 +171,8 @@ def test_the_home_of_a_user_who_is_not_here_is_a_name_like_any_other():
 def test_a_broken_list_of_large_files_is_made_again(folder, monkeypatch, content):
     kept = folder / "cache" / "llava" / "checksums.json"
     monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
-    monkeypatch.setattr(large_files, "LARGE", 1)
+    for name, value in (("LARGE", 1), ("SAMPLE_SIZE", 16), ("SETTLED", -1)):
+        monkeypatch.setattr(large_files, name, value)
     kept.parent.mkdir(parents=True)
     kept.write_bytes(content.encode("utf-8", "surrogateescape"))
     file = folder / "model.safetensors"
@@ -183,6 +184,7 @@ def test_without_a_home_no_checksum_is_kept(folder, monkeypatch):
         raise RuntimeError("Could not determine home directory.")
 
     monkeypatch.setattr(large_files.Path, "expanduser", nobody)
-    monkeypatch.setattr(large_files, "LARGE", 1)
+    for name, value in (("LARGE", 1), ("SAMPLE_SIZE", 16), ("SETTLED", -1)):
+        monkeypatch.setattr(large_files, name, value)
     file = folder / "model.safetensors"
     assert large_files.weights_sha256(file) == file_sha256(file)
