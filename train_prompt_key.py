@@ -52,7 +52,9 @@ class Arguments(flags_of(KeySettings, default="the sequence's"), WithoutEffect):
     image_folder: str | None = flag(None, "picture folder (default: the sequence's)")
     follow_links: bool = flag(False, "open pictures that are links out of their folder")
     image_aspect_ratio: str | None = flag(None, "pad, square or anyres (default: the base's)")
-    max_pixels: int | None = flag(None, "pixels that a picture may have (default: LLAVA_MAX_PIXELS or 100 million)")
+    max_pixels: int | None = flag(
+        None, "pixels that a picture may have (default: LLAVA_MAX_PIXELS or 100 million)", least=1
+    )
     seed: int | None = flag(None, "default: the sequence's", **SEEDS)
     batch_size: int = flag(16, "pictures encoded at a time", least=1, most=MANY)
     device: str | None = flag(None, "cpu or cuda (default: cuda where there is one)")

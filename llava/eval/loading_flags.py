@@ -29,7 +29,9 @@ class LoadingFlags:
         "default: sdpa, which also stands in for a FlashAttention that is not installed",
         choices=("sdpa", "flash_attention_2", "eager"),
     )
-    max_pixels: int | None = flag(None, "pixels that a picture may have (default: LLAVA_MAX_PIXELS or 100 million)")
+    max_pixels: int | None = flag(
+        None, "pixels that a picture may have (default: LLAVA_MAX_PIXELS or 100 million)", least=1
+    )
 
 
 @dataclass(kw_only=True)

@@ -45,11 +45,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     quiet_libraries()
     from llava.devices import check_device
     from llava.eval.route_picture import draw
+    from llava.eval.route_scores import score_routes, worst_mistakes
     from llava.slots.names import ROUTERS
 
     check_device(arguments.device)
-    from llava.eval.route_scores import score_routes, worst_mistakes
-
     for name in arguments.routers or ():
         ROUTERS.get(name)  # refuses a name that is no router, before queries are computed
     pool, base = load_pool(arguments.slots, arguments.model_base)
