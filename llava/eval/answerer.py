@@ -139,7 +139,7 @@ class Answerer:
             defaults, asked: fields of the prompt, where the stage keeps none and whatever it keeps (``Prompt.of``).
 
         Raises:
-            UserError: no checkpoint, or not its base's; a text-only model; unknown router, task, template, picture mode.
+            UserError: no checkpoint, or not its base's; a text-only model; an unknown router, task, template or mode.
         """
         self._prompt = None
         self._choices += 1
