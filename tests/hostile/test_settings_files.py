@@ -19,6 +19,7 @@ from llava.checkpoints.weights import weight_files
 from llava.continual.record import read_record
 from llava.continual.sequence import load_sequence
 from llava.eval.score_schema import read_scores
+from llava.files import file_sha256, values_sha256
 from llava.model.adapters import adapter_base
 from llava.model.builder import load_pretrained_model
 from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower
@@ -387,12 +388,18 @@ def slots(base, tmp_path_factory):
         (("offsets", "abd", "A"), torch.zeros(2)),
         (("offsets", "abd", "A"), {"o_proj": torch.zeros(2)}),
         (("version",), "1"),
+        (("checksum",), 1),
+        (("settings", "offset_scope"), "nowhere"),
+        (("settings", "encoder"), {"files": 3}),
+        (("base", "files"), ["model.safetensors"]),
         (("setings",), {}),
     ],
     ids=str,
 )
 def test_a_slot_files_fields_are_named(slots, tmp_path, place, value):
     data = copy.deepcopy(slots)
+    for part in (data, *data["tasks"]):
+        del part["checksum"]  # else that alone would refuse it
     inner = data
     for step in place[:-1]:
         inner = inner[step]
@@ -472,3 +479,15 @@ def test_a_scores_file_is_named(tmp_path, place, value):
 )
 def test_rows_of_scores_are_named(tmp_path, row):
     refused(lambda: read_scores(write_scores(tmp_path, SCORES, row)), "rows.jsonl line 1")
+
+
+def test_scores_that_are_not_what_was_written_are_named(tmp_path):
+    whole = {**SCORES, "rows_sha256": file_sha256(write_scores(tmp_path, SCORES).with_name("rows.jsonl"))}
+    whole = {**whole, "checksum": values_sha256(whole)}
+    read_scores(write_scores(tmp_path, whole))
+    other = '{"scores": {"exact_match": 0.0}, "domain": "abd"}'
+    refused(lambda: read_scores(write_scores(tmp_path, whole, other)), "rows.jsonl: is not what was written beside")
+    refused(lambda: read_scores(write_scores(tmp_path, {**whole, "model_id": "b"})), "scores.json: is not what was")
+    refused(lambda: read_scores(write_scores(tmp_path, {**whole, "checksum": 1})), "scores.json: checksum is 1")
+    lacking = {**SCORES, "checksum": values_sha256(SCORES)}
+    refused(lambda: read_scores(write_scores(tmp_path, lacking)), "rows.jsonl: is not what was written beside")
