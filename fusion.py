@@ -56,7 +56,7 @@ class Arguments:
     image_dir: str | None = flag(None, "pictures (default: images/ of the data folder; imgs/ for SLAKE)")
     follow_links: bool = flag(False, "open pictures that are links out of their folder")
     output_dir: str = flag("data", "where the JSONL files go")
-    seed: int = flag(0, "deals the pictures of the unseen-image split")
+    seed: int = flag(0, "deals the pictures of the unseen-image split", **SEEDS)
     allow_missing_images: bool = flag(False, "keep rows whose picture is not there")
 
 

@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import ClassVar
 
-from llava.cli import MANY, flag
+from llava.cli import MANY, SEEDS, flag
 from llava.continual.methods import METHODS
 from llava.continual.places import Places
 from llava.continual.preflight import check_base, check_questions, check_space, check_stages
@@ -49,7 +49,7 @@ class Settings:
     pictures: list[str] = flag(
         [REAL], "what the base and the last stage are shown, also blank, shuffled", choices=KINDS
     )
-    picture_seed: int = flag(0, "of the exchange of shuffled pictures")
+    picture_seed: int = flag(0, "of the exchange of shuffled pictures", **SEEDS)
     stale: str = flag("replace", "answers of other weights or settings", choices=["replace", "refuse"])
     worker: str = flag("", "which part of the chunks this process answers, for the command's own use")
 
