@@ -15,7 +15,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from llava.cli import flag, parse
+from llava.cli import SEEDS, flag, parse
 from llava.data.raw import RAW, Example, RawOptions, Report
 from llava.data.raw.outputs import report_text, summary_table, write_together
 from llava.data.raw.pictures import missing_images
