@@ -11,7 +11,7 @@ from typing import ClassVar
 from llava.data.raw.example import TEST, TRAIN, VALIDATE, Example, Report
 from llava.data.raw.outputs import lines_of, split_files
 from llava.data.raw.pictures import picture_folder
-from llava.inside import Folder, opened_to_links
+from llava.inside import Folder, LinkedFolder
 from llava.utils import UserError
 
 AUTO = "auto"
@@ -39,7 +39,7 @@ class RawOptions:
     def folders(self, usual: Sequence[Path]) -> tuple[Folder, ...]:
         """Where the pictures may be: the folder that was named, else the usual ones."""
         named = [Path(self.image_dir)] if self.image_dir else usual
-        return tuple(opened_to_links(str(folder), self.follow_links) or folder for folder in named)
+        return tuple(LinkedFolder(folder) if self.follow_links else folder for folder in named)
 
 
 @dataclass(frozen=True)
