@@ -42,7 +42,16 @@ from llava.utils import UserError
 
 FORMAT, VERSION = "llava-slots", 1
 
-UNREADABLE = (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, OSError, IndexError)
+UNREADABLE = (
+    pickle.UnpicklingError,
+    RuntimeError,
+    EOFError,
+    ValueError,
+    OSError,
+    LookupError,
+    AttributeError,
+    TypeError,
+)
 """What ``torch.load`` raises for a cut or foreign file; it depends on where the cut is."""
 
 

@@ -37,7 +37,6 @@ def parsed(words):
         ("--cl_data_clss chest", "task", "chest"),
         ("--dataset_type slake --task ct", "sequence", "slake"),
         ("--no_cuda", "use_cpu", True),
-        ("--seed -1", "seed", -1),
         ("--vision_tower openai/clip --seed 1", "vision_tower", "openai/clip"),
         ("--save_safetensors --overwrite_output_dir --seed 1", "seed", 1),
         ("--mm_vision_select_layer -2 --seed 1", "mm_vision_select_layer", -2),
