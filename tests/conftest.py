@@ -8,6 +8,7 @@ LONGEST = (
     "tests/scripts/test_quickstart.py",
     "tests/test_pipeline.py",
     "tests/train/test_llava_parallel.py",
+    "tests/train/test_train_zero.py",
     "tests/train/test_train.py",
     "tests/test_prototype_commands.py",
     "tests/scripts",

@@ -24,7 +24,8 @@ from llava.checkpoints.manifest import manifest, tower_manifest
 from llava.continual.query_cache import QueryCache
 from llava.data.prompt import Picture, check_aspect_ratio, pixels_of
 from llava.data.rows import Row
-from llava.data.samples import Features, check_image_files, picture_names, picture_sha256
+from llava.data.samples import Features, check_image_files, picture_names
+from llava.files import file_sha256
 from llava.inside import Folder, inside
 from llava.model.configs import llava_config
 from llava.model.multimodal_encoder.tower import VisionTower
@@ -140,7 +141,7 @@ class PictureSource:
             "aspect_ratio": self.aspect_ratio,
             "run": [self.device, str(self.dtype), self.batch_size],
             **LIBRARIES,
-            "pictures": [picture_sha256(inside(self.image_folder, name)) for name in names],
+            "pictures": [file_sha256(inside(self.image_folder, name)) for name in names],
         }
 
     def look(self, names: list[str]) -> Iterator[tuple[str, Tensor, Tensor, tuple[int, int]]]:

@@ -10,7 +10,6 @@ Notable points:
 
 from __future__ import annotations
 
-import functools
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -204,17 +203,6 @@ def picture_groups(rows: Sequence[Row]) -> list[str]:
     return [group(row.images[0]) if row.images else f"row {row.id}" for row in rows]
 
 
-def picture_sha256(path: str | Path) -> str:
-    """Hex SHA-256 of a picture file; a file that has not changed is read once per process."""
-    status = Path(path).stat()
-    return _hashed(str(path), status.st_size, status.st_mtime_ns)
-
-
-@functools.cache
-def _hashed(path: str, size: int, changed: int) -> str:
-    return file_sha256(path)
-
-
 def pictures_checksum(rows: Sequence[Row], image_folder: Folder | None) -> str | None:
     """16 hex digits over the contents of the rows' pictures, whatever their folder is called; None without any.
 
@@ -227,7 +215,7 @@ def pictures_checksum(rows: Sequence[Row], image_folder: Folder | None) -> str |
     digest = hashlib.sha256()
     try:
         for name in sorted(names):
-            digest.update(f"{name}:{picture_sha256(inside(image_folder or '', name))}\n".encode())
+            digest.update(f"{name}:{file_sha256(inside(image_folder or '', name))}\n".encode())
     except FileNotFoundError:
         check_image_files(rows, image_folder)  # names the row and counts the others
         raise

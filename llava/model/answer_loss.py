@@ -24,9 +24,9 @@ def answer_loss(head: nn.Module, hidden: Tensor, labels: Tensor, items: Any = No
     Returns:
         The loss, and the logits ``[answer tokens, vocabulary]`` in the order of the rows.
     """
-    wanted = labels[:, 1:]
-    answers = wanted != IGNORE_INDEX
-    logits = head(hidden[:, :-1][answers]).float()
+    wanted = labels[:, 1:].flatten()
+    answers = (wanted != IGNORE_INDEX).nonzero().flatten()  # the one thing that the host waits for
+    logits = head(hidden[:, :-1].flatten(0, 1)[answers.to(hidden.device)]).float()
     total = nn.functional.cross_entropy(logits, wanted[answers].to(logits.device), reduction="sum")
-    divisor = answers.sum().clamp(min=1) if items is None else items
+    divisor = max(len(answers), 1) if items is None else items
     return total / (divisor.to(total.device) if isinstance(divisor, Tensor) else divisor), logits

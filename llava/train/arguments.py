@@ -24,7 +24,7 @@ from llava.continual.places import Places
 from llava.continual.sequence import load_sequence, sequence_flag
 from llava.schema import number, whole
 from llava.train.ignored_flags import ignored_beside, say_ignored
-from llava.train.machine import settle_machine, with_precision
+from llava.train.machine import settle_machine, without_auto
 from llava.utils import UserError, rank0_print
 
 PROJECTOR_PART = "mm_mlp_adapter"
@@ -264,7 +264,7 @@ def parse_arguments(argv: Sequence[str], options: type | None = None, of_sequenc
     chained = stage_given_as_base(early.model_name_or_path) if of_sequence else None
     if chained is not None:
         parser.set_defaults(previous_stage=str(chained))
-    namespace, unknown = parser.parse_known_args(with_precision(argv, precision))
+    namespace, unknown = parser.parse_known_args(without_auto(argv, precision))
     if unknown:
         raise UserError(f"unknown argument {unknown[0]}; {_nearest(unknown[0], parser)}")
     if not of_sequence and not namespace.data_path:

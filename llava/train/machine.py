@@ -18,12 +18,13 @@ from llava.utils import rank0_print
 CHECKPOINTING = "--gradient_checkpointing"
 
 
-def with_precision(argv: Sequence[str], default: str | None = None) -> list[str]:
-    """A command line with ``--bf16 auto`` in the words of this machine, which are said.
+def without_auto(argv: Sequence[str], default: str | None = None) -> list[str]:
+    """A command line with each ``auto`` in the words of this machine.
 
-    It is bfloat16 where a GPU, or without one the CPU, multiplies it by itself, else float16 on a GPU, else float32.
-    ``--gradient_checkpointing auto`` is left to an estimate, once the model is there (``llava.train.memory``).
-    ``default`` is what a task sequence says, for a command that says nothing of precision.
+    ``--bf16 auto`` is said: bfloat16 where a GPU, or without one the CPU, multiplies it by itself, else float16 on a
+    GPU, else float32. ``--gradient_checkpointing auto`` is left to an estimate, once the model is there
+    (``llava.train.memory``). ``default`` is what a task sequence says of ``--bf16``, for a command that says nothing of
+    precision.
     """
     if default is not None and not any(word.split("=", 1)[0] in ("--bf16", "--fp16") for word in argv):
         argv = ["--bf16", default, *argv]

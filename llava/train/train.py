@@ -133,40 +133,28 @@ def train(attn_implementation: str | None = None) -> None:
     model_args.attn_implementation = model_args.attn_implementation or attn_implementation
     transformers.logging.set_verbosity_error()
     context, prompt, rows = plan(recipe, model_args, data_args, args, options)
-    with context.run.held() if args.should_save else nullcontext():
-        _train(recipe, context, prompt, rows, model_args, data_args, args)
-
-
-def _train(
-    recipe: Recipe,
-    context: Context,
-    prompt: Prompt,
-    rows: list[Row],
-    model_args: ModelArguments,
-    data_args: DataArguments,
-    args: TrainingArguments,
-) -> None:
     run = context.run
-    if run.finished():
-        rank0_print(f"{run.folder} is finished already; skipped")
-        if args.should_save:
-            shutil.rmtree(run.work, ignore_errors=True)  # of a run that was killed while it cleared up
-        return
-    run.check_work()
-    args.output_dir, args.seed = str(run.work), context.seed
-    set_seed(args.seed)
+    with run.held() if args.should_save else nullcontext():
+        if run.finished():
+            rank0_print(f"{run.folder} is finished already; skipped")
+            if args.should_save:
+                shutil.rmtree(run.work, ignore_errors=True)  # of a run that was killed while it cleared up
+            return
+        run.check_work()
+        args.output_dir, args.seed = str(run.work), context.seed
+        set_seed(args.seed)
 
-    context.pool, context.trained = recipe.pool(context)
-    trainer = prepare(recipe, context, prompt, rows, model_args, data_args, args)
-    if args.should_save:
-        run.begin_work()
-    checkpoint = last_complete_checkpoint(run.work, args.world_size)
-    if checkpoint:
-        rank0_print(f"going on from {checkpoint}")
-    result = trainer.train(resume_from_checkpoint=checkpoint)
-    finish(recipe, context, trainer, result.training_loss, args)
-    trainer.accelerator.wait_for_everyone()  # a process that leaves early would end the one that writes
-    rank0_print(f"{title(context)}: training loss {result.training_loss:.4f}; written to {run.folder}")
+        context.pool, context.trained = recipe.pool(context)
+        trainer = prepare(recipe, context, prompt, rows, model_args, data_args, args)
+        if args.should_save:
+            run.begin_work()
+        checkpoint = last_complete_checkpoint(run.work, args.world_size)
+        if checkpoint:
+            rank0_print(f"going on from {checkpoint}")
+        result = trainer.train(resume_from_checkpoint=checkpoint)
+        finish(recipe, context, trainer, result.training_loss, args)
+        trainer.accelerator.wait_for_everyone()  # a process that leaves early would end the one that writes
+        rank0_print(f"{title(context)}: training loss {result.training_loss:.4f}; written to {run.folder}")
 
 
 def title(context: Context) -> str:

@@ -13,7 +13,7 @@ from transformers import CLIPImageProcessorPil
 from llava.constants import IGNORE_INDEX
 from llava.data.prompt import Prompt, PromptEncoder, check_aspect_ratio, pixels_of
 from llava.data.rows import parse_row
-from llava.data.samples import picture_sha256, pictures_checksum
+from llava.data.samples import pictures_checksum
 from llava.mm_utils import process_images
 from llava.utils import UserError
 
@@ -174,13 +174,3 @@ def test_the_pictures_checksum_follows_their_contents(folder, tmp_path_factory):
     Image.new("RGB", (40, 20), (0, 0, 0)).save(folder / "a.png")
     assert pictures_checksum(rows, folder) != before
     assert pictures_checksum([rows[2]], None) is None
-
-
-def test_each_picture_is_hashed_once_a_process(folder, monkeypatch):
-    from llava.data import samples
-
-    read = []
-    monkeypatch.setattr(samples, "file_sha256", lambda path: read.append(path) or "0" * 64)
-    (folder / "b.png").write_bytes(b"never seen before")
-    assert picture_sha256(folder / "b.png") == picture_sha256(folder / "b.png")
-    assert len(read) == 1

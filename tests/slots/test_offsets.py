@@ -444,7 +444,7 @@ def test_a_question_is_needed_where_the_route_depends_on_it():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("targets", [("o_proj",), TARGETS])
+@pytest.mark.parametrize("targets", [pytest.param(("o_proj",), marks=pytest.mark.thorough), TARGETS])
 def test_a_compiled_model_gives_the_same_logits_for_every_route(targets):
     """With routes that differ from call to call; the graphs are traced, not code-generated, which needs a compiler."""
     model = make_model(targets)

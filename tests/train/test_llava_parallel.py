@@ -100,7 +100,7 @@ def test_two_processes_train_what_one_does(parts, alone, tmp_path, kind):
     check(found, alone(kind), alone(kind, "--learning_rate", 0))
 
 
-USUAL = [("instruct", 2), ("align", 3), ("instruct", 3)]
+USUAL = [("instruct", 2), ("instruct", 3)]
 
 
 @pytest.mark.slow

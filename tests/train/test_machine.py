@@ -7,7 +7,7 @@ import os
 import pytest
 
 from llava.train import machine
-from llava.train.machine import with_precision
+from llava.train.machine import without_auto
 
 
 def here(monkeypatch, gpu, gpu_bf16=False, cpu_bf16=False):
@@ -29,22 +29,22 @@ def here(monkeypatch, gpu, gpu_bf16=False, cpu_bf16=False):
 def test_what_the_machine_has(monkeypatch, capsys, gpu, gpu_bf16, cpu_bf16, kind, words):
     here(monkeypatch, gpu, gpu_bf16, cpu_bf16)
     expected = ["--bf16", str(kind == "bfloat16"), "--fp16", str(kind == "float16")]
-    assert with_precision(["--task", "abd", *words, "--seed", "1"]) == ["--task", "abd", *expected, "--seed", "1"]
+    assert without_auto(["--task", "abd", *words, "--seed", "1"]) == ["--task", "abd", *expected, "--seed", "1"]
     assert capsys.readouterr().out.startswith(f"precision: {kind}")
 
 
 def test_what_a_user_decides_stays(monkeypatch, capsys):
     here(monkeypatch, True, True)
     line = ["--bf16", "False", "--output_dir", "auto", "--bf16=True", "--bf16"]
-    assert with_precision(line) == ["--bf16", "False", "--output_dir", "auto", "--bf16", "True", "--bf16"]
+    assert without_auto(line) == ["--bf16", "False", "--output_dir", "auto", "--bf16", "True", "--bf16"]
     assert capsys.readouterr().out == ""
 
 
 @pytest.mark.parametrize("words", [["--gradient_checkpointing", "auto"], ["--gradient_checkpointing=auto"]])
 def test_checkpointing_is_left_to_the_estimate(words):
     expected = ["--gradient_checkpointing", "False", "--checkpoint_if_needed", "True"]
-    assert with_precision(["--task", "abd", *words]) == ["--task", "abd", *expected]
-    assert with_precision(["--gradient_checkpointing", "True"]) == ["--gradient_checkpointing", "True"]
+    assert without_auto(["--task", "abd", *words]) == ["--task", "abd", *expected]
+    assert without_auto(["--gradient_checkpointing", "True"]) == ["--gradient_checkpointing", "True"]
 
 
 def test_a_compilation_that_a_killed_process_left_locked_is_freed(tmp_path, monkeypatch, capsys):
@@ -65,6 +65,6 @@ def test_a_compilation_that_a_killed_process_left_locked_is_freed(tmp_path, monk
 @pytest.mark.parametrize("line", [["--bf16", "False"], ["--fp16=True"]])
 def test_a_sequences_precision_is_a_default(monkeypatch, capsys, line):
     here(monkeypatch, False)
-    assert with_precision(["--task", "abd"], "auto")[:2] == ["--bf16", "False"]
+    assert without_auto(["--task", "abd"], "auto")[:2] == ["--bf16", "False"]
     capsys.readouterr()
-    assert with_precision(line, "auto") == line and capsys.readouterr().out == ""
+    assert without_auto(line, "auto") == line and capsys.readouterr().out == ""
