@@ -14,6 +14,7 @@ from llava.checkpoints.checkpoint import Checkpoint
 from llava.checkpoints.kinds import SLOTS_FILE
 from llava.checkpoints.schemas import GENERATION_FILE, PICTURE_FILES, TOKENIZER_FILES, check_settings
 from llava.continual.methods import METHODS
+from llava.continual.methods.base import Recipe
 from llava.continual.places import Places
 from llava.continual.sequence import TaskSequence
 from llava.data.rows import Row, read_rows
@@ -41,7 +42,7 @@ def check_training(places: Places, base: str, keys: str | None, image_folder: Fo
     sequence = places.sequence
     recipe = METHODS.get(places.method)()
     for task in sequence.tasks:
-        known = recipe.tasks(sequence, task.name)
+        known = tasks_of(recipe, sequence, task.name)
         rows = [row for file in task.files for row in read_rows(file, require_answer=True, one_task=True, tasks=known)]
         check_image_files(rows, image_folder)
     checkpoint = check_base(base)
@@ -56,6 +57,14 @@ def check_training(places: Places, base: str, keys: str | None, image_folder: Fo
     check_slots_fit(llava_config(checkpoint), pool, checkpoint)
     left = sum(not (stage / SLOTS_FILE).is_file() for stage in places.stages)
     check_space(places.root, left * STATES * _bytes_of(pool), "the stages")
+
+
+def tasks_of(recipe: Recipe, sequence: TaskSequence, task: str | None) -> list[str]:
+    """The domains that training rows may have: those of the recipe's files; empty for a recipe without tasks."""
+    if not task:
+        return []
+    files = set(recipe.files(sequence, task))
+    return [entry.name for entry in sequence.tasks if entry.name == task or files & set(entry.files)]
 
 
 def check_base(name: str) -> Checkpoint:
@@ -92,17 +101,16 @@ def check_questions(rows: Sequence[Row], sequence: TaskSequence) -> None:
         )
 
 
-def check_stages(stages: Iterable[Path], base: Checkpoint) -> None:
-    """Refuse stages that are missing, or whose slots do not fit the base.
-
-    Raises:
-        UserError: naming the first.
-    """
-    known = list(stages)
-    for stage in known:
+def require_stages(stages: Iterable[Path]) -> None:
+    """Refuse stages that are missing; ``UserError`` names the first."""
+    for stage in stages:
         if not stage.is_dir():
             raise UserError(f"stage checkpoint not found: {stage} (train it with: bash finetune_continual.sh)")
-    for stage in known:
+
+
+def check_stages(stages: Iterable[Path], base: Checkpoint) -> None:
+    """Refuse stages whose slots do not fit the base; ``UserError`` names the first."""
+    for stage in stages:
         checkpoint = Checkpoint.open(stage)
         if checkpoint.kind == "stage" and not checkpoint.has_weights:
             check_slots_fit(llava_config(base), Pool.read(stage / SLOTS_FILE), base)

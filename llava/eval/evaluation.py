@@ -11,7 +11,7 @@ from typing import ClassVar
 from llava.cli import MANY, SEEDS, flag
 from llava.continual.methods import METHODS
 from llava.continual.places import Places
-from llava.continual.preflight import check_base, check_questions, check_space, check_stages
+from llava.continual.preflight import check_base, check_questions, check_space, check_stages, require_stages
 from llava.continual.sequence import TaskSequence, load_sequence, sequence_flag
 from llava.conversation import get_conversation
 from llava.data.prompt import check_aspect_ratio
@@ -181,6 +181,7 @@ class Evaluation:
         for task in self.sequence.tasks:
             for file in task.files:
                 require_file(file, "training file", "the majority baselines need it; make it with: python fusion.py")
+        require_stages(self.places.stages)
         check_stages(self.places.stages, check_base(self.base))
         check_space(self.folder, ANSWER_BYTES * len(self.rows) * len(self.passes), "the answers")
         check_image_files(self.rows, self.image_folder)

@@ -25,6 +25,7 @@ from llava.checkpoints.checkpoint import Checkpoint
 from llava.checkpoints.manifest import content_of
 from llava.continual.methods import METHODS, Context, Recipe
 from llava.continual.model_card import write_stage_card
+from llava.continual.preflight import tasks_of
 from llava.continual.record import VERSION, checksums, deepspeed_record, defaults, first_version, settings_record
 from llava.continual.run import Run
 from llava.continual.sequence import TaskSequence, load_sequence
@@ -195,7 +196,7 @@ def plan(
     folder_named: Any = opened_to_links(data_args.image_folder or sequence.image_folder, data_args.follow_links)
     data_args.image_folder = folder_named
     files = [data_args.data_path] if data_args.data_path else recipe.files(sequence, data_args.task)
-    rows = read_training_rows(files, recipe.tasks(sequence, data_args.task))
+    rows = read_training_rows(files, tasks_of(recipe, sequence, data_args.task))
     config = asked_config(base, recipe.needs_keys, model_args, data_args)
     if recipe.needs_keys:
         check_frozen_base(config, model_args, data_args, args)
@@ -271,7 +272,7 @@ def prepare(
     build = partial(build_dataset, encoder=encoder, settings=settings, source=source, args=args)
     dataset, held_out = build(rows, apart=data_args.turns_apart), None
     if data_args.eval_data_path:
-        asked = read_training_rows([data_args.eval_data_path], recipe.tasks(context.sequence, context.task))
+        asked = read_training_rows([data_args.eval_data_path], tasks_of(recipe, context.sequence, context.task))
         held_out = build(asked, apart=data_args.turns_apart)
     share_prefixes(model, filter(None, (dataset, held_out)), settings, args)
     if args.checkpoint_if_needed:

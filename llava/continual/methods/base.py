@@ -106,13 +106,6 @@ class Recipe:
         """Training files of the stage that ends with ``task``."""
         return list(sequence.task(task).files)
 
-    def tasks(self, sequence: TaskSequence, task: str | None) -> list[str]:
-        """The domains that rows may have: those of ``files``; empty for a recipe without tasks."""
-        if not task:
-            return []
-        files = set(self.files(sequence, task))
-        return [entry.name for entry in sequence.tasks if entry.name == task or files & set(entry.files)]
-
     def rows(self, context: Context, rows: list[Row]) -> list[Row]:
         """The rows to train on, given those of ``files``."""
         return rows
