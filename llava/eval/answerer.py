@@ -222,6 +222,8 @@ class Answerer:
         adapter = self.model.retriever
         if adapter is not None:  # a base model has none
             adapter.router_name = adapter.settings.router if route in (None, ORACLE) else route
+            if adapter.router_name == ORACLE:  # a stage that was trained to be given the task
+                self._route = ORACLE
         if task and task not in self.known_tasks:
             known = ", ".join(self.known_tasks) or "no slots"
             raise UserError(f"no trained slots for task {task!r}; the model has {known}")
