@@ -189,6 +189,8 @@ class Answerer:
         adapter = self.model.retriever
         if adapter is not None:  # a base model has none
             adapter.router_name = adapter.settings.router if route in (None, ORACLE) else route
+            if adapter.router_name == ORACLE:  # a stage that was trained to be given the task
+                self._route = ORACLE
         check_task(task, self.known_tasks)
 
     @property

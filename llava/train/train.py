@@ -146,12 +146,17 @@ def train(attn_implementation: str | None = None) -> None:
         set_seed(args.seed)
 
         context.pool, context.trained = recipe.pool(context)
+        if not recipe.trains:
+            write_untrained(recipe, context, prompt, model_args, data_args, args)
+            rank0_print(f"{title(context)}: nothing is trained; written to {run.folder}")
+            return
         trainer = prepare(recipe, context, prompt, rows, model_args, data_args, args)
         if args.should_save:
             run.begin_work()
         checkpoint = last_complete_checkpoint(run.work, args.world_size)
         if checkpoint:
             rank0_print(f"going on from {checkpoint}")
+        recipe.start(context, trainer.single_rows())
         result = trainer.train(resume_from_checkpoint=checkpoint)
         finish(recipe, context, trainer, result.training_loss, args)
         trainer.accelerator.wait_for_everyone()  # a process that leaves early would end the one that writes
@@ -330,13 +335,35 @@ def finish(recipe: Recipe, context: Context, trainer: LLaVATrainer, loss: float,
         dtype = base_dtype(args) if whole else None
         context.more_files.append(partial(save_whole_state, model=model, state=whole_state(model, dtype), dtype=dtype))
     context.log_history = trainer.state.log_history
+    write_stage(recipe, context, len(trainer.train_dataset), args)
+
+
+def write_untrained(
+    recipe: Recipe,
+    context: Context,
+    prompt: Prompt,
+    model_args: ModelArguments,
+    data_args: DataArguments,
+    args: TrainingArguments,
+) -> None:
+    """Write the stage of a recipe that takes no steps."""
+    context.model, context.tokenizer, _ = load_for_training(recipe, context, prompt, model_args, data_args, args)
+    prompt.tell(context.model.config)
+    context.pool.prompt = prompt.to_dict()
+    if args.save_full_model:
+        context.more_files.append(partial(save_whole_state, model=context.model, state=whole_state(context.model)))
+    write_stage(recipe, context, 0, args)
+
+
+def write_stage(recipe: Recipe, context: Context, rows: int, args: TrainingArguments) -> None:
+    """Let the recipe write the stage, with its card that tells of ``rows`` rows, and remove the checkpoints."""
+    model, run = context.model, context.run
     if args.should_save:
         vars(model.config).pop("quantization_config", None)  # says how this run held the base, not what the stage is
         if recipe.needs_keys:
             model.config.base_model_name_or_path = context.base_name
         else:
             model.config.use_cache = True  # for whoever asks the model
-        rows = len(trainer.train_dataset)
         context.more_files.append(partial(write_stage_card, context=context, rows=rows))
         recipe.write(context)
         shutil.rmtree(run.work, ignore_errors=True)
