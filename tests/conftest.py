@@ -3,6 +3,7 @@
 import gc
 
 import pytest
+import warm_python
 from hypothesis import HealthCheck, settings
 
 # How long an example takes says how busy the machine is, and in a fresh checkout that Unicode's tables are made.
@@ -25,6 +26,10 @@ LONGEST = (
 
 def pytest_addoption(parser):
     parser.addoption("--thorough", action="store_true", help="also run the combinations that others stand for")
+
+
+def pytest_configure(config):
+    warm_python.cold = config.getoption("--thorough")
 
 
 def pytest_collection_modifyitems(config, items):

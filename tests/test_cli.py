@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from warm_python import warm_python
 
 from llava.cli import flag, flags_of, given, parse, parse_command, word
 
@@ -113,14 +114,14 @@ def test_settings_kept_elsewhere_are_flags_that_are_none_unless_given(capsys):
 @pytest.mark.parametrize("command", [*COMMANDS, *MODULES])
 def test_every_command_explains_itself(command):
     words = [command] if command.endswith(".py") else ["-m", command]
-    done = subprocess.run(
-        [sys.executable, *words, "--help"], cwd=ROOT, capture_output=True, text=True, timeout=120, check=False
-    )
+
+    def run(python, flag):
+        return subprocess.run([str(python), *words, flag], cwd=ROOT, capture_output=True, text=True, timeout=120)
+
+    done = run(sys.executable, "--help")
     assert done.returncode == 0, done.stderr
     assert "usage:" in done.stdout and "--help" in done.stdout
-    wrong = subprocess.run(
-        [sys.executable, *words, "--no-such-flag"], cwd=ROOT, capture_output=True, text=True, timeout=120, check=False
-    )
+    wrong = run(warm_python(), "--no-such-flag")
     assert wrong.returncode == 2 and wrong.stderr.splitlines()[-1].startswith("error: ")
 
 

@@ -334,7 +334,8 @@ def finish(recipe: Recipe, context: Context, trainer: LLaVATrainer, loss: float,
     if whole or args.save_full_model:
         dtype = base_dtype(args) if whole else None
         context.more_files.append(partial(save_whole_state, model=model, state=whole_state(model, dtype), dtype=dtype))
-    context.log_history = trainer.state.log_history
+    # In the order in which a checkpoint holds each line's numbers: a run that went on from one writes the same file.
+    context.log_history = [dict(sorted(line.items())) for line in trainer.state.log_history]
     write_stage(recipe, context, len(trainer.train_dataset), args)
 
 

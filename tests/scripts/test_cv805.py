@@ -4,11 +4,11 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from tiny_llava import write_base, write_images, write_stage
+from warm_python import warm_python
 
 from llava.data.rows import question_row, write_jsonl
 
@@ -48,7 +48,7 @@ def run(place, cwd=ROOT, **settings):
         "CUDA_VISIBLE_DEVICES": "",
         "MAX_NEW_TOKENS": "4",
         "OMP_NUM_THREADS": "1",
-        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "PATH": f"{warm_python().parent}{os.pathsep}{os.environ['PATH']}",
         **settings,
     }
     return subprocess.run(
