@@ -21,6 +21,7 @@ ZERO_SHOT=${ZERO_SHOT:-1}                   # 1: also evaluate the base model al
 CHUNKS=${CHUNKS:-}                          # parts of the question file; empty: one for each device
 EVAL_BATCH_SIZE=${EVAL_BATCH_SIZE:-16}      # questions answered at a time
 MAX_NEW_TOKENS=${MAX_NEW_TOKENS:-64}
+FOLLOW_LINKS=${FOLLOW_LINKS:-0}             # 1: open pictures that are links out of their folder
 CONV_MODE=${CONV_MODE:-}                    # empty: the stage's own conversation template
 IMAGE_ASPECT_RATIO=${IMAGE_ASPECT_RATIO:-}  # empty: the stage's own picture mode; or pad, square, anyres
 #ANSWER_SUFFIX=                             # unset: the stage's own text after each question
@@ -33,5 +34,6 @@ export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}" TOKENIZERS_PARALLELISM=fals
 exec python -m llava.eval.evaluate_sequence --sequence "$SEQUENCE" --base_model "$BASE_MODEL" \
     --output_dir "$OUTPUT_DIR" --method "$METHOD" --route "$ROUTE" --zero_shot "$ZERO_SHOT" --chunks "$CHUNKS" \
     --batch_size "$EVAL_BATCH_SIZE" --max_new_tokens "$MAX_NEW_TOKENS" --conv_mode "$CONV_MODE" \
-    --image_aspect_ratio "$IMAGE_ASPECT_RATIO" ${ANSWER_SUFFIX+--answer_suffix "$ANSWER_SUFFIX"} --stale "$STALE" \
+    --image_aspect_ratio "$IMAGE_ASPECT_RATIO" --follow_links "$FOLLOW_LINKS" \
+    ${ANSWER_SUFFIX+--answer_suffix "$ANSWER_SUFFIX"} --stale "$STALE" \
     --pictures $PICTURES --picture_seed "$PICTURE_SEED"

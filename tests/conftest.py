@@ -4,6 +4,11 @@ import gc
 
 import pytest
 import warm_python
+from hypothesis import HealthCheck, settings
+
+# How long an example takes says how busy the machine is, and in a fresh checkout that Unicode's tables are made.
+settings.register_profile("project", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("project")
 
 LONGEST = (
     "tests/faults",

@@ -19,6 +19,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
 from llava.continual.methods import Context, Recipe
 from llava.files import atomic_write, system_errors_named
+from llava.outside import read_object
 from llava.train.checkpoint_mark import last_complete_checkpoint, mark_complete
 from llava.train.sampling import (
     LengthGroupedSampler,
@@ -101,7 +102,10 @@ class LLaVATrainer(Trainer):
             inputs = {**inputs, "answers_only": True}
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         if model.training and self.recipe is not None:
-            loss = self.recipe.loss(self.context, inputs, outputs, loss)
+            whole = self.recipe.loss(self.context, inputs, outputs, loss)
+            parts = 1 if num_items_in_batch is None else self.current_gradient_accumulation_steps
+            # The cross-entropy is a step's share already; what the recipe adds to it counts once a step.
+            loss = whole if parts == 1 else loss + (whole - loss) / parts
         return (loss, outputs) if return_outputs else loss
 
     def create_optimizer(self, model=None):
@@ -115,7 +119,9 @@ class LLaVATrainer(Trainer):
     def single_rows(self) -> Iterator[dict[str, Any]]:
         """The training rows one by one, as batches on the model's device; nothing is done or shown before the first."""
         loader = DataLoader(self.train_dataset, batch_size=1, collate_fn=self.data_collator)
-        shown = tqdm(loader, desc=f"end of {self.context.task}", unit="row", disable=not is_main_process(), leave=False)
+        shown = tqdm(
+            loader, desc=f"rows of {self.context.task}", unit="row", disable=not is_main_process(), leave=False
+        )
         for batch in shown:
             yield self._prepare_inputs(batch)
 
@@ -210,7 +216,7 @@ class _TakeUp(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         if self.file.is_file():
-            losses = json.loads(self.file.read_text(encoding="utf-8"))
+            losses = read_object(self.file)
             self.trainer._tr_loss += self._own(losses["unlogged"])
             self.trainer._total_loss_scalar = losses["logged"]
             self.trainer._globalstep_last_logged = losses["last"]
