@@ -71,7 +71,10 @@ def _damage(checkpoint: Path) -> str | None:
             return f"{COMPLETE} is damaged"
     except (ValueError, KeyError, TypeError):
         return f"{COMPLETE} is damaged"
-    now = _checksums(checkpoint)
+    try:
+        now = _checksums(checkpoint)
+    except FileNotFoundError:  # the main process, which has found the damage, removes it at this moment
+        return "files of it are gone"
     return difference(kept, {name: now[name] for name in kept if name in now})
 
 
