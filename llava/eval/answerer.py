@@ -46,6 +46,7 @@ from llava.eval.question_cache import MEGABYTES, BlankEncoder, QuestionCache
 from llava.mm_utils import KeywordsStoppingCriteria, get_model_name_from_path
 from llava.model.builder import attach_slots, load_pretrained_model, tell_prompt
 from llava.model.configs import llava_config
+from llava.model.loading import settle_tf32
 from llava.model.prefixes import PrefixStore
 from llava.model.saving import refuse_lost_weights
 from llava.model.vision.features import on_device
@@ -194,6 +195,7 @@ class Answerer:
 
     def _load(self, place: str, base: str | None) -> _Loaded:
         loading = self.loading
+        settle_tf32(loading.tf32)
         device = default_device(loading.device)
         loaded: Any = load_pretrained_model(
             place,
