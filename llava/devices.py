@@ -42,6 +42,35 @@ def gpu_has_bfloat16() -> bool:
     return torch.cuda.is_bf16_supported(including_emulation=False)
 
 
+NO_TF32 = "note: --tf32 True is left out: TF32 is a mode of NVIDIA GPUs since Ampere, and there is none here"
+
+
+def gpu_has_tf32() -> bool:
+    """Whether the GPU multiplies float32 in TF32: NVIDIA's since Ampere."""
+    import torch
+
+    return torch.version.cuda is not None and torch.cuda.is_available() and torch.cuda.get_device_capability()[0] >= 8
+
+
+def set_tf32(wanted: bool) -> None:
+    """Let the GPU's products of float32 matrices be TF32, or not; what the CPU multiplies stays as it is."""
+    import torch
+
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    if hasattr(matmul, "fp32_precision"):
+        matmul.fp32_precision = cudnn.conv.fp32_precision = "tf32" if wanted else "ieee"  # type: ignore[attr-defined]
+    else:  # before torch 2.9
+        matmul.allow_tf32 = cudnn.allow_tf32 = wanted
+
+
+def tf32_is_on() -> bool:
+    """Whether the GPU's products of float32 matrices are TF32."""
+    import torch
+
+    matmul = torch.backends.cuda.matmul
+    return bool(matmul.fp32_precision == "tf32" if hasattr(matmul, "fp32_precision") else matmul.allow_tf32)
+
+
 def free_memory() -> int | None:
     """Bytes that are free on this process's accelerator; ``None`` without one."""
     import torch

@@ -25,6 +25,7 @@ from llava.continual.query_cache import QueryCache
 from llava.data.prompt import Picture, check_aspect_ratio, pixels_of
 from llava.data.rows import Row
 from llava.data.samples import Features, check_image_files, picture_names
+from llava.devices import tf32_is_on
 from llava.files import file_sha256
 from llava.inside import Folder, inside
 from llava.model.configs import llava_config
@@ -139,7 +140,7 @@ class PictureSource:
             "tower": {name: getattr(self.config, name, None) for name in _TOWER_FIELDS},
             "tower_files": tower_manifest(vars(self.config)),
             "aspect_ratio": self.aspect_ratio,
-            "run": [self.device, str(self.dtype), self.batch_size],
+            "run": [self.device, str(self.dtype), self.batch_size, *(["tf32"] if tf32_is_on() else [])],
             **LIBRARIES,
             "pictures": [file_sha256(inside(self.image_folder, name)) for name in names],
         }

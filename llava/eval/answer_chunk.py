@@ -90,6 +90,7 @@ class Chunk:
                 "route": [self.route, self.task],
                 "loading": [loading.load_8bit, loading.load_4bit, loading.attn_implementation, str(loading.dtype)],
                 **({} if self.pictures == REAL else {"shown": self.pictures}),
+                **({} if loading.tf32 is None else {"tf32": loading.tf32}),
                 **generated,
             }
         )

@@ -44,6 +44,7 @@ class Settings:
     num_workers: int = flag(0, "threads that read pictures ahead", least=0, most=1024)
     conv_mode: str = flag("", "conversation template (default: the stage's own)")
     follow_links: bool = flag(False, "open pictures that are links out of their folder")
+    tf32: bool | None = flag(None, "products of float32 matrices in TF32, on NVIDIA GPUs since Ampere (default: no)")
     image_aspect_ratio: str = flag("", "pad, square or anyres (default: the stage's own)")
     answer_suffix: str | None = flag(None, "text after each question (default: the stage's own; '' for none)")
     pictures: list[str] = flag(
@@ -134,8 +135,8 @@ class Evaluation:
 
     @property
     def loading(self) -> Loading:
-        """The defaults: the accelerator of this process, unquantised."""
-        return Loading()
+        """The accelerator of this process, unquantised."""
+        return Loading(tf32=self.settings.tf32)
 
     def chunk(self, name: str, number: int, pictures: str = REAL) -> Chunk:
         """One chunk of a model's answers to a kind of picture."""

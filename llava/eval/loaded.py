@@ -16,6 +16,7 @@ from llava.eval.question_cache import MEGABYTES
 from llava.mm_utils import get_model_name_from_path
 from llava.model.builder import load_pretrained_model
 from llava.model.configs import llava_config
+from llava.model.loading import settle_tf32
 from llava.model.prefixes import PrefixStore
 from llava.utils import UserError
 
@@ -45,6 +46,7 @@ class Loaded:
         Raises:
             UserError: a device that is not here; no checkpoint; a model without pictures.
         """
+        settle_tf32(loading.tf32)
         device = default_device(loading.device)
         found: Any = load_pretrained_model(
             place,

@@ -10,7 +10,7 @@ from llava.devices import check_device
 from llava.eval.generation import Generation, Loading
 from llava.image_io import allow_pixels
 
-LOADING = ("device", "device_map", "load_8bit", "load_4bit", "attn_implementation")
+LOADING = ("device", "device_map", "load_8bit", "load_4bit", "attn_implementation", "tf32")
 GENERATION = ("temperature", "top_p", "num_beams", "max_new_tokens", "batch_size", "seed", "refuse_unknown")
 
 
@@ -29,6 +29,7 @@ class LoadingFlags:
         "default: sdpa, which also stands in for a FlashAttention that is not installed",
         choices=("sdpa", "flash_attention_2", "eager"),
     )
+    tf32: bool | None = flag(None, "products of float32 matrices in TF32, on NVIDIA GPUs since Ampere (default: no)")
     max_pixels: int | None = flag(
         None, "pixels that a picture may have (default: LLAVA_MAX_PIXELS or 100 million)", least=1
     )

@@ -244,7 +244,7 @@ def _from_pretrained(
             "and the weights belong to different models"
         ) from error
     except (TypeError, ValueError, KeyError, AttributeError, ArithmeticError) as error:
-        if isinstance(error, UserError):
+        if isinstance(error, UserError) or "unexpected keyword argument" in str(error):  # one of the caller's
             raise
         raise UserError(
             f"{folder}: no model can be built as its config.json says ({first_line(error)}); copy it again"
