@@ -253,7 +253,7 @@ def test_a_checkpoint_of_two_processes_is_not_resumed_with_one(tmp_path):
         (("--sequence", "absent"), "task sequence not found"),
         (
             ("--method", "magic"),
-            "unknown method 'magic'; known: align, ewc, instruct, joint, l2p, moelora, replay, retrieval, ",
+            "unknown method 'magic'; known: align, contextual, ewc, individual, instruct, joint, keeplora, ",
         ),
         (("--model_name_or_path", "./absent"), "checkpoint folder not found: ./absent"),
         (("--retriever_state_dict", "absent.pth"), "slot file not found: absent.pth"),
