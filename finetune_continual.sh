@@ -22,6 +22,7 @@ export HOSTFILE=${HOSTFILE:-} LAUNCHER=${LAUNCHER:-}   # several machines: scrip
 export EPOCHS=${EPOCHS:-} LEARNING_RATE=${LEARNING_RATE:-} SEED=${SEED:-}
 export BATCH_SIZE=${BATCH_SIZE:-} GRADIENT_ACCUMULATION=${GRADIENT_ACCUMULATION:-}   # the batch is per device
 export MAX_LENGTH=${MAX_LENGTH:-} SAVE_STEPS=${SAVE_STEPS:-}
+FOLLOW_LINKS=${FOLLOW_LINKS:-0}                # 1: open pictures that are links out of their folder
 MASTER_PORT=${MASTER_PORT:-29500}
 EXTRA_ARGS=${EXTRA_ARGS:-}                     # more flags for llava/train/train_mem.py, e.g. "--save_full_model True"
 # ----------------------------------------------------------------------------------------------------------------------
@@ -46,7 +47,17 @@ if [ -z "$zero" ]; then
     if [ "$processes" -le 1 ]; then zero=none; else zero=$root/scripts/zero3.json; fi
 fi
 
-arguments+=(--sequence "$SEQUENCE" --method "$METHOD" --save_strategy steps --logging_steps 10 --report_to none)
+# Everything that would stop a later task is looked for before the first one trains; not where flags name other inputs.
+links=()
+if [ "$FOLLOW_LINKS" != 0 ]; then links=(--follow_links); fi
+case " $EXTRA_ARGS " in
+    *_path* | *image_folder* | *state_dict*) ;;
+    *) python -m llava.continual.tasks check "$SEQUENCE" --method "$METHOD" --keys "$KEYS" --zero "${zero/#none/}" \
+        ${links[@]+"${links[@]}"} ;;
+esac
+
+arguments+=(--sequence "$SEQUENCE" --method "$METHOD" --save_strategy steps --logging_steps 10 --report_to none
+    --follow_links "$FOLLOW_LINKS")
 if [ -n "$KEYS" ]; then arguments+=(--retriever_state_dict "$KEYS"); fi
 if [ "$gpus" -gt 0 ]; then
     arguments+=(--gradient_checkpointing auto --dataloader_num_workers 4)

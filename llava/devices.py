@@ -10,6 +10,8 @@ import os
 from dataclasses import dataclass
 from typing import Any
 
+from llava.utils import UserError
+
 
 @dataclass(frozen=True)
 class OnHost:
@@ -81,8 +83,35 @@ def default_device(requested: str | None = None, use_cpu: bool = False) -> str:
 
     Args:
         use_cpu: leave the accelerator alone when none was asked for.
+
+    Raises:
+        UserError: the device asked for is not here.
     """
+    if requested:
+        check_device(requested)
     return requested or ("cuda" if has_accelerator() and not use_cpu else "cpu")
+
+
+def check_device(name: str) -> None:
+    """Refuse a device that is not here, before anything is loaded for it.
+
+    Raises:
+        UserError: it is no device's name, or there is none of this kind or number.
+    """
+    import torch
+
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UserError(f"--device {name!r} is no device; give cpu, or an accelerator as torch names it") from error
+    if device.type in ("cpu", "meta"):
+        if name != "cpu":
+            raise UserError(f"--device {name!r}: models run on cpu or on an accelerator; give one of them")
+        return
+    kind = getattr(torch, device.type, None)
+    count = kind.device_count() if kind is not None and hasattr(kind, "device_count") and kind.is_available() else 0
+    if (device.index or 0) >= count:
+        raise UserError(f"--device {name!r}: {count} of this kind are here; give another, or leave the flag out")
 
 
 VISIBLE = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES")

@@ -7,6 +7,7 @@ one line on standard error and a non-zero exit code; anything else is a bug and 
 from __future__ import annotations
 
 import errno
+import io
 import logging
 import os
 import re
@@ -57,6 +58,7 @@ def run_cli(main: Callable[[], int | None]) -> None:
 
     A ``UserError`` and whatever the operating system refuses end in one line on standard error and exit code 2.
     """
+    _say_all()
     try:
         code = main()
     except UserError as error:
@@ -75,6 +77,13 @@ def run_cli(main: Callable[[], int | None]) -> None:
         print(f"error: {_in_words(found)}", file=sys.stderr)
         code = EXIT_USER_ERROR
     sys.exit(code or 0)
+
+
+def _say_all() -> None:
+    """On a terminal that is not UTF-8, write what it lacks as escapes: an answer is not lost over a character."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and (stream.encoding or "").lower().replace("-", "") != "utf8":
+            stream.reconfigure(errors="backslashreplace")
 
 
 def system_error(error: BaseException) -> OSError | None:

@@ -7,7 +7,8 @@ import traceback
 
 from llava.train.llava_trainer import LLaVATrainer
 
-EACH_STEP = ("--save_strategy", "steps", "--save_steps", "1", "--max_steps", "5")
+EACH_STEP = ("--save_strategy", "steps", "--save_steps", "1", "--max_steps", "5", "--logging_steps", "3")
+"""A checkpoint a step, also between two lines of the log."""
 
 
 def in_a_process_of_its_own(task):

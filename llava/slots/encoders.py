@@ -27,7 +27,7 @@ from torch import Tensor
 from llava.checkpoints.checkpoint import Checkpoint, Place
 from llava.checkpoints.manifest import difference, manifest_of
 from llava.checkpoints.tokenizer import load_tokenizer
-from llava.checkpoints.weights import lacking_tensors
+from llava.checkpoints.weights import first_line, lacking_tensors
 from llava.utils import UserError
 
 REFERENCE_ENCODER = "sentence-transformers/nli-roberta-base-v2"
@@ -109,9 +109,9 @@ class SentenceEncoder(TextEncoder):
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(source)
             model, report = AutoModel.from_pretrained(source, output_loading_info=True)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
             raise UserError(
-                f"text encoder {name!r} cannot be loaded ({str(error).splitlines()[0]}); give a local folder, or "
+                f"text encoder {name!r} cannot be loaded ({first_line(error)}); give a local folder, or "
                 "--text_encoder base, which needs no download"
             ) from error
         self.model = model.eval().float()

@@ -19,6 +19,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
 from llava.continual.methods import Context, Recipe
 from llava.files import atomic_write, system_errors_named
+from llava.outside import read_object
 from llava.train.checkpoint_mark import last_complete_checkpoint, mark_complete
 from llava.train.sampling import (
     LengthGroupedSampler,
@@ -101,7 +102,10 @@ class LLaVATrainer(Trainer):
             inputs = {**inputs, "answers_only": True}
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         if model.training and self.recipe is not None:
-            loss = self.recipe.loss(self.context, inputs, outputs, loss)
+            whole = self.recipe.loss(self.context, inputs, outputs, loss)
+            parts = 1 if num_items_in_batch is None else self.current_gradient_accumulation_steps
+            # The cross-entropy is a step's share already; what the recipe adds to it counts once a step.
+            loss = whole if parts == 1 else loss + (whole - loss) / parts
         return (loss, outputs) if return_outputs else loss
 
     def create_optimizer(self, model=None):
@@ -115,7 +119,9 @@ class LLaVATrainer(Trainer):
     def single_rows(self) -> Iterator[dict[str, Any]]:
         """The training rows one by one, as batches on the model's device; nothing is done or shown before the first."""
         loader = DataLoader(self.train_dataset, batch_size=1, collate_fn=self.data_collator)
-        shown = tqdm(loader, desc=f"end of {self.context.task}", unit="row", disable=not is_main_process(), leave=False)
+        shown = tqdm(
+            loader, desc=f"rows of {self.context.task}", unit="row", disable=not is_main_process(), leave=False
+        )
         for batch in shown:
             yield self._prepare_inputs(batch)
 
@@ -164,9 +170,9 @@ class LLaVATrainer(Trainer):
                 json.dump(losses, stream)
             mark_complete(folder)
 
-    def _losses(self) -> dict[str, float]:
-        """The losses so far, on average over the processes; every process must call this."""
-        unlogged = self.accelerator.gather(self._tr_loss.reshape(1)).mean().item()
+    def _losses(self) -> dict[str, Any]:
+        """The losses so far: logged ones as the log has them, the others by process; every process must call this."""
+        unlogged = self.accelerator.gather(self._tr_loss.reshape(1)).tolist()
         return {"unlogged": unlogged, "logged": self._total_loss_scalar, "last": self._globalstep_last_logged}
 
     def _finish_without_steps(self) -> TrainOutput:
@@ -210,12 +216,19 @@ class _TakeUp(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         if self.file.is_file():
-            losses = json.loads(self.file.read_text(encoding="utf-8"))
-            self.trainer._tr_loss += losses["unlogged"]
+            losses = read_object(self.file)
+            self.trainer._tr_loss += self._own(losses["unlogged"])
             self.trainer._total_loss_scalar = losses["logged"]
             self.trainer._globalstep_last_logged = losses["last"]
         if state.global_step >= state.max_steps > 0:
             raise _AllStepsTaken
+
+    def _own(self, unlogged: list[float] | float) -> float:
+        """This process's share; the average, where others were there or an earlier version kept no more."""
+        if isinstance(unlogged, float):
+            return unlogged
+        args = self.trainer.args
+        return unlogged[args.process_index] if len(unlogged) == args.world_size else sum(unlogged) / len(unlogged)
 
 
 def split_groups(optimizer, groups: list[Mapping[str, Any]]) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from llava.devices import NO_TF32, cpu_has_bfloat16, gpu_has_bfloat16, gpu_has_tf32, has_accelerator
+from llava.targets import remove
 from llava.utils import rank0_print
 
 CHECKPOINTING = "--gradient_checkpointing"
@@ -90,7 +91,7 @@ def free_compilations() -> None:
     for lock in {*root.glob("*/lock"), *root.glob("*/*/lock")}:
         changed = max(path.stat().st_mtime for path in (lock, *lock.parent.iterdir()) if path.exists())
         if time.time() - changed > IDLE and not _is_open(lock):
-            lock.unlink(missing_ok=True)
+            remove(lock)
             rank0_print(f"note: {lock} was left by a killed compilation and is removed")
 
 

@@ -10,7 +10,7 @@ from tiny_llava import write_base, write_images, write_stage
 from tiny_runs import in_processes
 
 from llava.data.rows import question_row, write_jsonl
-from llava.eval import answer_chunk, answerer, evaluate_sequence, model_vqa_loader
+from llava.eval import answer_chunk, answerer, evaluate_sequence, loaded, model_vqa_loader
 from llava.eval.metrics import normalise
 from llava.locks import only_writer
 from llava.utils import UserError
@@ -78,8 +78,8 @@ def without_java(use_java=None):
 @pytest.fixture
 def loads(monkeypatch):
     """Every model that is loaded."""
-    made, load = [], answerer.load_pretrained_model
-    monkeypatch.setattr(answerer, "load_pretrained_model", lambda *a, **k: made.append(a[0]) or load(*a, **k))
+    made, load = [], loaded.load_pretrained_model
+    monkeypatch.setattr(loaded, "load_pretrained_model", lambda *a, **k: made.append(a[0]) or load(*a, **k))
     return made
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -151,3 +152,14 @@ def test_a_recipe_without_keys_needs_rows(world, tmp_path, plugin, capsys):
     plugin("learn", LEARN)
     line = refusal(world, capsys, learn(world, tmp_path / "llava-aligned"))
     assert "method 'learn' has no rows of a task; add --data_path" in line
+
+
+@pytest.mark.parametrize("items, steps, wanted", [(7, 4, 1 + 8 / 4), (7, 1, 9.0), (None, 4, 9.0)])
+def test_what_a_recipe_adds_counts_once_a_step(monkeypatch, items, steps, wanted):
+    """The cross-entropy of a part of a step is divided by the step's tokens; without their number the trainer divides
+    the sum by the parts."""
+    monkeypatch.setattr(llava_trainer.Trainer, "compute_loss", lambda *_: (torch.ones(()), None))
+    trainer = llava_trainer.LLaVATrainer.__new__(llava_trainer.LLaVATrainer)
+    trainer.recipe, trainer.context = SimpleNamespace(loss=lambda context, batch, out, loss: loss + 8), None
+    trainer.current_gradient_accumulation_steps = steps
+    assert trainer.compute_loss(SimpleNamespace(training=True), {}, num_items_in_batch=items).item() == wanted

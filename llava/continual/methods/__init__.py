@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from llava.continual.methods.base import Context, NoOptions, ParamGroup, Recipe
+from llava.continual.methods.base import NoOptions, ParamGroup, Recipe
+from llava.continual.methods.context import Context
 from llava.registry import Registry
 
 METHODS: Registry[type[Recipe]] = Registry("method", __name__)

@@ -5,6 +5,7 @@ The trainer's loop is the same for all (``llava.train.train``)::
     recipe.files, recipe.rows     what the stage learns from
     recipe.pool                   which slots are in memory, before the base is loaded
     recipe.begin                  attach an adapter to the frozen base, say what trains
+    recipe.start                  before the first step, with the rows one by one
     recipe.loss                   of every batch
     recipe.end                    after the last step, with the rows one by one
     recipe.write                  the stage's folder
@@ -17,18 +18,17 @@ A recipe with ``needs_keys = False`` is no continual method: it trains weights o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from llava.checkpoints.checkpoint import Checkpoint
-from llava.continual.run import Run
+from llava.continual.methods.context import Context
 from llava.continual.sequence import TaskSequence
 from llava.data.rows import Row
-from llava.model.language_model.retriever import Retriever
+from llava.model.language_model import retriever  # noqa: F401 - registers the adapter that ships
+from llava.slots.adapter import ADAPTERS, RETRIEVER
 from llava.slots.pool import Pool
 
 ParamGroup = Mapping[str, Any]
@@ -40,67 +40,14 @@ class NoOptions:
     """A recipe without flags of its own."""
 
 
-@dataclass
-class Context:
-    """One stage in training, as its recipe sees it.
-
-    Attributes:
-        options: the recipe's ``Options``, filled from the command line.
-        seed: of this task's run; it depends on the task's name, not on its place in the sequence.
-        run: the stage that comes out of it; what the recipe keeps goes into ``run.memory`` and ``run.kept_rows``.
-        previous: the stage before, ``None`` at the first task.
-        keys: merged keys and initial offsets of all tasks; without slots for a recipe that needs no keys.
-        base: folder of the frozen base; ``base_name`` is what the command calls it.
-        pool: the slots in memory, once ``recipe.pool`` has given them; ``trained`` names the task whose slots train.
-        model: the frozen base, once it is loaded.
-        state: trained tensors on the CPU by parameter name, after the last step (whole, also under ZeRO-3).
-        more_files: what else puts files into the stage's folder (a LoRA, the base's weights).
-        model_args, args, new_tokens: for LLaVA's stages the command's groups, and how many tokens are new.
-    """
-
-    sequence: TaskSequence
-    task: str
-    options: Any
-    seed: int
-    run: Run
-    previous: Run | None
-    keys: Pool
-    base: Checkpoint
-    base_name: str
-    pool: Pool = field(init=False)
-    trained: str = ""
-    model: Any = None
-    tokenizer: Any = None
-    state: dict[str, Tensor] = field(default_factory=dict)
-    log_history: list[dict[str, Any]] = field(default_factory=list)
-    more_files: list[Callable[[Path], None]] = field(default_factory=list)
-    model_args: Any = None
-    args: Any = None
-    new_tokens: int = 0
-
-    def adapter_state(self) -> dict[str, Tensor]:
-        """The trained tensors of the adapter, without the model's prefix."""
-        prefix = "retriever."
-        return {name.removeprefix(prefix): value for name, value in self.state.items() if name.startswith(prefix)}
-
-    def trained_pool(self) -> Pool:
-        """``pool`` with the trained offsets in the place of the initial ones."""
-        task = self.pool.task(self.trained)
-        state = self.adapter_state()
-        offsets = {
-            kind: {name.rsplit(".", 1)[1]: value for name, value in state.items() if f".{kind}." in name}
-            for kind in ("A", "B")
-        }
-        new = task.copy(trained=True, **{kind: found for kind, found in offsets.items() if found})
-        return self.pool.with_tasks([new if one.name == task.name else one for one in self.pool.tasks])
-
-
 class Recipe:
     """Defaults of a recipe: the current task's rows, a retriever over ``pool``, the answers' cross-entropy."""
 
     name: ClassVar[str] = ""
     Options: ClassVar[type] = NoOptions
     needs_keys: ClassVar[bool] = True
+    trains: ClassVar[bool] = True
+    """Whether steps are taken; where none are, ``begin``, ``start``, ``loss`` and ``end`` aren't called."""
 
     def files(self, sequence: TaskSequence, task: str) -> list[str]:
         """Training files of the stage that ends with ``task``."""
@@ -125,9 +72,14 @@ class Recipe:
 
         Parameters train with the command's settings; a group of them may have its own.
         """
-        adapter = Retriever(context.pool)
+        adapter: Any = ADAPTERS.get(context.pool.adapter or RETRIEVER)(context.pool, {})
         context.model.attach_adapter(adapter)
-        return adapter.train_only(context.trained)
+        parameters: list[nn.Parameter] = adapter.train_only(context.trained)
+        return parameters
+
+    def start(self, context: Context, batches: Iterable[dict[str, Any]]) -> None:
+        """Before the first step, and again where a killed run goes on: what is measured on the rows of the frozen
+        model. ``batches`` give them one by one; what trains is as ``begin`` left it."""
 
     def writes_whole(self, context: Context) -> bool:
         """Whether the stage's folder holds every weight of the model: then they are not kept in ``context.state``."""

@@ -6,7 +6,11 @@ arXiv 1805.06370)::
     loss = cross-entropy + lambda / 2 * sum_i F_i (theta_i - theta*_i)^2,     F <- gamma F + F_task
 
 ``theta*`` are the offsets as the stage before left them; ``F_task`` is the mean squared gradient of single rows' loss.
-Nothing of the data is kept, and the memory does not grow with the tasks.
+
+Paper: Kirkpatrick et al., PNAS 2017 (arXiv 1612.00796)
+Keeps of past data: squared gradients, one number a weight
+Grows with the tasks: nothing
+Task at test time: not needed
 """
 
 from __future__ import annotations
@@ -99,4 +103,4 @@ def _as_stored(sides: Iterable[Tensor]) -> list[Tensor]:
 
 def _names(context: Context) -> list[str]:
     """In the order in which a task's slots give their offsets."""
-    return [f"fisher.{kind}.{target}" for target in context.pool.settings.targets for kind in ("A", "B")]
+    return [f"information.{kind}.{target}" for target in context.pool.settings.targets for kind in ("B", "A")]

@@ -1,4 +1,12 @@
-"""The upper reference: one adapter trained on the data of all tasks at once, which a stream never allows."""
+"""The upper reference: one adapter trained on the data of all tasks at once, which a stream never allows::
+
+    loss = cross-entropy over the rows of every task so far
+
+Paper: none; the usual upper reference, multi-task training (Caruana, Machine Learning 1997)
+Keeps of past data: every row, with its picture
+Grows with the tasks: the rows
+Task at test time: not needed
+"""
 
 from __future__ import annotations
 

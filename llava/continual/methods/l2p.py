@@ -1,10 +1,17 @@
 """Learning to Prompt: each slot is a key with a few prefix embeddings in front of the prompt, instead of an offset.
 
 Wang et al., CVPR 2022 (arXiv 2112.08654). The prompts of all tasks form one pool from which every question takes the
-``top_k`` whose keys are nearest to its query, and a task trains whatever its questions select. Here the keys come from
-stage 1 in closed form and stay; each task adds its own. Nothing of the data is kept; the pool grows by
-``slots_per_task`` prompts a task. Earlier tasks' prompts are not protected, so isolation and order invariance do not
-hold.
+``top_k`` whose keys are nearest to its query, and a task trains whatever its questions select::
+
+    x = [P[i] for i in top_k(cos(q, keys))], then the prompt's embeddings
+
+Here the keys come from stage 1 in closed form and stay; each task adds its own. Earlier tasks' prompts are not
+protected, so isolation and order invariance do not hold.
+
+Paper: Wang et al., CVPR 2022 (arXiv 2112.08654)
+Keeps of past data: nothing
+Grows with the tasks: the pool, by a prompt for each of a task's slots
+Task at test time: not needed
 """
 
 from __future__ import annotations

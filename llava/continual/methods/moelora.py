@@ -4,7 +4,12 @@ Chen et al., CoIN (arXiv 2403.08350), with one gate for all layers that sees the
 
     w = softmax(G q),     y = W x + scale * sum_e w[e] A[e]^T (B[e] x)
 
-Gate and experts go on from task to task. Nothing of the data is kept and nothing grows; nothing protects earlier tasks.
+Gate and experts go on from task to task; nothing protects earlier tasks.
+
+Paper: Chen et al., CoIN (arXiv 2403.08350)
+Keeps of past data: nothing
+Grows with the tasks: nothing
+Task at test time: not needed
 """
 
 from __future__ import annotations

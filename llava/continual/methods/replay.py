@@ -1,7 +1,16 @@
 """Experience replay: one adapter, trained on each task's rows and on a few rows of every task before.
 
-Chaudhry et al., On Tiny Episodic Memories in Continual Learning (arXiv 1902.10486). It keeps data of past tasks, which
-a hospital may not: ``--replay_keep questions`` keeps the questions and answers alone, without their pictures.
+Chaudhry et al., On Tiny Episodic Memories in Continual Learning (arXiv 1902.10486)::
+
+    loss = cross-entropy over [this task's rows, k rows of each task before]
+
+It keeps data of past tasks, which a hospital may not: ``--replay_keep questions`` keeps the questions and answers
+alone, without their pictures.
+
+Paper: Chaudhry et al. (arXiv 1902.10486)
+Keeps of past data: a few rows of each task, or their questions and answers alone
+Grows with the tasks: those rows
+Task at test time: not needed
 """
 
 from __future__ import annotations

@@ -1,7 +1,14 @@
 """The project's method: each task trains its own retrieved slots; everything else stays bit-identical.
 
 While a task trains, only its own slots are in memory, so the thousandth task costs what the first did. The slots of
-earlier tasks pass from checkpoint to checkpoint untouched.
+earlier tasks pass from checkpoint to checkpoint untouched::
+
+    y = W x + scale * sum_p w[p] * A[p]^T (B[p] x)          p: the question's nearest slots, w: by their keys
+
+Paper: the project's own; its pool of slots is that of SLM (Peng et al., arXiv 2404.07470)
+Keeps of past data: nothing but the slots' statistics
+Grows with the tasks: the slots
+Task at test time: not needed
 """
 
 from __future__ import annotations

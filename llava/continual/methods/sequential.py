@@ -1,7 +1,14 @@
 """The plain baseline: one low-rank adapter on the same projections, trained on task after task without any guard.
 
 It is a pool of a single slot with the rank a routed question gets (``top_k * rank``), selected for every question with
-weight 1: a LoRA. Each stage goes on from the one before.
+weight 1: a LoRA. Each stage goes on from the one before::
+
+    y = W x + scale * A^T (B x)
+
+Paper: Hu et al., LoRA (arXiv 2106.09685), trained on
+Keeps of past data: nothing
+Grows with the tasks: nothing
+Task at test time: not needed
 """
 
 from __future__ import annotations
@@ -36,11 +43,12 @@ class Sequential(Recipe):
         return single_adapter(context.keys), SHARED
 
 
-def single_adapter(keys: Pool) -> Pool:
-    """A pool of one slot that every question selects, untrained."""
+def single_adapter(keys: Pool, name: str = SHARED, start: int = 0) -> Pool:
+    """A pool of one untrained slot, which stands for the task ``name`` at the place ``start``: a LoRA that every
+    question selects."""
     settings = keys.settings
     settings = replace(settings, rank=settings.top_k * settings.rank, top_k=1, router="uniform")
-    slot = TaskSlots.empty(settings, SHARED, 0, 1)
+    slot = TaskSlots.empty(settings, name, start, 1)
     seed = keys.tasks[0].info.get("seed", 0)
-    slot.init_offsets(settings, torch.Generator().manual_seed(seed_of(SHARED, seed, "offsets")))
+    slot.init_offsets(settings, torch.Generator().manual_seed(seed_of(name, seed, "offsets")))
     return Pool(settings, [slot], keys.base)

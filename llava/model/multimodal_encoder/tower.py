@@ -18,8 +18,10 @@ import torch
 from torch import Tensor, nn
 from transformers import BaseImageProcessor, PretrainedConfig, PreTrainedModel
 
+from llava.checkpoints.schemas import PICTURE_FILES, check_settings, has_processor
 from llava.checkpoints.weights import first_line, lacking_tensors, weight_files
 from llava.mm_utils import picture_side
+from llava.outside import foreign
 from llava.registry import Registry
 from llava.utils import UserError
 
@@ -151,6 +153,7 @@ class VisionTower(nn.Module):
         """
         try:
             if Path(name).is_dir():
+                check_settings(Path(name), ("config.json",))
                 weight_files(Path(name))  # refuses two sets of weights
             found = cls.config_class.get_config_dict(name)[0].get("model_type")
             if found not in (None, *cls.model_types):
@@ -183,7 +186,9 @@ class VisionTower(nn.Module):
     @classmethod
     def read_processor(cls, name: str) -> BaseImageProcessor:
         """The image processor that lies beside a tower's weights."""
-        processor: BaseImageProcessor = cls.processor_class.from_pretrained(name)
+        check_settings(Path(name), PICTURE_FILES)
+        with foreign(f"vision tower {name!r}: its image processor", "copy preprocessor_config.json again"):
+            processor: BaseImageProcessor = cls.processor_class.from_pretrained(name)
         return processor
 
     @classmethod
@@ -198,7 +203,7 @@ class VisionTower(nn.Module):
     @classmethod
     def shipped_processor(cls, folder: Path, config: PretrainedConfig) -> BaseImageProcessor:
         """The image processor of a checkpoint that ships its tower: its own, else the usual one for the tower."""
-        if (folder / "preprocessor_config.json").is_file():
+        if has_processor(folder):
             return cls.read_processor(str(folder))
         return cls.default_processor(config)
 
