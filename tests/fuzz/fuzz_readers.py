@@ -214,6 +214,7 @@ def fuzz(seconds: int, only: str | None, corpus: Path) -> None:
     inputs.mkdir(parents=True, exist_ok=True)
     for number, (name, data) in enumerate(seeds()):
         if name in target.readers:
+            target(target.input_of(name, data))  # what readers import at their first call counts for no input
             (inputs / f"seed-{number}").write_bytes(target.input_of(name, data))
     limits = [f"-max_total_time={seconds}", "-timeout=10", "-rss_limit_mb=4096", "-max_len=4096"]
     words = [sys.argv[0], str(inputs), *limits, f"-artifact_prefix={corpus}/ended-by-"]
