@@ -15,6 +15,7 @@ import os
 import re
 import shutil
 import socket
+import stat
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -77,7 +78,7 @@ def atomic_folder(path: str | os.PathLike) -> Iterator[Path]:
     """A new folder beside ``path`` that takes its place only when the block ends without an error.
 
     A folder that stood there before is replaced as a whole, and is put back where that fails; of a link, the folder
-    that it leads to. The new one's files may be read by whoever the umask lets.
+    that it leads to. Until then nobody else may look into the new one; then whoever the umask lets.
     """
     target = Path(os.path.realpath(path))
     if target.exists() and not target.is_dir():
@@ -86,10 +87,11 @@ def atomic_folder(path: str | os.PathLike) -> Iterator[Path]:
     settle_folder(target)
     try:
         with system_errors_named(target):
-            partial.mkdir(parents=True)
+            partial.mkdir(parents=True, mode=0o700)
             yield partial
             inside = list(partial.rglob("*"))
             share(file for file in inside if file.is_file())
+            partial.chmod(stat.S_IMODE(partial.stat().st_mode) | (0o777 & ~_umask()))
             for place in (*inside, partial):
                 _sync(place)
             if target.exists():

@@ -45,12 +45,23 @@ _SYSTEM_ERRORS = {
     errno.EISDIR: "a folder stands where a file is needed; choose another place, or move it away",
 }
 
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 _HIDDEN_FULL_DISK = ("PytorchStreamWriter failed", "iostream error", "No space left on device", "unexpected pos")
 """How torch and safetensors say that a file could not be written to its end."""
 
 
 class UserError(ValueError):
-    """Bad input. The message is one line: what is wrong, where, and how to mend it."""
+    """Bad input. The message is one line: what is wrong, where, and how to mend it.
+
+    Names out of files stand in it, so what would end the line or steer the terminal is written as an escape.
+    """
+
+    def __init__(self, message: object) -> None:
+        super().__init__(_on_one_line(str(message)))
+
+
+def _on_one_line(text: str) -> str:
+    return _CONTROL.sub(lambda found: ascii(found[0])[1:-1], text)
 
 
 def run_cli(main: Callable[[], int | None]) -> None:
@@ -104,7 +115,7 @@ def system_error(error: BaseException) -> OSError | None:
 
 def _in_words(error: OSError) -> str:
     number = error.errno or 0
-    where = f"{error.filename}: " if error.filename else ""
+    where = f"{_on_one_line(str(error.filename))}: " if error.filename else ""
     return f"{where}{_SYSTEM_ERRORS.get(number) or f'{os.strerror(number)}; check this place'}"
 
 

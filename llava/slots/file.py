@@ -107,7 +107,7 @@ def read_slot_data(path: str | Path) -> SlotData:
         return found
     except UserError:
         raise
-    except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
+    except (KeyError, TypeError, AttributeError, IndexError, ValueError, RuntimeError) as error:
         reason = f"no field {error}" if isinstance(error, KeyError) else error
         raise UserError(f"{path}: the slot file is incomplete or damaged ({reason}); write it again") from error
 
