@@ -26,6 +26,7 @@ from llava.data.rows import GPT, HUMAN
 from llava.files import atomic_folder, file_sha256
 from llava.image_io import load_image
 from llava.mm_utils import expand2square
+from llava.toy.medical_facts import Facts, asked_again, common_findings, facts_of
 from llava.toy.phantom_generic import draw_generic, random_scene
 from llava.toy.phantom_talk import ask_plainly
 from llava.utils import UserError
@@ -51,6 +52,7 @@ class MedicalRows:
     Args:
         views: of each SLAKE picture. turns: questions of a view. side: pixels of a view along a side.
         mirrored: share of the views that are mirrored.
+        reworded: further questions of a view, in other words than SLAKE's (``llava.toy.medical_facts``).
         valued: how much more often a question with several answers is chosen than one with a single answer.
         phantoms: generated pictures, each with ``phantom_turns`` questions.
     """
@@ -58,10 +60,11 @@ class MedicalRows:
     seed: int = 0
     side: int = 256
     views: int = 3
-    turns: int = 10
+    turns: int = 6
+    reworded: int = 5
     mirrored: float = 0.3
     valued: float = 3.0
-    phantoms: int = 250
+    phantoms: int = 120
     phantom_turns: int = 6
 
 
@@ -72,6 +75,7 @@ class Sheet:
     image: str
     title: str
     pairs: list[Pair]
+    facts: Facts
 
 
 def mirrored_text(text: str) -> str:
@@ -89,13 +93,15 @@ def sheets(examples: Sequence[Example]) -> list[Sheet]:
     """The pictures of SLAKE's training and validation rows, in the order of the files; answers in lower case."""
     pairs: dict[str, list[Pair]] = defaultdict(list)
     titles: dict[str, str] = {}
+    taken: dict[str, tuple[str, str]] = {}
     for example in examples:
         if example.split == TEST:
             continue
         place = str(example.extra.get("location", "")).replace("_", " ").lower()
+        taken[example.image] = str(example.domain), place
         titles[example.image] = f"{_MODALITIES[str(example.domain)]} of the {place or 'body'}"
         pairs[example.image].append((example.question, example.answer.lower()))
-    return [Sheet(image, titles[image], found) for image, found in pairs.items()]
+    return [Sheet(image, titles[image], found, facts_of(*taken[image], found)) for image, found in pairs.items()]
 
 
 def question_weights(found: Sequence[Sheet], valued: float) -> dict[str, float]:
@@ -178,12 +184,15 @@ def _real(
     folder: Path, pictures: Path, found: Sequence[Sheet], config: MedicalRows
 ) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
     weights = question_weights(found, config.valued)
+    common = common_findings([sheet.facts for sheet in found])
     for number, sheet in enumerate(found):
         picture = load_image(pictures / sheet.image)
         for place in range(config.views):
             rng = np.random.default_rng([config.seed, 1, number, place])
             mirrored = bool(rng.random() < config.mirrored)
-            pairs = chosen(sheet.pairs, weights, config.turns, rng)
+            asked = chosen(sheet.pairs, weights, config.turns, rng)
+            asked += asked_again(sheet.facts, common, config.reworded, rng)
+            pairs = [asked[place] for place in rng.permutation(len(asked))]
             if mirrored:
                 pairs = [(mirrored_text(question), mirrored_text(answer)) for question, answer in pairs]
             name = f"slake-{number:04d}-{place}.jpg"
