@@ -196,6 +196,21 @@ def asked_again(facts: Facts, common: dict[str, list[str]], count: int, rng: np.
     return _some(unlike, count, rng)
 
 
+def told(facts: Facts, common: dict[str, list[str]], count: int, rng: np.random.Generator) -> str:
+    """``count`` of a picture's facts in a few words each, in random order, fewer where fewer are known.
+
+    A caption for alignment: each of its words must be looked for, where a question's words say most of the answer.
+    """
+    known = [facts.modality, *filter(None, (facts.region, facts.plane, facts.weighting))]
+    agreed = dict(facts.organs) | {f"{organ} normal": normal for organ, normal in facts.normal.items()}
+    if facts.findings is not None:
+        agreed |= {name: name in facts.findings for name in common.get(facts.region, [])}
+    if facts.side:
+        agreed |= {f"{side} side abnormal": side == facts.side for side in ("left", "right")}
+    known += [f"{thing}: {'yes' if true else 'no'}" for thing, true in agreed.items()]
+    return ", ".join(_some(known, count, rng)) + "."
+
+
 def _about_modality(facts: Facts, rng: np.random.Generator) -> Pair:
     chance = rng.random()
     if chance < 0.6:

@@ -26,7 +26,7 @@ from llava.data.rows import GPT, HUMAN
 from llava.files import atomic_folder, file_sha256
 from llava.image_io import load_image
 from llava.mm_utils import expand2square
-from llava.toy.medical_facts import Facts, asked_again, common_findings, facts_of
+from llava.toy.medical_facts import Facts, asked_again, common_findings, facts_of, told
 from llava.toy.phantom_generic import draw_generic, random_scene
 from llava.toy.phantom_talk import ask_plainly
 from llava.utils import UserError
@@ -53,6 +53,7 @@ class MedicalRows:
         views: of each SLAKE picture. turns: questions of a view. side: pixels of a view along a side.
         mirrored: share of the views that are mirrored.
         reworded: further questions of a view, in other words than SLAKE's (``llava.toy.medical_facts``).
+        told: facts in the caption of a view.
         valued: how much more often a question with several answers is chosen than one with a single answer.
         phantoms: generated pictures, each with ``phantom_turns`` questions.
     """
@@ -62,6 +63,7 @@ class MedicalRows:
     views: int = 3
     turns: int = 6
     reworded: int = 5
+    told: int = 12
     mirrored: float = 0.3
     valued: float = 3.0
     phantoms: int = 120
@@ -140,9 +142,9 @@ def instruct_row(name: str, pairs: Sequence[Pair]) -> dict[str, Any]:
     return {"id": Path(name).stem, "image": name, "conversations": turns}
 
 
-def align_row(name: str, title: str, pairs: Sequence[Pair]) -> dict[str, Any]:
-    """A caption of one picture: what it is, and what is seen on it, as question and answer."""
-    caption = " ".join([f"{title}.", *(f"{question} {answer}." for question, answer in pairs)])
+def align_row(name: str, told: str, pairs: Sequence[Pair]) -> dict[str, Any]:
+    """A caption of one picture: what is known of it, and some of what is asked about it with the answers."""
+    caption = " ".join([told, *(f"{question} {answer}." for question, answer in pairs)])
     turns = [{"from": HUMAN, "value": f"{DEFAULT_IMAGE_TOKEN}\n{ASKED}"}, {"from": GPT, "value": caption}]
     return {"id": Path(name).stem, "image": name, "conversations": turns}
 
@@ -197,7 +199,8 @@ def _real(
                 pairs = [(mirrored_text(question), mirrored_text(answer)) for question, answer in pairs]
             name = f"slake-{number:04d}-{place}.jpg"
             view(picture, config.side, mirrored, rng).save(folder / IMAGES / name, quality=92)
-            yield align_row(name, sheet.title, pairs[:3]), instruct_row(name, pairs)
+            caption = told(sheet.facts, common, config.told, rng)
+            yield align_row(name, mirrored_text(caption) if mirrored else caption, pairs[:2]), instruct_row(name, pairs)
 
 
 def _phantoms(folder: Path, config: MedicalRows) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
