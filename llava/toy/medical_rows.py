@@ -200,7 +200,8 @@ def _real(
             name = f"slake-{number:04d}-{place}.jpg"
             view(picture, config.side, mirrored, rng).save(folder / IMAGES / name, quality=92)
             caption = told(sheet.facts, common, config.told, rng)
-            yield align_row(name, mirrored_text(caption) if mirrored else caption, pairs[:2]), instruct_row(name, pairs)
+            caption = mirrored_text(caption) if mirrored else caption
+            yield align_row(name, caption, pairs[:2]), instruct_row(name, [*pairs, (ASKED, caption)])
 
 
 def _phantoms(folder: Path, config: MedicalRows) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
