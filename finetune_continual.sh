@@ -15,12 +15,14 @@ export OUTPUT_DIR=${OUTPUT_DIR:-output}
 METHOD=${METHOD:-retrieval}                    # retrieval, or a baseline: sequential, joint
 KEYS=${KEYS:-}                                 # merged keys; empty: those that merge_prompt_key.py writes
 export ZERO=${ZERO:-}                          # DeepSpeed settings; "none" (the default on one GPU): without DeepSpeed
+export HOSTFILE=${HOSTFILE:-} LAUNCHER=${LAUNCHER:-}   # several machines: scripts/launchers.sh has the words
 # GPUs to use: CUDA_VISIBLE_DEVICES (NVIDIA) or HIP_VISIBLE_DEVICES (AMD); unset means all of them.
 #export CUDA_VISIBLE_DEVICES=0,1,2,3
 #export HIP_VISIBLE_DEVICES=0,1,2,3
 export EPOCHS=${EPOCHS:-} LEARNING_RATE=${LEARNING_RATE:-} SEED=${SEED:-}
 export BATCH_SIZE=${BATCH_SIZE:-} GRADIENT_ACCUMULATION=${GRADIENT_ACCUMULATION:-}   # the batch is per device
 export MAX_LENGTH=${MAX_LENGTH:-} SAVE_STEPS=${SAVE_STEPS:-}
+FOLLOW_LINKS=${FOLLOW_LINKS:-0}                # 1: open pictures that are links out of their folder
 MASTER_PORT=${MASTER_PORT:-29500}
 EXTRA_ARGS=${EXTRA_ARGS:-}                     # more flags for llava/train/train_mem.py, e.g. "--save_full_model True"
 # ----------------------------------------------------------------------------------------------------------------------
@@ -40,10 +42,22 @@ mapfile -t tasks <<<"$task_list"
 mapfile -t stages <<<"$stage_list"
 mapfile -t arguments <<<"$flag_list"
 if [ -z "$zero" ]; then
-    if [ "$gpus" -le 1 ]; then zero=none; else zero=$root/scripts/zero3.json; fi # one device has nothing to share out
+    processes=$gpus # one device has nothing to share out
+    if [ "$gpus" -gt 0 ] && [ -n "$HOSTFILE$LAUNCHER" ]; then processes=2; fi
+    if [ "$processes" -le 1 ]; then zero=none; else zero=$root/scripts/zero3.json; fi
 fi
 
-arguments+=(--sequence "$SEQUENCE" --method "$METHOD" --save_strategy steps --logging_steps 10 --report_to none)
+# Everything that would stop a later task is looked for before the first one trains; not where flags name other inputs.
+links=()
+if [ "$FOLLOW_LINKS" != 0 ]; then links=(--follow_links); fi
+case " $EXTRA_ARGS " in
+    *_path* | *image_folder* | *state_dict*) ;;
+    *) python -m llava.continual.tasks check "$SEQUENCE" --method "$METHOD" --keys "$KEYS" --zero "${zero/#none/}" \
+        ${links[@]+"${links[@]}"} ;;
+esac
+
+arguments+=(--sequence "$SEQUENCE" --method "$METHOD" --save_strategy steps --logging_steps 10 --report_to none
+    --follow_links "$FOLLOW_LINKS")
 if [ -n "$KEYS" ]; then arguments+=(--retriever_state_dict "$KEYS"); fi
 if [ "$gpus" -gt 0 ]; then
     arguments+=(--gradient_checkpointing auto --dataloader_num_workers 4)
@@ -64,6 +78,11 @@ else
         echo "== no GPU, and DeepSpeed does not start on this CPU: training plainly, without ZeRO"
         zero=none
     fi
+fi
+if [ -n "$HOSTFILE$LAUNCHER" ]; then
+    source "$root/scripts/launchers.sh"
+    launch_with llava.train.train_mem
+    echo "== on all processes of: ${LAUNCHER:-the machines in $HOSTFILE}"
 fi
 if [ "$zero" != none ]; then arguments+=(--deepspeed "$zero"); fi
 

@@ -15,11 +15,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from llava.cli import flag, parse
+from llava.cli import SEEDS, flag, parse
 from llava.data.raw import RAW, Example, RawOptions, Report
 from llava.data.raw.outputs import report_text, summary_table, write_together
 from llava.data.raw.pictures import missing_images
 from llava.data.raw.sources import DATASETS, find_source
+from llava.inside import Folder
 from llava.utils import UserError, run_cli
 
 
@@ -53,19 +54,23 @@ class Arguments:
     test_metadata: str | None = flag(None, "second csv, whose rows are the test rows")
     reference: list[str] = flag([], "vqa_<ORGAN>.json files or their folder (default: beside the csv)")
     image_dir: str | None = flag(None, "pictures (default: images/ of the data folder; imgs/ for SLAKE)")
+    follow_links: bool = flag(False, "open pictures that are links out of their folder")
     output_dir: str = flag("data", "where the JSONL files go")
-    seed: int = flag(0, "deals the pictures of the unseen-image split")
+    seed: int = flag(0, "deals the pictures of the unseen-image split", **SEEDS)
     allow_missing_images: bool = flag(False, "keep rows whose picture is not there")
 
 
-def check_images(examples: list[Example], folder: Path, allow: bool, report: Report) -> None:
+def check_images(examples: list[Example], folder: Folder, allow: bool, report: Report) -> None:
     """Refuse (or note, where allowed) rows whose picture is missing."""
     missing = missing_images(examples, folder)
     if not missing:
         return
     text = f"{len(missing)} images are missing or empty in {folder}: {shortened(missing, 3)}"
     if not allow:
-        raise UserError(f"{text} (place them there, name the folder with --image_dir, or pass --allow_missing_images)")
+        raise UserError(
+            f"{text} (place them there, name the folder with --image_dir, pass --follow_links where they are links, or "
+            "pass --allow_missing_images)"
+        )
     report.notes.append(text)
 
 

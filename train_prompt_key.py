@@ -13,10 +13,11 @@ from __future__ import annotations
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
-from llava.cli import flag, flags_of, given, parse
+from llava.cli import MANY, SEEDS, flag, flags_of, given, parse
 from llava.continual.sequence import sequence_flag
 from llava.continual.settings import KeySettings
 from llava.devices import default_device
+from llava.inside import opened_to_links
 from llava.train.ignored_flags import ignored, say_ignored
 from llava.utils import UserError, quiet_libraries, run_cli
 
@@ -49,10 +50,13 @@ class Arguments(flags_of(KeySettings, default="the sequence's"), WithoutEffect):
     sequence: str = sequence_flag()
     model_base: str | None = flag(None, "base model (default: BASE_MODEL or the sequence's)")
     image_folder: str | None = flag(None, "picture folder (default: the sequence's)")
+    follow_links: bool = flag(False, "open pictures that are links out of their folder")
     image_aspect_ratio: str | None = flag(None, "pad, square or anyres (default: the base's)")
-    max_pixels: int | None = flag(None, "pixels that a picture may have (default: LLAVA_MAX_PIXELS or 100 million)")
-    seed: int | None = flag(None, "default: the sequence's")
-    batch_size: int = flag(16, "pictures encoded at a time")
+    max_pixels: int | None = flag(
+        None, "pixels that a picture may have (default: LLAVA_MAX_PIXELS or 100 million)", least=1
+    )
+    seed: int | None = flag(None, "default: the sequence's", **SEEDS)
+    batch_size: int = flag(16, "pictures encoded at a time", least=1, most=MANY)
     device: str | None = flag(None, "cpu or cuda (default: cuda where there is one)")
     cache_dir: str | None = flag(None, "keeps queries and picture features, for stage 2 too (default: cache/queries)")
     config_path: str | None = flag(None, "the prototype's JSON: its weight_topk, low_rank and groups; flags go before")
@@ -66,6 +70,9 @@ def main() -> None:
     from llava.continual.prompt_keys import KeyOptions, fit_task
     from llava.continual.prototype_config import read_prototype_config
     from llava.image_io import allow_pixels
+    from llava.schema import refuse_unknown
+    from llava.slots.names import ROUTERS
+    from llava.slots.offsets import TARGETS
 
     allow_pixels(args.max_pixels)
     places = places_of(args.sequence)
@@ -76,6 +83,8 @@ def main() -> None:
     keys = replace(sequence.keys, **{**of_file, **given(args, KeySettings)})
     if not 0 <= keys.held_out < 1:
         raise UserError(f"--held_out is {keys.held_out}; give a share of 0 or more and below 1")
+    ROUTERS.get(keys.router)  # refuses a name that is no router
+    refuse_unknown(keys.targets, TARGETS, "--targets", "projection")
     options = KeyOptions(
         **vars(keys),
         seed=sequence.train.seed if args.seed is None else args.seed,
@@ -91,7 +100,7 @@ def main() -> None:
         sequence.slot_range(args.task),
         args.data_paths or list(sequence.task(args.task).files),
         base,
-        args.image_folder or sequence.image_folder,
+        opened_to_links(args.image_folder or sequence.image_folder, args.follow_links) or "",
         options,
         str(places.query_cache) if args.cache_dir is None else args.cache_dir or None,
         answer_suffix=sequence.answer_suffix,

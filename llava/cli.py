@@ -3,6 +3,7 @@
 A field is a flag, spelled with hyphens or underscores; its ``metadata`` holds ``help``, and further:
 
 - ``choices``, ``aliases``, ``metavar``, ``nargs``: as in argparse;
+- ``least``, ``most``, ``above``: the range of a number, ends included but for ``above``; NaN and infinity are none;
 - ``positional``: no flag but a word of its own; a list takes all that are left;
 - ``empty``: a list that may be given without values.
 
@@ -21,9 +22,15 @@ from typing import Any, TypeVar
 
 from transformers.hf_argparser import HfArgumentParser
 
+from llava.schema import HUGE, number, whole
 from llava.utils import UserError
 
 Arguments = TypeVar("Arguments")
+RANGE = ("least", "most", "above")
+MANY = 2**20
+"""Batches, beams and threads beyond this would only fill the memory."""
+SEEDS = {"least": 0, "most": 2**32 - 1}
+"""What every generator of random numbers takes."""
 
 
 def flag(default: Any = dataclasses.MISSING, help: str = "", **more: Any) -> Any:
@@ -63,6 +70,8 @@ class Parser(HfArgumentParser):
 
     def add_argument(self, *names: Any, **options: Any) -> argparse.Action:
         positional, empty = options.pop("positional", False), options.pop("empty", False)
+        for name in RANGE:
+            options.pop(name, None)
         if positional:
             needed = options.pop("required", False)
             if options.get("nargs") == "+" and not needed:
@@ -89,7 +98,7 @@ def parse(
     """
     parser = Parser(kind, description=description)
     parser.set_defaults(**defaults)
-    return _instance(kind, parser.parse_args(argv))
+    return check_ranges(_instance(kind, parser.parse_args(argv)))
 
 
 def parse_command(
@@ -102,7 +111,26 @@ def parse_command(
         text = (kind.__doc__ or "").strip()
         rooms.add_parser(name, help=text, description=text, dataclass_types=kind)
     namespace = parser.parse_args(argv)
-    return namespace.command, _instance(commands[namespace.command], namespace)
+    return namespace.command, check_ranges(_instance(commands[namespace.command], namespace))
+
+
+def check_ranges(arguments: Arguments) -> Arguments:
+    """The arguments, if every number of theirs is one, and in the range of its flag.
+
+    Raises:
+        UserError: naming the flag, its value and what is wanted.
+    """
+    for entry in dataclasses.fields(typing.cast(Any, arguments)):
+        value = getattr(arguments, entry.name)
+        if type(value) not in (int, float):
+            continue
+        about = {name: entry.metadata[name] for name in RANGE if name in entry.metadata}
+        if type(value) is int and "above" in about:
+            about = {"least": about["above"] + 1, **{name: end for name, end in about.items() if name != "above"}}
+        wanted = whole(**{"least": -HUGE, **about}) if type(value) is int else number(**about)
+        if not wanted.fits(value):
+            raise UserError(f"--{entry.name} is {value}; give {wanted.words.replace(f' of {-HUGE:g} or more', '')}")
+    return arguments
 
 
 def fail(message: str) -> typing.NoReturn:
@@ -121,7 +149,7 @@ def flags_of(kind: type, default: str | None = None) -> type:
     entries = []
     for entry in dataclasses.fields(kind):
         hint = list[str] if typing.get_origin(hints[entry.name]) is tuple else hints[entry.name]
-        more = {name: value for name, value in entry.metadata.items() if name == "choices"}
+        more = {name: value for name, value in entry.metadata.items() if name in ("choices", *RANGE)}
         text = f"{entry.metadata.get('help', '')} (default: {default or entry.default})".strip()
         more["help"] = text.replace("%", "%%")
         entries.append((entry.name, hint | None, dataclasses.field(default=None, metadata=more)))
@@ -148,7 +176,7 @@ def filled(kind: type[Arguments], values: Any, **defaults: Any) -> Arguments:
             found[entry.name] = getattr(values, entry.name)
         elif entry.name not in found and entry.default is entry.default_factory is dataclasses.MISSING:
             raise UserError(f"args.{entry.name} is missing (what the flag --{entry.name.replace('_', '-')} gives)")
-    return kind(**found)
+    return check_ranges(kind(**found))
 
 
 def _instance(kind: type[Arguments], namespace: argparse.Namespace) -> Arguments:

@@ -10,6 +10,8 @@ import os
 from dataclasses import dataclass
 from typing import Any
 
+from llava.utils import UserError
+
 
 @dataclass(frozen=True)
 class OnHost:
@@ -40,6 +42,35 @@ def gpu_has_bfloat16() -> bool:
     return torch.cuda.is_bf16_supported(including_emulation=False)
 
 
+NO_TF32 = "note: --tf32 True is left out: TF32 is a mode of NVIDIA GPUs since Ampere, and there is none here"
+
+
+def gpu_has_tf32() -> bool:
+    """Whether the GPU multiplies float32 in TF32: NVIDIA's since Ampere."""
+    import torch
+
+    return torch.version.cuda is not None and torch.cuda.is_available() and torch.cuda.get_device_capability()[0] >= 8
+
+
+def set_tf32(wanted: bool) -> None:
+    """Let the GPU's products of float32 matrices be TF32, or not; what the CPU multiplies stays as it is."""
+    import torch
+
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    if hasattr(matmul, "fp32_precision"):
+        matmul.fp32_precision = cudnn.conv.fp32_precision = "tf32" if wanted else "ieee"  # type: ignore[attr-defined]
+    else:  # before torch 2.9
+        matmul.allow_tf32 = cudnn.allow_tf32 = wanted
+
+
+def tf32_is_on() -> bool:
+    """Whether the GPU's products of float32 matrices are TF32."""
+    import torch
+
+    matmul = torch.backends.cuda.matmul
+    return bool(matmul.fp32_precision == "tf32" if hasattr(matmul, "fp32_precision") else matmul.allow_tf32)
+
+
 def free_memory() -> int | None:
     """Bytes that are free on this process's accelerator; ``None`` without one."""
     import torch
@@ -52,8 +83,35 @@ def default_device(requested: str | None = None, use_cpu: bool = False) -> str:
 
     Args:
         use_cpu: leave the accelerator alone when none was asked for.
+
+    Raises:
+        UserError: the device asked for is not here.
     """
+    if requested:
+        check_device(requested)
     return requested or ("cuda" if has_accelerator() and not use_cpu else "cpu")
+
+
+def check_device(name: str) -> None:
+    """Refuse a device that is not here, before anything is loaded for it.
+
+    Raises:
+        UserError: it is no device's name, or there is none of this kind or number.
+    """
+    import torch
+
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UserError(f"--device {name!r} is no device; give cpu, or an accelerator as torch names it") from error
+    if device.type in ("cpu", "meta"):
+        if name != "cpu":
+            raise UserError(f"--device {name!r}: models run on cpu or on an accelerator; give one of them")
+        return
+    kind = getattr(torch, device.type, None)
+    count = kind.device_count() if kind is not None and hasattr(kind, "device_count") and kind.is_available() else 0
+    if (device.index or 0) >= count:
+        raise UserError(f"--device {name!r}: {count} of this kind are here; give another, or leave the flag out")
 
 
 VISIBLE = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES")

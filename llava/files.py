@@ -15,11 +15,13 @@ import os
 import re
 import shutil
 import socket
+import stat
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
+from llava.targets import open_in_place, replaceable
 from llava.utils import system_error
 
 _COUNT = itertools.count()
@@ -39,20 +41,18 @@ def atomic_write(path: str | os.PathLike, mode: str = "w") -> Iterator[IO[Any]]:
     """Open a temporary file beside ``path`` that replaces it only when the block ends without an error.
 
     A killed or failed writer leaves the old file as it was. Missing parent folders are made. What is no file, such as
-    ``/dev/null`` or a pipe, is written to and stays.
+    ``/dev/null`` or a pipe, is written to and stays; so does a link, whose file is replaced.
 
     Raises:
         OSError: what the system refuses, with the file's name, also where torch or safetensors hide it.
     """
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    encoding = None if "b" in mode else "utf-8"
-    if target.is_dir():
-        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(target))
-    if _is_device(target):
-        with system_errors_named(target), open(target, mode, encoding=encoding) as stream:
+    target = replaceable(path)
+    if target is None:
+        with system_errors_named(path), open_in_place(path, mode) as stream:
             yield stream
         return
+    target.parent.mkdir(parents=True, exist_ok=True)
+    encoding = None if "b" in mode else "utf-8"
     sweep(target.parent)
     temporary = _temporary(target)
     _OURS.add(temporary.name)
@@ -77,18 +77,21 @@ def atomic_write(path: str | os.PathLike, mode: str = "w") -> Iterator[IO[Any]]:
 def atomic_folder(path: str | os.PathLike) -> Iterator[Path]:
     """A new folder beside ``path`` that takes its place only when the block ends without an error.
 
-    A folder that stood there before is replaced as a whole, and is put back where that fails. The new one's files may
-    be read by whoever the umask lets.
+    A folder that stood there before is replaced as a whole, and is put back where that fails; of a link, the folder
+    that it leads to. Until then nobody else may look into the new one; then whoever the umask lets.
     """
-    target = Path(path)
+    target = Path(os.path.realpath(path))
+    if target.exists() and not target.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path))
     partial, before = target.with_name(f".{target.name}.partial"), target.with_name(f".{target.name}.before")
     settle_folder(target)
     try:
         with system_errors_named(target):
-            partial.mkdir(parents=True)
+            partial.mkdir(parents=True, mode=0o700)
             yield partial
             inside = list(partial.rglob("*"))
             share(file for file in inside if file.is_file())
+            partial.chmod(stat.S_IMODE(partial.stat().st_mode) | (0o777 & ~_umask()))
             for place in (*inside, partial):
                 _sync(place)
             if target.exists():
@@ -178,11 +181,6 @@ def system_errors_named(place: str | os.PathLike) -> Iterator[None]:
         if hidden is None:
             raise
         raise OSError(hidden.errno, os.strerror(hidden.errno or 0), str(place)) from error
-
-
-def _is_device(target: Path) -> bool:
-    """Whether to rename a file over it would take something away from the whole machine, or from a reader."""
-    return target.parent == Path("/dev") or (target.exists() and not target.is_file())
 
 
 def _umask() -> int:

@@ -12,6 +12,7 @@ from pathlib import Path
 from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
 
 from llava.files import settle_folder, sweep
+from llava.targets import written_in_place
 from llava.utils import UserError, rank0_print
 
 _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
@@ -23,7 +24,7 @@ def only_writer(path: str | os.PathLike, wait: bool = False) -> Iterator[None]:
 
     The lock is a hidden file beside ``path`` that names its holder, removed at the end; that of a dead process is taken
     over. Where the file system knows no locks (some NFS and Lustre mounts), which is said, the hidden file's being
-    there is the lock.
+    there is the lock. What is written in place, such as ``/dev/null`` or a pipe, has no lock: it is nobody's alone.
 
     Args:
         wait: go on when the other process is done, instead of refusing; for what takes a moment.
@@ -31,6 +32,9 @@ def only_writer(path: str | os.PathLike, wait: bool = False) -> Iterator[None]:
     Raises:
         UserError: another process holds it.
     """
+    if written_in_place(path):
+        yield
+        return
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     place = target.with_name(f".{target.name}.lock")

@@ -7,6 +7,7 @@ one line on standard error and a non-zero exit code; anything else is a bug and 
 from __future__ import annotations
 
 import errno
+import io
 import logging
 import os
 import re
@@ -44,12 +45,23 @@ _SYSTEM_ERRORS = {
     errno.EISDIR: "a folder stands where a file is needed; choose another place, or move it away",
 }
 
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 _HIDDEN_FULL_DISK = ("PytorchStreamWriter failed", "iostream error", "No space left on device", "unexpected pos")
 """How torch and safetensors say that a file could not be written to its end."""
 
 
 class UserError(ValueError):
-    """Bad input. The message is one line: what is wrong, where, and how to mend it."""
+    """Bad input. The message is one line: what is wrong, where, and how to mend it.
+
+    Names out of files stand in it, so what would end the line or steer the terminal is written as an escape.
+    """
+
+    def __init__(self, message: object) -> None:
+        super().__init__(_on_one_line(str(message)))
+
+
+def _on_one_line(text: str) -> str:
+    return _CONTROL.sub(lambda found: ascii(found[0])[1:-1], text)
 
 
 def run_cli(main: Callable[[], int | None]) -> None:
@@ -57,6 +69,7 @@ def run_cli(main: Callable[[], int | None]) -> None:
 
     A ``UserError`` and whatever the operating system refuses end in one line on standard error and exit code 2.
     """
+    _say_all()
     try:
         code = main()
     except UserError as error:
@@ -77,6 +90,13 @@ def run_cli(main: Callable[[], int | None]) -> None:
     sys.exit(code or 0)
 
 
+def _say_all() -> None:
+    """On a terminal that is not UTF-8, write what it lacks as escapes: an answer is not lost over a character."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and (stream.encoding or "").lower().replace("-", "") != "utf8":
+            stream.reconfigure(errors="backslashreplace")
+
+
 def system_error(error: BaseException) -> OSError | None:
     """The operating system's error that ``error`` is or hides; ``None`` where it is of another kind.
 
@@ -95,7 +115,7 @@ def system_error(error: BaseException) -> OSError | None:
 
 def _in_words(error: OSError) -> str:
     number = error.errno or 0
-    where = f"{error.filename}: " if error.filename else ""
+    where = f"{_on_one_line(str(error.filename))}: " if error.filename else ""
     return f"{where}{_SYSTEM_ERRORS.get(number) or f'{os.strerror(number)}; check this place'}"
 
 

@@ -26,6 +26,7 @@ from llava.data.raw.example import Report
 from llava.data.raw.vqa_rad import DOMAINS, FILE_NAMES, read_vqa_rad
 from llava.data.rows import json_values
 from llava.files import atomic_write, file_sha256
+from llava.targets import remove
 from llava.utils import UserError, run_cli
 
 # Everything that lies elsewhere. OSF project 89kps; OSF makes the zip of the image folder anew for each request, so
@@ -72,8 +73,8 @@ class Arguments:
     images_url: str = IMAGES_URL
     images_sha256: str = flag(IMAGES_SHA256, "of the lines '<sha256>  <name>' of all pictures")
     hf_dataset: str = flag(HF_DATASET, "dataset id, or a local folder in its layout")
-    timeout: float = flag(30.0, "seconds without a byte until a connection is broken")
-    attempts: int = flag(4, "downloads to try for each file")
+    timeout: float = flag(30.0, "seconds without a byte until a connection is broken", above=0)
+    attempts: int = flag(4, "downloads to try for each file", least=1, most=100)
 
 
 def parse_arguments(arguments: list[str] | None) -> Arguments:
@@ -110,7 +111,7 @@ def fetch_images(options: Arguments, folder: Path) -> None:
     archive = folder / "images.zip"
     fetch(options.images_url, archive, None, options.timeout, options.attempts)
     count = unpack_pictures(archive, images, PICTURE, right)
-    archive.unlink()
+    remove(archive)
     print(f"unpacked {count} pictures into {images}")
 
 
@@ -139,8 +140,6 @@ def export_hf(dataset: str, images: Path, target: Path) -> int:
     for split, row in hf_rows(dataset):
         image = row.get("image")
         data = image.get("bytes") if isinstance(image, dict) else None
-        if not data and isinstance(image, dict) and image.get("path"):
-            data = Path(image["path"]).read_bytes()
         if not data or not isinstance(row.get("question"), str) or not isinstance(row.get("answer"), str):
             raise UserError(f"{dataset}, split {split}: a row lacks image, question or answer")
         ending = next((ending for magic, ending in ENDINGS.items() if data.startswith(magic)), ".jpg")

@@ -23,6 +23,7 @@ sys.path.insert(0, str(ROOT))
 from llava.cli import flag, flags_of, given, parse
 from llava.data.rows import Row, read_rows
 from llava.files import atomic_write
+from llava.inside import inside
 from llava.toy.phantom import PhantomConfig, make_phantom, png_bytes
 from llava.toy.phantom_domains import DOMAINS
 from llava.utils import run_cli
@@ -87,7 +88,7 @@ def contact_sheet(rows: list[Row], image_folder: Path, columns: int = 8) -> np.n
 
 
 def _tile(row: Row, image_folder: Path) -> np.ndarray:
-    picture = cv2.imread(str(image_folder / str(row.image)), cv2.IMREAD_GRAYSCALE)
+    picture = cv2.imread(str(inside(image_folder, str(row.image))), cv2.IMREAD_GRAYSCALE)
     large = cv2.resize(picture, None, fx=_ZOOM, fy=_ZOOM, interpolation=cv2.INTER_NEAREST)
     text = np.full((_LINES * _LINE_HEIGHT, large.shape[1]), 255, np.uint8)
     for index, line in enumerate((row.question, str(row.answer))):

@@ -23,8 +23,10 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+
 from llava.cli import flag, flags_of, given, parse
 from llava.files import atomic_write
+from llava.outside import read_object
 from llava.toy.phantom_talk import make_dialects
 from llava.toy.tiny_base import (
     PIXEL_MEAN,
@@ -51,7 +53,7 @@ class Arguments(flags_of(TinyBaseConfig)):
     """Flags; those of ``TinyBaseConfig`` override its defaults."""
 
     output_dir: str = flag("output/tiny-base", "folder to write")
-    save_every: int = flag(50, "steps between two checkpoints")
+    save_every: int = flag(50, "steps between two checkpoints", least=1)
 
 
 def main() -> int:
@@ -74,7 +76,7 @@ def is_finished(target: Path, config: TinyBaseConfig) -> bool:
         if target.exists() and any(target.iterdir()):
             raise UserError(f"{target} exists and is no checkpoint; choose another --output_dir")
         return False
-    made = json.loads(found.read_text(encoding="utf-8")).get("tiny_base", {})
+    made = read_object(found).get("tiny_base", {})
     if made == {**made, **asdict(config)}:  # earlier versions kept more
         return True
     raise UserError(f"{target} holds a model made with other settings; remove it or choose another --output_dir")
@@ -111,7 +113,7 @@ def _vision_config(config: TinyBaseConfig, tokenizer):
 def _prepare(work: Path, config: TinyBaseConfig) -> None:
     """Keep the work of a killed run of the same settings, drop any other."""
     settings = work / _SETTINGS
-    if work.exists() and not (settings.is_file() and json.loads(settings.read_text("utf-8")) == asdict(config)):
+    if work.exists() and not (settings.is_file() and read_object(settings) == asdict(config)):
         shutil.rmtree(work)
     work.mkdir(parents=True, exist_ok=True)
     with atomic_write(settings) as stream:

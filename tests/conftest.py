@@ -3,23 +3,36 @@
 import gc
 
 import pytest
+import warm_python
+from hypothesis import HealthCheck, settings
+
+# How long an example takes says how busy the machine is, and in a fresh checkout that Unicode's tables are made.
+settings.register_profile("project", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("project")
 
 LONGEST = (
-    "tests/scripts/test_quickstart.py",
-    "tests/test_pipeline.py",
+    "tests/faults",
     "tests/train/test_llava_parallel.py",
     "tests/train/test_train_zero.py",
     "tests/train/test_train.py",
-    "tests/test_prototype_commands.py",
+    "tests/slots/test_offsets.py",
     "tests/scripts",
+    "tests/test_pipeline.py",
+    "tests/test_prototype_commands.py",
     "tests/clients",
     "tests/toy",
+    "tests/test_guarantees.py",
+    "tests/test_cli.py",
 )
 """Files that take longest, which come first: at the end no process waits for another that has one of them alone."""
 
 
 def pytest_addoption(parser):
     parser.addoption("--thorough", action="store_true", help="also run the combinations that others stand for")
+
+
+def pytest_configure(config):
+    warm_python.cold = config.getoption("--thorough")
 
 
 def pytest_collection_modifyitems(config, items):

@@ -51,6 +51,15 @@ def test_files_have_the_rights_that_the_umask_leaves(mask, rights, tmp_path):
     assert len(files) == 3 and {path.stat().st_mode & 0o777 for path in files} == {rights}
 
 
+def test_what_is_being_written_is_its_owners_alone(tmp_path):
+    """A stage's folder could be looked into by everybody until it was whole."""
+    with atomic_folder(tmp_path / "stage") as partial, atomic_write(tmp_path / "answers.jsonl"):
+        assert partial.stat().st_mode & 0o777 == 0o700
+        (written,) = [path for path in tmp_path.iterdir() if path.is_file()]
+        assert written.stat().st_mode & 0o777 == 0o600
+    assert (tmp_path / "stage").stat().st_mode & 0o777 == 0o777 & ~files._umask()
+
+
 def dead() -> int:
     """The number of a process that is no more."""
     child = os.fork()

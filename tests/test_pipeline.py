@@ -3,11 +3,11 @@
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from tiny_llava import write_base, write_images
+from warm_python import warm_python
 
 from llava.data.answers import read_answers
 from llava.data.rows import read_rows
@@ -38,9 +38,9 @@ class Pipeline:
             **SETTINGS,
             "OMP_NUM_THREADS": "1",
             "HF_HUB_OFFLINE": "1",
-            "PYTHON": sys.executable,
+            "PYTHON": str(warm_python()),
         }
-        environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
+        environment["PATH"] = f"{warm_python().parent}{os.pathsep}{environment['PATH']}"
         environment |= {"SEQUENCE": str(self.sequence), "BASE_MODEL": str(self.base), "OUTPUT_DIR": str(self.output)}
         environment |= {"KEYS": str(self.keys / "merged_prompt_key.pth"), "CUDA_VISIBLE_DEVICES": ""}
         words = list(map(str, command))
@@ -79,8 +79,8 @@ def pipeline(tmp_path_factory):
         target = made.keys / f"{task}.pth"
         data = folder / "data" / f"train_{task}.jsonl"
         command = ["train_prompt_key.py", "--task", task, "--data_paths", data, "--save_path", target]
-        made.said[task] = made.run(sys.executable, *command, "--cache_dir", folder / "cache")
-    made.said["merge"] = made.run(sys.executable, "merge_prompt_key.py", "--key_dir", made.keys)
+        made.said[task] = made.run(warm_python(), *command, "--cache_dir", folder / "cache")
+    made.said["merge"] = made.run(warm_python(), "merge_prompt_key.py", "--key_dir", made.keys)
     made.said["train"] = made.run("bash", "finetune_continual.sh")
     made.said["evaluate"] = made.run("bash", "cv805.sh")
     return made
@@ -156,9 +156,9 @@ def test_a_step_without_its_input_says_what_to_run_first(pipeline, tmp_path):
         **os.environ,
         "SEQUENCE": str(pipeline.sequence),
         "OUTPUT_DIR": str(tmp_path),
-        "PYTHON": sys.executable,
+        "PYTHON": str(warm_python()),
     }
-    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
+    environment["PATH"] = f"{warm_python().parent}{os.pathsep}{environment['PATH']}"
     done = subprocess.run(["bash", "cv805.sh"], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=100)
     assert done.returncode == 2
     assert done.stderr == (

@@ -9,11 +9,11 @@ import json
 import os
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from tiny_world import RANK, TOP_K, arguments, make_world, run_main, same_slots
+from warm_python import warm_python
 
 import merge_prompt_key
 import train_prompt_key
@@ -130,7 +130,7 @@ def test_the_prototypes_chain_under_deepspeed(place, tmp_path):
     model = place.base
     for number, task in enumerate(("chest", "abd")):
         words = train_line(place, task, model, tmp_path / f"llava-{number}", place.keys, "--deepspeed")
-        command = [sys.executable, "llava/train/train_mem.py", *words, "./scripts/zero3.json", "--max_steps", 1]
+        command = [warm_python(), "llava/train/train_mem.py", *words, "./scripts/zero3.json", "--max_steps", 1]
         done = subprocess.run([*map(str, command)], cwd=ROOT, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-2000:]
         model = tmp_path / f"llava-{number}"

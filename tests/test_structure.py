@@ -16,22 +16,26 @@ ZERO = sorted((ROOT / "scripts").glob("zero*.json"))
 
 # Each room may import the rooms named beside it, and itself.
 BELOW_ALL = {"constants", "utils", "files", "locks", "registry", "folds", "padding", "devices", "truncation"}
-BELOW_ALL |= {"normal_form"}
+BELOW_ALL |= {"normal_form", "outside", "schema", "inside", "targets"}
 PICTURES = {"image_io", "dicom", "deep_grey"}
 HELPERS = BELOW_ALL | PICTURES | {"conversation", "mm_utils"}
 MODEL = HELPERS | {"checkpoints", "slots", "data"}
 MAY_IMPORT = {
     "constants": set(),
     "utils": {"constants"},
-    "files": {"constants", "utils"},
-    "locks": {"utils", "files"},
+    "files": {"constants", "utils", "targets"},
+    "locks": {"utils", "files", "targets"},
     "registry": {"utils"},
-    "cli": {"utils"},
+    "outside": {"utils"},
+    "schema": {"outside", "utils"},
+    "inside": {"utils"},
+    "targets": {"utils"},
+    "cli": {"utils", "schema"},
     "folds": set(),
     "padding": set(),
     "truncation": set(),
     "normal_form": set(),
-    "devices": set(),
+    "devices": {"utils"},
     "conversation": BELOW_ALL | {"image_io"},
     "image_io": BELOW_ALL | {"dicom", "deep_grey"},
     "dicom": {"utils", "deep_grey"},
@@ -124,6 +128,42 @@ def test_modules_have_a_docstring_and_fit_in_a_head(path):
     text = path.read_text(encoding="utf-8")
     assert not text.strip() or ast.get_docstring(ast.parse(text)), "no module docstring"
     assert len(text.splitlines()) <= 420
+
+
+READS = re.compile(r"\bjson\.loads?\(|\byaml\.(safe_)?load|\.read_text\(|(?<![.\w])open\(")
+READERS = {
+    "llava/outside.py": "the one place that reads text of others",
+    "llava/files.py": "writes, and reads bytes for checksums",
+    "llava/locks.py": "reads who holds a lock",
+    "llava/checkpoints/weights.py": "reads the ends of weights for the fingerprint",
+    "llava/checkpoints/card.py": "a card of any encoding is kept as it is",
+    "llava/data/raw/download.py": "writes the pictures of a zip",
+    "llava/eval/model_vqa_mmbench.py": "a table of gigabytes is read line by line",
+    "llava/checkpoints/large_files.py": "samples weights for their checksum",
+    "llava/eval/answer_file.py": "appends answers",
+    "llava/image_io.py": "looks for DICOM's mark",
+}
+
+
+def test_text_from_outside_is_read_in_one_place():
+    """JSON read anywhere else reaches code unchecked; whoever must open a file stands above with the reason."""
+    sources = [*SOURCES, *ROOT.glob("*.py"), *(ROOT / "scripts").glob("*.py")]
+    found = {
+        str(path.relative_to(ROOT))
+        for path in sources
+        if READS.search(re.sub(r"\bdef open\(", "", path.read_text(encoding="utf-8")))
+    }
+    assert found - {"scripts/check_env.py"} == set(READERS), found ^ set(READERS)
+
+
+REPLACES = re.compile(r"\.unlink\(|\bos\.(replace|remove|rename)\(")
+
+
+def test_files_are_replaced_and_removed_in_two_places():
+    """Anything else might take a device, a pipe or a link away (``llava.targets`` knows which file may go)."""
+    sources = [*SOURCES, *ROOT.glob("*.py"), *(ROOT / "scripts").glob("*.py")]
+    found = {str(path.relative_to(ROOT)) for path in sources if REPLACES.search(path.read_text(encoding="utf-8"))}
+    assert found <= {"llava/files.py", "llava/targets.py", "llava/locks.py"}, found
 
 
 ACCELERATORS = re.compile(r"(cuda|hip|rocm|mps|npu|xpu|hpu|tpu)(:\d+)?")

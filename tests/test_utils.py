@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import pickle
 import sys
 
 import pytest
@@ -17,6 +18,13 @@ def test_a_workers_imports_are_there():
     logger = utils.build_logger(logger_name="llava.test_worker", logger_filename=None)
     assert logger is utils.build_logger("llava.test_worker") and len(logger.handlers) == 1
     assert utils.disable_torch_init() is None
+
+
+def test_an_error_is_one_line_whatever_names_stand_in_it():
+    """A group of scores named with a line's end made two lines, and a terminal's commands were sent to it."""
+    error = UserError("a.json: groups: one\ntwo\x1b[2J\u2028: field 'n' is missing, naïvely")
+    assert str(error) == "a.json: groups: one\\ntwo\\x1b[2J\\u2028: field 'n' is missing, naïvely"
+    assert str(pickle.loads(pickle.dumps(error))) == str(error)
 
 
 def test_a_semaphore_is_put_in_words():

@@ -6,6 +6,7 @@ YAML block at the top, stay. A card names folders by their last part: it says no
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -14,7 +15,8 @@ from typing import Any
 import yaml
 
 from llava.files import atomic_write
-from llava.utils import rank0_print
+from llava.outside import parsed_yaml
+from llava.utils import UserError, rank0_print
 
 CARD_FILE = "README.md"
 PIPELINE = "image-text-to-text"
@@ -72,8 +74,8 @@ def front_matter(folder: Path | None) -> dict[str, Any]:
         return {}
     found = _FRONT.match(path.read_text(encoding="utf-8-sig", errors="replace"))
     try:
-        values = yaml.safe_load(found[1]) if found else None
-    except yaml.YAMLError:
+        values = parsed_yaml(found[1], str(path)) if found else None
+    except UserError:
         rank0_print(f"note: {path}: the block at its top is no YAML; its licence is not read")
         return {}
     return values if isinstance(values, dict) else {}
@@ -82,13 +84,20 @@ def front_matter(folder: Path | None) -> dict[str, Any]:
 def licence_of(folder: Path | None) -> str:
     """The licence that a checkpoint's card states, empty where it states none."""
     values = front_matter(folder)
-    return str(values.get("license_name") or values.get("license") or "")
+    return _plain(values.get("license_name")) or _plain(values.get("license"))
 
 
 def licence_fields(folder: Path | None) -> dict[str, str]:
     """What a checkpoint's card says of its licence in its YAML block, for the block of what is made from it."""
     values = front_matter(folder)
-    return {name: str(values[name]) for name in ("license", "license_name", "license_link") if values.get(name)}
+    return {name: text for name in ("license", "license_name", "license_link") if (text := _plain(values.get(name)))}
+
+
+def _plain(value: Any) -> str:
+    """A text, or a list of some, as a text; anything else is no licence."""
+    if isinstance(value, list) and all(isinstance(one, str) for one in value):
+        return ", ".join(value)
+    return value if isinstance(value, str) else ""
 
 
 def licence_section(base: str, licence: str, data: str = "") -> str:
@@ -103,7 +112,7 @@ def write_merged_card(folder: Path, source: Any, base: Any = None) -> None:
     part, over = public_name(source), public_name(base)
     about = f"`{part}`{f' over `{over}`' if over else ''}, written as one checkpoint that needs no other."
     front = {"base_model": over or part, "library_name": "llava", "pipeline_tag": PIPELINE, "tags": list(TAGS)}
-    place = Path(base or source).expanduser()
+    place = Path(os.path.expanduser(base or source))
     licence = licence_section(over or part, licence_of(place))
     known = {"about": f"# {folder.name}\n\n{about}\n\n{NOT_CLINICAL}", "licence": licence}
     write_card(folder, {**front, **licence_fields(place)}, known)
@@ -116,7 +125,7 @@ def public_name(place: Any) -> str:
         return "/".join(cached[1].split("--"))
     owner, _, name = text.partition("/")
     is_hub = owner and name and "/" not in name and owner not in (".", "..", "~", "output", "data")
-    return text if is_hub and not Path(text).expanduser().exists() else Path(text).name
+    return text if is_hub and not Path(os.path.expanduser(text)).exists() else Path(text).name
 
 
 def table(head: Sequence[Any], rows: Iterable[Sequence[Any]]) -> str:

@@ -17,6 +17,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from llava.outside import foreign
 from llava.utils import UserError
 
 HF_ARCHITECTURES = ("LlavaForConditionalGeneration", "LlavaNextForConditionalGeneration")
@@ -168,7 +169,8 @@ def _parsed(values: dict[str, Any], anyres: bool) -> tuple[dict[str, Any], dict[
     """Text and vision config as transformers reads them: published configs leave its defaults out."""
     from transformers import LlavaConfig, LlavaNextConfig
 
-    config: Any = (LlavaNextConfig if anyres else LlavaConfig).from_dict(values)
+    with foreign("config.json of the Hugging Face LLaVA checkpoint", "copy it again"):
+        config: Any = (LlavaNextConfig if anyres else LlavaConfig).from_dict(values)
     text, vision = (
         {key: value for key, value in part.to_dict().items() if key not in ("architectures", "transformers_version")}
         for part in (config.text_config, config.vision_config)

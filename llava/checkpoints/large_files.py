@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from llava.files import SETTLED, atomic_write, file_sha256, file_state
+from llava.outside import read_object
 
 LARGE = 64 << 20
 """Bytes from which on a file's checksum is kept."""
@@ -53,10 +54,10 @@ def _place() -> Path:
 def _read() -> dict[str, list[Any]]:
     """The entries; none where the file is not there or was not written so."""
     try:
-        values = json.loads(_place().read_bytes())
+        values = read_object(_place())
         entries: dict[str, list[Any]] = values["entries"]
         return entries if values["checksum"] == _checksum(entries) else {}
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError):  # the last: nobody knows the home
         return {}
 
 
@@ -66,7 +67,7 @@ def _keep(place: str, entry: list[Any]) -> None:
     try:
         with atomic_write(_place()) as stream:
             json.dump({"entries": entries, "checksum": _checksum(entries)}, stream)
-    except OSError:  # a home that cannot be written to: the file is read again next time
+    except (OSError, RuntimeError):  # no home, or one that cannot be written to: the file is read again next time
         return
 
 

@@ -19,7 +19,10 @@ from typing import Any
 
 from llava.checkpoints import weights
 from llava.checkpoints.large_files import weights_sha256
+from llava.checkpoints.schemas import read_settings
 from llava.files import atomic_write
+from llava.inside import LinkedFolder, inside
+from llava.outside import read_object
 from llava.utils import UserError
 
 CHECKSUMS_FILE = "checksums.json"
@@ -60,7 +63,7 @@ def manifest(folder: Path) -> dict[str, str]:
     files = [file for file in sorted(folder.iterdir()) if _decides(file.name) and file.is_file()]
     found = checksums_of([file for file in files if file.name != "config.json" and file not in passed_over])
     if (folder / "config.json").is_file():
-        values = weights.read_json(folder / "config.json")
+        values = read_settings(folder / "config.json")
         kept = {name: value for name, value in values.items() if name not in IGNORED_VALUES}
         found["config.json"] = hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:SHORT]
         found |= tower_manifest(values)
@@ -84,7 +87,7 @@ def manifest_of(place: str | os.PathLike[str]) -> dict[str, str]:
 
 def local_folder(place: str | os.PathLike[str]) -> Path | None:
     """The folder of a path or of a hub name in the local cache; nothing is downloaded."""
-    folder = Path(place).expanduser()
+    folder = Path(os.path.expanduser(place))  # of an unknown user: the name as it is
     if folder.is_dir():
         return folder
     from huggingface_hub import try_to_load_from_cache
@@ -161,10 +164,12 @@ def check_seal(folder: Path) -> None:
 
 
 def _read_list(path: Path) -> dict[str, str]:
-    values: Any = weights.read_json(path)
-    kept = values.get("files") if isinstance(values, dict) else None
+    values = read_object(path, "file", "copy the folder again")
+    kept = values.get("files")
     if not isinstance(kept, dict) or values.get("checksum") != content_of(kept):
         raise UserError(f"{path}: is damaged; copy the folder again, or make it again")
+    for name in kept:
+        inside(LinkedFolder(path.parent), name, str(path))
     return kept
 
 

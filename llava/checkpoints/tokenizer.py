@@ -11,8 +11,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llava.checkpoints.weights import first_line, read_json
-from llava.utils import UserError
+from llava.checkpoints.schemas import TOKENIZER_FILES, check_settings, read_settings
+from llava.outside import foreign
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -31,17 +31,14 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer, LlamaTokenizer
 
     path = folder / "tokenizer_config.json"
-    settings = read_json(path) if path.is_file() else {}
+    settings = read_settings(path) if path.is_file() else {}
+    check_settings(folder, TOKENIZER_FILES)
     alone = (folder / SENTENCEPIECE_FILE).is_file() and not (folder / "tokenizer.json").is_file()
-    try:
+    mend = "copy tokenizer.model or tokenizer.json and tokenizer_config.json from the base model"
+    with foreign(folder, mend, "no tokenizer can be read here"):
         if alone and settings.get("tokenizer_class") in LLAMA_CLASSES:
             missing: dict[str, Any] = {key: value for key, value in OLD_DEFAULTS.items() if settings.get(key) is None}
             found: PreTrainedTokenizerBase = LlamaTokenizer.from_pretrained(folder, **missing)
         else:
             found = AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(
-            f"{folder}: no tokenizer can be read here ({first_line(error)}); copy tokenizer.model or "
-            "tokenizer.json and tokenizer_config.json from the base model"
-        ) from error
     return found

@@ -21,18 +21,22 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from llava.checkpoints.schemas import read_settings
+from llava.inside import LinkedFolder, inside
+from llava.schema import words
 from llava.utils import UserError
 
 FORMATS = (("model", "safetensors"), ("pytorch_model", "bin"))
 """Stem and ending of the two formats, the preferred one first."""
 HARMLESS = ("rotary_emb.inv_freq", "position_ids")
 """Endings of tensors that old checkpoints hold and the model computes, or the reverse."""
+WORDS = words(empty=False)
 _EDGE = 1 << 16  # bytes read at each end of a weight file for the fingerprint
 
 
 def resolve_checkpoint(name: str | os.PathLike[str]) -> Path:
     """The local folder of a checkpoint given by path or by hub name (from the local cache, else downloaded)."""
-    folder = Path(name).expanduser()
+    folder = Path(os.path.expanduser(name))
     if folder.is_dir():
         return folder
     looks_like_hub_name = str(name).count("/") == 1 and not str(name).startswith((".", "/", "~", "output/", "data/"))
@@ -57,7 +61,7 @@ def resolve_recorded(name: str, stage: Path) -> str:
     Raises:
         UserError: neither.
     """
-    folder = Path(name).expanduser()
+    folder = Path(os.path.expanduser(name))
     if not folder.is_dir() and not folder.is_absolute():
         above = [parent / folder for parent in stage.resolve().parents]
         if here := next((place for place in above if place.is_dir()), None):
@@ -72,21 +76,12 @@ def resolve_recorded(name: str, stage: Path) -> str:
     return name
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON file of a checkpoint; ``UserError`` if it is broken."""
-    try:
-        values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}: broken JSON at line {error.lineno}; restore the file") from error
-    return values
-
-
 def read_config(folder: Path) -> dict[str, Any]:
-    """``config.json`` of a checkpoint folder; ``UserError`` if it is missing or broken."""
+    """``config.json`` of a checkpoint folder; ``UserError`` if it is missing, broken, or of no model."""
     path = folder / "config.json"
     if not path.is_file():
         raise UserError(f"{folder}: no config.json, so this is no checkpoint folder")
-    return read_json(path)
+    return read_settings(path)
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -124,18 +119,36 @@ def tensor_places(folder: Path, files: list[Path]) -> dict[str, Path]:
 
 
 def _indexed(index: Path) -> dict[str, Path]:
-    weight_map = read_json(index).get("weight_map") or {}
-    for file in sorted(set(weight_map.values())):
-        if not (index.parent / file).is_file():
+    weight_map = _weight_map(index)
+    places = {file: _shard(index, file) for file in sorted(set(weight_map.values()))}
+    for file, place in places.items():
+        if not place.is_file():
             raise UserError(f"{index} names {file}, which is not there; copy the checkpoint again")
-    return {key: index.parent / file for key, file in weight_map.items()}
+    return {key: places[file] for key, file in weight_map.items()}
+
+
+def _shard(index: Path, file: str) -> Path:
+    """A file that an index names, beside it. Links are followed: the hub's cache is made of them."""
+    return inside(LinkedFolder(index.parent), file, str(index))
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    """Which file holds which tensor, as an index says.
+
+    Raises:
+        UserError: it is broken, or names something else than files beside it.
+    """
+    weight_map = read_settings(index).get("weight_map") or {}
+    for key, file in weight_map.items():
+        WORDS.check(file, f"{index}: weight_map: {key}")
+    return weight_map
 
 
 def _shards(folder: Path, stem: str, ending: str) -> list[Path]:
     """The files beside the single one: numbered ones, and those that an index names."""
     index = folder / f"{stem}.{ending}.index.json"
-    named = set((read_json(index).get("weight_map") or {}).values()) if index.is_file() else set()
-    shards = {*folder.glob(f"{stem}-*-of-*.{ending}"), *(folder / name for name in named)}
+    named = set(_weight_map(index).values()) if index.is_file() else set()
+    shards = {*folder.glob(f"{stem}-*-of-*.{ending}"), *(_shard(index, name) for name in named)}
     return sorted(file for file in shards if file.is_file() and file.name != f"{stem}.{ending}")
 
 

@@ -6,6 +6,7 @@ bit, the one that ``--model_name_or_path <base> --previous_stage <stage before>`
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from llava.checkpoints.checkpoint import Checkpoint
@@ -18,7 +19,7 @@ from llava.utils import UserError
 
 def stage_given_as_base(name: str | None) -> Path | None:
     """The folder, where ``name`` is that of a stage checkpoint; ``None`` for a base."""
-    folder = Path(name).expanduser() if name else None
+    folder = Path(os.path.expanduser(name)) if name else None
     return folder if folder is not None and (folder / SLOTS_FILE).is_file() else None
 
 
@@ -32,7 +33,7 @@ def base_under(folder: Path, previous: str | None, sequence: TaskSequence, metho
         UserError: the command names another stage before; the stage was trained with another method, or on another
             sequence; its base is not there.
     """
-    if previous is None or Path(previous).expanduser().resolve() != folder.resolve():
+    if previous is None or Path(os.path.expanduser(previous)).resolve() != folder.resolve():
         raise UserError(
             f"--model_name_or_path {folder} is a stage, but --previous_stage is {previous}; give one of them, or both "
             "alike"

@@ -17,6 +17,7 @@ from llava.data.rows import Row, read_rows
 from llava.data.samples import picture_groups
 from llava.files import file_sha256
 from llava.folds import held_out
+from llava.inside import Folder
 from llava.mm_utils import get_model_name_from_path
 from llava.model.configs import llava_config
 from llava.slots.fit import FittedKeys, fit_task_slots
@@ -41,7 +42,7 @@ def fit_task(
     slot_range: tuple[int, int],
     data_paths: list[str],
     base_name: str,
-    image_folder: str,
+    image_folder: Folder,
     options: KeyOptions,
     cache_dir: str | None,
     **asked: Any,

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from llava.checkpoints.weights import read_json
 from llava.continual.settings import KeySettings, checked
-from llava.utils import UserError, rank0_print, require_file
+from llava.outside import read_object
+from llava.utils import rank0_print
 
 SETTINGS = {"weight_topk": "top_k", "low_rank": "rank", "groups": "groups"}
 """Fields of its configuration by the name that the sequence's ``keys`` block has for them."""
@@ -19,10 +19,8 @@ def read_prototype_config(path: str) -> dict[str, Any]:
     Raises:
         UserError: the file is missing, no JSON object, or a value is no number that the setting takes.
     """
-    file = require_file(Path(path), "configuration", "give the prototype's JSON file, or leave --config_path out")
-    values = read_json(file)
-    if not isinstance(values, dict):
-        raise UserError(f"{file}: expected a JSON object with weight_topk, low_rank or groups")
+    file = Path(path)
+    values = read_object(file, "configuration", "give the prototype's JSON file, or leave --config_path out")
     found = {
         ours: checked(KeySettings, ours, values[theirs], f"{file}: {theirs}")
         for theirs, ours in SETTINGS.items()

@@ -25,7 +25,9 @@ from llava.continual.query_cache import QueryCache
 from llava.data.prompt import Picture, check_aspect_ratio, pixels_of
 from llava.data.rows import Row
 from llava.data.samples import Features, check_image_files, picture_names
+from llava.devices import tf32_is_on
 from llava.files import file_sha256
+from llava.inside import Folder, inside
 from llava.model.configs import llava_config
 from llava.model.multimodal_encoder.tower import VisionTower
 from llava.model.vision.features import load_vision_tower, tower_features
@@ -45,7 +47,7 @@ LIBRARIES = {"libraries": {name: version(name) for name in ("torch", "transforme
 def compute_queries(
     rows: list[Row],
     base: Path,
-    image_folder: str | os.PathLike[str],
+    image_folder: Folder,
     query_mode: str,
     text_encoder: str,
     batch_size: int = 16,
@@ -69,7 +71,7 @@ def compute_queries(
         queries.encoder = encoder.identity
         queries.text = text_queries(rows, encoder.identity, base, lambda: encoder, cache)
     if "image" in query_mode:
-        check_image_files(rows, Path(image_folder))
+        check_image_files(rows, image_folder)
         source = PictureSource.standalone(base, image_folder, aspect_ratio, device, batch_size=batch_size)
         queries.image, _ = look_at_pictures(rows, source, image_query, cache, FEATURES_ON_DISK if cache else 0)
     return queries
@@ -103,7 +105,7 @@ class PictureSource:
 
     base: Path
     config: Any
-    image_folder: str | os.PathLike[str]
+    image_folder: Folder
     aspect_ratio: str
     load_tower: Callable[[], VisionTower]
     device: str
@@ -114,7 +116,7 @@ class PictureSource:
     def standalone(
         cls,
         base: Path,
-        image_folder: str | os.PathLike[str],
+        image_folder: Folder,
         aspect_ratio: str | None,
         device: str,
         dtype: torch.dtype = torch.float32,
@@ -138,9 +140,9 @@ class PictureSource:
             "tower": {name: getattr(self.config, name, None) for name in _TOWER_FIELDS},
             "tower_files": tower_manifest(vars(self.config)),
             "aspect_ratio": self.aspect_ratio,
-            "run": [self.device, str(self.dtype), self.batch_size],
+            "run": [self.device, str(self.dtype), self.batch_size, *(["tf32"] if tf32_is_on() else [])],
             **LIBRARIES,
-            "pictures": [file_sha256(Path(self.image_folder) / name) for name in names],
+            "pictures": [file_sha256(inside(self.image_folder, name)) for name in names],
         }
 
     def look(self, names: list[str]) -> Iterator[tuple[str, Tensor, Tensor, tuple[int, int]]]:
@@ -152,7 +154,7 @@ class PictureSource:
         def preprocess(pictures: list[Image.Image]) -> Tensor | list[Tensor]:
             return pixels_of(pictures, tower.image_processor, self.config, self.aspect_ratio)
 
-        return tower_features(names, tower, Path(self.image_folder), preprocess, self.batch_size)
+        return tower_features(names, tower, self.image_folder, preprocess, self.batch_size)
 
 
 def look_at_pictures(

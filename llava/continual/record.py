@@ -8,13 +8,14 @@ What a path points to enters by checksum, so that moving files changes nothing a
 from __future__ import annotations
 
 import enum
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, Field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
 from llava.files import file_sha256
+from llava.outside import read_object
+from llava.schema import an_object, check_fields, whole, words
 from llava.utils import UserError
 
 VERSION = 3
@@ -25,6 +26,13 @@ SINCE_THIRD = ("base_content", "tower_content")
 
 FIRST_VERSION = {"lora_enable": False}
 """What records of the first version left out where it was not asked for."""
+
+RECORD = {
+    "record": whole(1),
+    **dict.fromkeys(("method", "task"), words()),
+    **dict.fromkeys(("prompt", "slots", "earlier_tasks", "deepspeed", "options"), an_object()),
+}
+"""What a record's fields must be that are looked at one by one; the others are only compared."""
 
 SHORT = 16  # hex digits of a checksum
 
@@ -39,7 +47,8 @@ _MACHINE = "spreads the same steps over devices, memory and processes"
 IGNORED: dict[str, str] = {
     **dict.fromkeys(
         "model_name_or_path data_path image_folder sequence output_dir previous_stage retriever_state_dict cache_dir "
-        "query_cache eval_data_path resume_from_checkpoint root vision_tower pretrain_mm_mlp_adapter".split(),
+        "query_cache follow_links eval_data_path resume_from_checkpoint root vision_tower "
+        "pretrain_mm_mlp_adapter".split(),
         _PLACE,
     ),
     **dict.fromkeys("version image_aspect_ratio model_max_length".split(), _PROMPT),
@@ -146,7 +155,7 @@ def deepspeed_record(path: str | Path | None) -> dict[str, Any]:
     """What a DeepSpeed file says about the steps themselves; ``"auto"`` takes the command's own settings."""
     if not path:
         return {}
-    values = json.loads(Path(path).read_text(encoding="utf-8"))
+    values = read_object(path, "DeepSpeed settings")
     kept = {name: values[name] for name in ("optimizer", "scheduler", "gradient_clipping") if name in values}
     return {name: value for name, value in kept.items() if value != "auto"}
 
@@ -173,11 +182,10 @@ def difference(kept: Mapping[str, Any], now: Mapping[str, Any], unset: Mapping[s
 def read_record(path: Path) -> dict[str, Any]:
     """A record as it was written; ``UserError`` names a damaged file."""
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        values = read_object(path, "run's record", "remove its folder to train again")
+        check_fields(values, RECORD, str(path), closed=False)
+    except UserError as error:
         raise UserError(f"{path}: the run's record is damaged ({error}); remove its folder to train again") from error
-    if not isinstance(values, dict):
-        raise UserError(f"{path}: the run's record is damaged; remove its folder to train again")
     return values
 
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from llava.checkpoints.kinds import SLOTS_FILE, TRAINING_FILE
 from llava.checkpoints.manifest import check_seal, seal
 from llava.continual.places import Places
-from llava.continual.record import SHORT, difference, read_record
+from llava.continual.record import SHORT, difference, plain, read_record
 from llava.data.rows import Row, read_rows, write_jsonl
 from llava.files import atomic_folder, atomic_write
 from llava.locks import only_writer
@@ -171,7 +171,7 @@ class Run:
             return
         kept = read_record(path)
         kept.pop(SLOTS, None)
-        now = json.loads(json.dumps(self.record if "record" in kept else {**self.record, **self.first}))
+        now = plain(self.record if "record" in kept else {**self.record, **self.first})
         if found := difference(kept, now, self.unset):
             aim = "train again" if folder == self.folder else "start the task anew"
             raise UserError(f"{path}: was trained with {found}; remove {folder} to {aim}, or restore the setting")

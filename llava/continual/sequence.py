@@ -18,7 +18,6 @@ the folder in which a command is started.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import sysconfig
@@ -28,18 +27,21 @@ from pathlib import Path
 from typing import Any
 
 from llava.continual.settings import (
+    WIDE,
     BaseSettings,
     KeySettings,
     TrainSettings,
     overridden,
     read_block,
-    refuse_unknown,
     stated_by,
 )
 from llava.data.metric_names import METRICS
 from llava.data.rows import ANSWER_STYLES
+from llava.inside import check_file_name
+from llava.outside import read_object
+from llava.schema import Wanted, check_fields, list_of, refuse_unknown, whole, words
 from llava.slots.names import check_task_name
-from llava.utils import UserError, require_file
+from llava.utils import UserError
 
 _IN_A_CLONE = Path(__file__).resolve().parents[2] / "scripts" / "tasks"
 SEQUENCE_FOLDER = _IN_A_CLONE if _IN_A_CLONE.is_dir() else Path(sysconfig.get_path("data"), "share", "llava", "tasks")
@@ -107,9 +109,11 @@ class TaskSequence:
     def overridden(self, environ: Mapping[str, str]) -> TaskSequence:
         """The sequence with what the environment sets (see ``llava/continual/settings.py``)."""
         slots: Any = environ.get("SLOTS_PER_TASK") or self.slots_per_task
+        slots = int(slots) if str(slots).isascii() and str(slots).isdigit() and len(str(slots)) < 10 else slots
+        _SLOTS.check(slots, "SLOTS_PER_TASK")
         return replace(
             self,
-            slots_per_task=_slots(int(slots) if str(slots).isdigit() else slots, "SLOTS_PER_TASK"),
+            slots_per_task=slots,
             keys=overridden(self.keys, environ),
             train=overridden(self.train, environ),
             base=overridden(self.base, environ),
@@ -119,6 +123,20 @@ class TaskSequence:
 
 FIELDS = tuple(entry.name for entry in fields(TaskSequence) if entry.name != "stated")
 """Fields of a file."""
+_TEXTS = {"name": "", "dataset": "", "answer_suffix": "", "licence": "", "answer_style": "as_is"}
+_SLOTS, _TEXT = whole(1, WIDE), replace(words(), words="one text in quotes")
+SCHEMA: dict[str, Wanted] = {
+    **{name: Wanted("", lambda _: True) for name in FIELDS},  # blocks and tasks have a schema of their own
+    **dict.fromkeys((*_TEXTS, "test", "image_folder"), _TEXT),
+    "answer_style": words(ANSWER_STYLES),
+    "slots_per_task": _SLOTS,
+    "metrics": replace(list_of(words(empty=False)), words='a list of names, e.g. ["exact_match"]'),
+}
+_FILE = words(empty=False)
+_TASK_SCHEMA = {
+    "name": replace(words(empty=False), words="it in quotes"),
+    "train": replace(_FILE | list_of(_FILE, empty=False), words="a file's name, or a list of them"),
+}
 
 
 def load_sequence(name_or_path: str | os.PathLike[str], environ: Mapping[str, str] | None = None) -> TaskSequence:
@@ -130,13 +148,7 @@ def load_sequence(name_or_path: str | os.PathLike[str], environ: Mapping[str, st
     path = Path(name_or_path)
     if path.suffix != ".json":
         path = SEQUENCE_FOLDER / f"{name_or_path}.json"
-    require_file(path, "task sequence", f"give a JSON file, or one of {', '.join(shipped_names())}")
-    try:
-        values = json.loads(path.read_bytes().decode("utf-8-sig"))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}, line {error.lineno}: broken JSON ({error.msg})") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: byte {error.start} is not UTF-8 text; save the file as UTF-8") from error
+    values = read_object(path, "task sequence", f"give a JSON file, or one of {', '.join(shipped_names())}")
     return _validated(values, path).overridden(os.environ if environ is None else environ)
 
 
@@ -159,29 +171,30 @@ def choose_sequence(dataset: str, environ: Mapping[str, str]) -> str:
     return dataset
 
 
-def _validated(values: Any, path: Path) -> TaskSequence:
-    if not isinstance(values, dict) or not isinstance(values.get("tasks", []), list):
+def _validated(values: dict[str, Any], path: Path) -> TaskSequence:
+    if not isinstance(values.get("tasks", []), list):
         raise UserError(f"{path}: a task sequence is a JSON object with a list of tasks (see scripts/tasks)")
     refuse_unknown(values, FIELDS, str(path))
     for name in ("name", "tasks", "test", "image_folder"):
         if not values.get(name):
             raise UserError(f"{path}: field {name!r} is missing or empty")
-    names = [entry.get("name") for entry in values["tasks"] if isinstance(entry, dict)]
+    check_fields(values, SCHEMA, str(path))
+    check_file_name(values["name"], f"{path}: name")
     tasks = tuple(_task(entry, number, path) for number, entry in enumerate(values["tasks"], start=1))
+    names = [task.name for task in tasks]
     if len(set(names)) != len(names):
         raise UserError(f"{path}: a task name occurs twice in {names}")
-    texts = {name: _text(values, name, default, path) for name, default in _TEXTS.items()}
-    if texts["answer_style"] not in ANSWER_STYLES:
-        raise UserError(f"{path}: answer_style is {texts['answer_style']!r}; known: {', '.join(ANSWER_STYLES)}")
+    metrics = values.get("metrics") or ()
+    refuse_unknown(metrics, METRICS.names(), f"{path}: metrics", "metric")
+    texts = {name: default if values.get(name) is None else values[name] for name, default in _TEXTS.items()}
     train = values.get("train") or {}
     base = values["base"] if "base" in values else {}
     return TaskSequence(
         **{**texts, "dataset": texts["dataset"] or texts["name"]},
+        **{name: _expand(values[name]) for name in ("test", "image_folder")},
         tasks=tasks,
-        slots_per_task=_slots(
-            values.get("slots_per_task") if values.get("slots_per_task") is not None else 8, f"{path}: slots_per_task"
-        ),
-        metrics=_metrics(values.get("metrics"), path),
+        slots_per_task=8 if values.get("slots_per_task") is None else values["slots_per_task"],
+        metrics=tuple(metrics),
         keys=read_block(KeySettings, values.get("keys") or {}, f"{path}: keys"),
         train=read_block(TrainSettings, train, f"{path}: train"),
         base=BaseSettings(recipe=None) if base is None else read_block(BaseSettings, base, f"{path}: base"),
@@ -189,47 +202,14 @@ def _validated(values: Any, path: Path) -> TaskSequence:
     )
 
 
-_TEXTS = {
-    **dict.fromkeys(("name", "dataset", "test", "image_folder", "answer_suffix", "licence"), ""),
-    "answer_style": "as_is",
-}
-
-
-def _text(values: dict[str, Any], name: str, default: str, path: Path) -> str:
-    value = values.get(name)
-    if value is not None and not isinstance(value, str):
-        raise UserError(f"{path}: {name} is {value!r}; write one text in quotes")
-    value = default if value is None else value
-    return _expand(value) if name in ("test", "image_folder") else value
-
-
 def _task(entry: Any, number: int, path: Path) -> Task:
+    where = f"{path}: task {number}"
     if not isinstance(entry, dict) or not entry.get("name") or not entry.get("train"):
-        raise UserError(f"{path}: task {number} needs a name and a training file")
-    refuse_unknown(entry, ("name", "train"), f"{path}: task {number}")
-    name, files = entry["name"], entry["train"]
-    if not isinstance(name, str):
-        raise UserError(f"{path}: task {number}: name is {name!r}; write it in quotes")
-    check_task_name(name, f"{path}: ")
-    files = [files] if isinstance(files, str) else files
-    if not isinstance(files, list) or not all(isinstance(file, str) and file for file in files):
-        raise UserError(f"{path}: task {number}: train is {entry['train']!r}; write a file's name, or a list of them")
-    return Task(name, tuple(map(_expand, files)))
-
-
-def _slots(value: Any, where: str) -> int:
-    if type(value) is not int or value < 1:
-        raise UserError(f"{where} is {value!r}; write an integer of 1 or more")
-    return value
-
-
-def _metrics(values: Any, path: Path) -> tuple[str, ...]:
-    if values is None:
-        return ()
-    if not isinstance(values, list) or not all(isinstance(name, str) for name in values):
-        raise UserError(f'{path}: metrics is {values!r}; write a list of names, e.g. ["exact_match"]')
-    refuse_unknown(values, METRICS.names(), f"{path}: metrics", "metric")
-    return tuple(values)
+        raise UserError(f"{where} needs a name and a training file")
+    check_fields(entry, _TASK_SCHEMA, where)
+    check_task_name(entry["name"], f"{path}: ")
+    files = [entry["train"]] if isinstance(entry["train"], str) else entry["train"]
+    return Task(entry["name"], tuple(map(_expand, files)))
 
 
 def _expand(text: str) -> str:

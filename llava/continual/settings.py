@@ -7,13 +7,13 @@ variable counts as none). A flag of a command overrides both.
 
 from __future__ import annotations
 
-import difflib
 import types
 import typing
 from collections.abc import Iterable, Mapping
 from dataclasses import Field, dataclass, field, fields, replace
 from typing import Any, ClassVar, Protocol, TypeVar
 
+from llava.schema import HUGE, Wanted, list_of, number, refuse_unknown, whole, words
 from llava.slots.names import ALL, KINDS, QUERY_MODES, SCOPES
 from llava.utils import UserError
 
@@ -26,10 +26,13 @@ class _IsBlock(Protocol):
 
 
 Block = TypeVar("Block", bound=_IsBlock)
+WIDE = 2**20
+"""Counts beyond this would only fill the memory."""
 
 
 def setting(default: Any, help: str, **more: Any) -> Any:
-    """A field with its default, what it means, and ``choices``, ``least`` (smallest value) or ``flag`` of a trainer."""
+    """A field with its default, what it means, and further: ``choices``; ``least``, ``most`` and ``above`` of a number;
+    ``flag`` of a trainer."""
     return field(default=default, metadata={"help": help, **more})
 
 
@@ -42,19 +45,19 @@ class KeySettings:
     query_mode: str = setting("text+image", "what a question is routed by", choices=QUERY_MODES)
     text_encoder: str = setting("auto", "auto, base, minilm, or a sentence encoder's folder")
     image_query: str = setting("tower+picture", "what the picture's query is made of", choices=KINDS)
-    groups: int = setting(4, "groups a key is split into", least=1)
-    top_k: int = setting(4, "slots selected for each question", least=1)
-    rank: int = setting(8, "rank of a slot", least=1)
-    tau: float = setting(0.1, "temperature of the slot weights")
+    groups: int = setting(4, "groups a key is split into", least=1, most=WIDE)
+    top_k: int = setting(4, "slots selected for each question", least=1, most=WIDE)
+    rank: int = setting(8, "rank of a slot", least=1, most=WIDE)
+    tau: float = setting(0.1, "temperature of the slot weights", above=0)
     scale: float = setting(1.0, "factor on every weight offset")
-    image_weight: float = setting(0.5, "share of the picture in key similarity")
+    image_weight: float = setting(0.5, "share of the picture in key similarity", least=0, most=1)
     router: str = setting("gaussian", "keys, gaussian, ridge, uniform, random or batch_vote")
-    unknown_share: float = setting(0.005, "share of a task's own questions that may count as unknown")
+    unknown_share: float = setting(0.005, "share of a task's own questions that may count as unknown", least=0, most=1)
     targets: tuple[str, ...] = setting(("o_proj",), "projections that get offsets")
     offset_scope: str = setting(
         ALL, "positions that offsets act on; question: those behind the picture", choices=SCOPES
     )
-    held_out: float = setting(0.1, "share of pictures kept to measure routing")
+    held_out: float = setting(0.1, "share of pictures kept to measure routing", least=0, most=1)
     iterations: int = setting(50, "rounds of key fitting at most", least=1)
 
 
@@ -64,17 +67,17 @@ class TrainSettings:
 
     VARIABLES: ClassVar[str] = ""
 
-    epochs: float = setting(1.0, "passes over a task's rows", flag="num_train_epochs")
-    learning_rate: float = setting(2e-4, "peak learning rate", flag="learning_rate")
-    batch_size: int = setting(4, "rows a step on one device", least=1, flag="per_device_train_batch_size")
-    gradient_accumulation: int = setting(1, "steps added up", least=1, flag="gradient_accumulation_steps")
-    max_length: int = setting(2048, "tokens a row may have", least=1, flag="model_max_length")
+    epochs: float = setting(1.0, "passes over a task's rows", above=0, most=10**6, flag="num_train_epochs")
+    learning_rate: float = setting(2e-4, "peak learning rate", least=0, most=10**3, flag="learning_rate")
+    batch_size: int = setting(4, "rows a step on one device", least=1, most=WIDE, flag="per_device_train_batch_size")
+    gradient_accumulation: int = setting(1, "steps added up", least=1, most=WIDE, flag="gradient_accumulation_steps")
+    max_length: int = setting(2048, "tokens a row may have", least=1, most=2**27, flag="model_max_length")
     save_steps: int = setting(200, "steps between two checkpoints", least=1, flag="save_steps")
-    warmup: float = setting(0.03, "steps of warm-up, or their share where below 1", flag="warmup_steps")
+    warmup: float = setting(0.03, "steps of warm-up, or their share where below 1", least=0, flag="warmup_steps")
     scheduler: str = setting("cosine", "course of the learning rate", flag="lr_scheduler_type")
-    weight_decay: float = setting(0.0, "weight decay", flag="weight_decay")
-    adam_beta2: float = setting(0.999, "memory of squared gradients", flag="adam_beta2")
-    seed: int = setting(42, "seed of both stages", flag="seed")
+    weight_decay: float = setting(0.0, "weight decay", least=0, flag="weight_decay")
+    adam_beta2: float = setting(0.999, "memory of squared gradients", least=0, most=1, flag="adam_beta2")
+    seed: int = setting(42, "seed of both stages", least=0, flag="seed")
     bf16: str | None = setting(
         None, "auto: bfloat16 where the machine multiplies it by itself", choices=("auto", "true", "false"), flag="bf16"
     )
@@ -120,34 +123,26 @@ def stated_by(kind: type[_IsBlock], values: Mapping[str, Any], environ: Mapping[
     return frozenset({name for name, value in values.items() if value is not None} | set(_names_set(kind, environ)))
 
 
-def refuse_unknown(names: Iterable[str], known: Iterable[str], where: str, what: str = "field") -> None:
-    """Raise ``UserError`` for a name that is not known, with the nearest known one."""
-    known = list(known)
-    for name in names:
-        if name not in known:
-            near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
-            mend = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
-            raise UserError(f"{where}: unknown {what} {name!r}; {mend}")
-
-
 def checked(kind: type, name: str, value: Any, where: str) -> Any:
-    """``value`` as the field's type. Integers pass as floats; nothing else is converted."""
-    entry = {entry.name: entry for entry in fields(kind)}[name]
+    """``value`` as the field's type. Integers pass as floats; nothing else is converted.
+
+    Raises:
+        UserError: another type, out of the field's range, or not one of its choices.
+    """
+    _wanted(kind, name).check(value, where)
     wanted = field_type(kind, name)
-    if wanted is float and type(value) is int:
-        value = float(value)
+    return tuple(value) if wanted is tuple else float(value) if wanted is float else value
+
+
+def _wanted(kind: type, name: str) -> Wanted:
+    """What a field's value must be, as its type and metadata say."""
+    about = {entry.name: entry for entry in fields(kind)}[name].metadata
+    wanted, least, most = field_type(kind, name), about.get("least"), about.get("most")
     if wanted is tuple:
-        if not isinstance(value, (list, tuple)) or not value or not all(isinstance(word, str) for word in value):
-            raise UserError(f'{where} is {value!r}; write a list of words, e.g. ["o_proj"]')
-        return tuple(value)
-    if type(value) is not wanted:
-        raise UserError(f"{where} is {value!r}; write {_ARTICLES[wanted]}")
-    choices, least = entry.metadata.get("choices"), entry.metadata.get("least")
-    if choices and value not in choices:
-        raise UserError(f"{where} is {value!r}; known: {', '.join(choices)}")
-    if least is not None and value < least:
-        raise UserError(f"{where} is {value!r}; write {_ARTICLES[wanted]} of {least} or more")
-    return value
+        return replace(list_of(words(empty=False), empty=False), words='a list of words, e.g. ["o_proj"]')
+    if wanted is int:
+        return whole(least, most or HUGE)
+    return number(least, most, about.get("above")) if wanted is float else words(about.get("choices") or ())
 
 
 def field_type(kind: type, name: str) -> type:
@@ -157,9 +152,6 @@ def field_type(kind: type, name: str) -> type:
         hint = next(part for part in typing.get_args(hint) if part is not type(None))
     found: type = typing.get_origin(hint) or hint
     return found
-
-
-_ARTICLES = {str: "a text", int: "an integer", float: "a number"}
 
 
 def _names_set(kind: type[_IsBlock], environ: Mapping[str, str]) -> dict[str, str]:
@@ -182,5 +174,5 @@ def parsed(kind: type, name: str, text: str, where: str) -> Any:
     try:
         value = wanted(text)
     except ValueError as error:
-        raise UserError(f"{where} is {text!r}; write {_ARTICLES[wanted]}") from error
+        raise UserError(f"{where} is {text!r}; write {_wanted(kind, name).words}") from error
     return checked(kind, name, value, where)

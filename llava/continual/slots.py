@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from llava.checkpoints.kinds import ADAPTER_CONFIG, SLOTS_FILE
-from llava.cli import flag, parse_command, word
+from llava.cli import MANY, flag, parse_command, word
 from llava.utils import UserError, quiet_libraries, run_cli
 
 
@@ -82,10 +82,10 @@ class Import:
 
     source: str = word("checkpoint folder, state dict, or key file")
     tasks: list[str] = flag(help="names in slot order")
-    slots_per_task: int = 8
+    slots_per_task: int = flag(8, least=1, most=MANY)
     model_base: str = flag(help="base model")
     text_encoder: str | None = flag(None, "of the keys' queries, e.g. a local copy of nli-roberta-base-v2")
-    top_k: int = 4
+    top_k: int = flag(4, least=1, most=MANY)
     output: str = flag(help=".pth file")
 
 

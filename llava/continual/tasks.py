@@ -3,6 +3,7 @@
 python -m llava.continual.tasks get SEQUENCE FIELD          test, tasks, train:<task>, keys.rank, merged_keys, ...
 python -m llava.continual.tasks stages SEQUENCE [--output_dir output] [--method retrieval]
 python -m llava.continual.tasks flags SEQUENCE              flags of llava.train.train_mem, one word a line
+python -m llava.continual.tasks check SEQUENCE [--method]    what would stop the training of any of its tasks
 python -m llava.continual.tasks choose DATASET              the sequence that the quick start takes
 """
 
@@ -15,7 +16,7 @@ from typing import Any
 from llava.cli import flag, parse_command, word
 from llava.continual.places import Places
 from llava.continual.sequence import FIELDS, choose_sequence, load_sequence
-from llava.utils import UserError, run_cli
+from llava.utils import UserError, quiet_libraries, run_cli
 
 _OUTPUT_DIR: Any = flag(None, "default: OUTPUT_DIR, else output")
 
@@ -47,6 +48,18 @@ class Flags:
 
 
 @dataclass(kw_only=True)
+class Check:
+    """look for what would stop the training of any task of the sequence, before the first is trained"""
+
+    sequence: str = word("task sequence, name or file")
+    output_dir: str | None = _OUTPUT_DIR
+    method: str = "retrieval"
+    keys: str = flag("", "merged key file (default: the sequence's)")
+    zero: str = flag("", "DeepSpeed's file")
+    follow_links: bool = flag(False, "pictures may be links out of their folder")
+
+
+@dataclass(kw_only=True)
 class Choose:
     """print the name of the sequence that the quick start takes for a data set"""
 
@@ -54,7 +67,9 @@ class Choose:
 
 
 def main() -> None:
-    name, args = parse_command({"get": Get, "stages": Stages, "flags": Flags, "choose": Choose}, None, __doc__)
+    name, args = parse_command(
+        {"get": Get, "stages": Stages, "flags": Flags, "check": Check, "choose": Choose}, None, __doc__
+    )
     if name == "choose":
         print(choose_sequence(args.dataset, os.environ))
         return
@@ -66,7 +81,24 @@ def main() -> None:
 
     environ = {**os.environ, **({"OUTPUT_DIR": args.output_dir} if args.output_dir else {})}
     places = Places.of(sequence, args.method, environ)
+    if name == "check":
+        _check(places, args)
+        return
     print(_get(places, args.field) if name == "get" else "\n".join(map(str, places.stages)))
+
+
+def _check(places: Places, args: Check) -> None:
+    """See ``Check``. What it needs takes seconds to import, and the other commands do not need it."""
+    quiet_libraries()
+    from llava.continual.preflight import check_training
+    from llava.inside import opened_to_links
+
+    if args.zero:
+        from llava.outside import read_object
+
+        read_object(args.zero, "DeepSpeed settings", "scripts/zero3.json is the one that ships")
+    folder = opened_to_links(places.sequence.image_folder, args.follow_links) or ""
+    check_training(places, places.base_model(), args.keys or None, folder)
 
 
 def _get(places: Places, wanted: str) -> str:

@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from llava.data.jsonl import identifier_of, json_values, kind_of, text_of
+from llava.data.jsonl import identifier_of, json_values, text_of
 from llava.files import values_sha256
+from llava.outside import kind_of
 from llava.utils import UserError, require_file
 
 CHECKSUM = "checksum"

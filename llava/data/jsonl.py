@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from llava.files import atomic_write
+from llava.outside import DECODER, decoded, kind_of, parsed, refuse_depth
 from llava.utils import UserError
 
 
@@ -51,12 +52,12 @@ def json_values(source: str | Path, partial_last_line: bool = False) -> Iterator
     if partial_last_line:
         lines = lines[:-1]
     if next((line.strip() for line in lines if line.strip()), b"") == b"{":
-        yield from _spread_objects(source, _decode(data, str(source)))
+        yield from _spread_objects(source, decoded(data, str(source)))
         return
     for number, line in enumerate(lines, start=1):
         if line.strip():
             where = f"{source} line {number}"
-            yield where, _load(_decode(line, where), where)
+            yield where, parsed(decoded(line, where), where, one_line=True)
 
 
 def identifier_of(value: Any, where: str) -> int | str:
@@ -75,22 +76,13 @@ def text_of(value: Any, where: str) -> str:
     return value
 
 
-def kind_of(value: Any) -> str:
-    if value is None:
-        return "nothing"
-    names = {bool: "true/false", int: "a number", float: "a number", str: "a string", list: "a list", dict: "an object"}
-    text = repr(value)
-    return f"{names.get(type(value), type(value).__name__)} ({text if len(text) <= 40 else text[:37] + '…'})"
-
-
 def _json_list(source: str | Path, data: bytes) -> Iterator[tuple[str, Any]]:
-    values = _load(_decode(data, str(source)), str(source))
+    values = parsed(decoded(data, str(source)), str(source))
     for number, value in enumerate(values, start=1):
         yield f"{source} item {number}", value
 
 
 def _spread_objects(source: str | Path, text: str) -> Iterator[tuple[str, Any]]:
-    decoder = json.JSONDecoder()
     position = 0
     while position < len(text):
         if text[position].isspace():
@@ -98,24 +90,9 @@ def _spread_objects(source: str | Path, text: str) -> Iterator[tuple[str, Any]]:
             continue
         where = f"{source} line {text.count(chr(10), 0, position) + 1}"
         try:
-            value, position = decoder.raw_decode(text, position)
+            start = position
+            value, position = DECODER.raw_decode(text, position)
         except (ValueError, RecursionError) as error:
             raise UserError(f"{where}: broken JSON ({error})") from error
+        refuse_depth(value, text[start:position], where)
         yield where, value
-
-
-def _load(text: str, where: str) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        place = f"{where}, column {error.colno}" if error.lineno == 1 else f"{where}: line {error.lineno}"
-        raise UserError(f"{place}: broken JSON ({error.msg})") from error
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{where}: broken JSON ({error})") from error
-
-
-def _decode(data: bytes, where: str) -> str:
-    try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{where}: not UTF-8 at byte {error.start} (save the file as UTF-8)") from error

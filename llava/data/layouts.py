@@ -11,11 +11,12 @@ the pen for a known field is refused with that field's name, and so is what no r
 
 from __future__ import annotations
 
-import difflib
 from typing import Any
 
 from llava.constants import DEFAULT_IMAGE_TOKEN
-from llava.data.jsonl import kind_of, text_of
+from llava.data.jsonl import text_of
+from llava.outside import kind_of
+from llava.schema import refuse_slips
 from llava.utils import UserError
 
 PICTURE_FIELDS = tuple(
@@ -35,6 +36,7 @@ MISSING = frozenset(("nan", "null", "<na>"))
 
 _ROLES = {"user": "human", "assistant": "gpt", "model": "gpt"}
 _ALIKE = 0.8
+"""Of 1: how much of a field's name must be a known one's to be taken for a slip of it."""
 
 
 def in_our_layout(value: dict[str, Any], where: str) -> tuple[dict[str, Any], bool]:
@@ -55,14 +57,14 @@ def in_our_layout(value: dict[str, Any], where: str) -> tuple[dict[str, Any], bo
     layout = named[0] if named else None
     row = dict(value) if layout is None else {**value, **_READERS[layout](value, where)}
     if any(name in row for name in CONVERSATION_KEYS):
-        refuse_slips(value, COMMON_FIELDS if layout else INSTRUCT_FIELDS, where)
+        _refuse_slips(value, COMMON_FIELDS if layout else INSTRUCT_FIELDS, where)
         _place_system(row, where)
     elif "text" in row:
-        refuse_slips(value, ("answer", *COMMON_FIELDS) if layout else QUESTION_FIELDS, where)
+        _refuse_slips(value, ("answer", *COMMON_FIELDS) if layout else QUESTION_FIELDS, where)
         if row.get("gpt4_answer") is None and row.get("answer") is not None:
             row["gpt4_answer"] = row["answer"]
     else:
-        refuse_slips(value, (*QUESTION_FIELDS, *INSTRUCT_FIELDS), where)
+        _refuse_slips(value, (*QUESTION_FIELDS, *INSTRUCT_FIELDS), where)
     row["image"] = _pictures(row, where)
     return row, layout is not None or "images" in value
 
@@ -74,19 +76,9 @@ def other_field(value: Any) -> str | None:
     return next((name for name in PICTURE_FIELDS if value.get(name) not in (None, [])), None)
 
 
-def refuse_slips(names: Any, known: tuple[str, ...], where: str) -> None:
-    """Refuse a field whose name is nearly that of a known one which the row lacks.
-
-    Raises:
-        UserError: with both names.
-    """
-    absent = [name for name in known if name not in names and len(name) > 3]
-    for name in names:
-        if name in OWN_FIELDS:
-            continue
-        plain = str(name).strip().lower().replace("-", "_").replace(" ", "_")
-        if near := difflib.get_close_matches(plain, absent, n=1, cutoff=_ALIKE):
-            raise UserError(f"{where}: unknown field {name!r}; did you mean {near[0]!r}?")
+def _refuse_slips(row: dict[str, Any], known: tuple[str, ...], where: str) -> None:
+    """Refuse a field whose name is nearly that of a known one which the row lacks."""
+    refuse_slips(row, known, where, passed=OWN_FIELDS, alike=_ALIKE)
 
 
 def is_missing(value: Any) -> bool:

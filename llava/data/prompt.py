@@ -12,7 +12,6 @@ import functools
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -23,6 +22,7 @@ from llava.conversation import conv_mode_for, get_conversation
 from llava.data.labels import Turn, conversation_ids, image_token_count, place_image, truncate
 from llava.data.rows import ANSWER_STYLES, HUMAN, Row, in_lower_case, wrong_count
 from llava.image_io import load_image
+from llava.inside import Folder, inside
 from llava.mm_utils import parse_grid_pinpoints, process_images
 from llava.utils import UserError
 
@@ -177,11 +177,11 @@ class PromptEncoder:
         tokenizer: Any,
         image_processor: Any,
         config: Any,
-        image_folder: str | Path | None = None,
+        image_folder: Folder | None = None,
         cache_megabytes: int = 256,
     ) -> None:
         self.prompt, self.tokenizer, self.image_processor, self.config = prompt, tokenizer, image_processor, config
-        self.image_folder = None if image_folder is None else Path(image_folder)
+        self.image_folder = image_folder
         self.im_start_end = bool(getattr(config, "mm_use_im_start_end", False))
         self.pictures = PictureCache(cache_megabytes * 2**20)
 
@@ -256,7 +256,7 @@ class PromptEncoder:
             UserError: naming row and file, if the picture cannot be read.
         """
         try:
-            picture = load_image((self.image_folder or Path()) / name)
+            picture = load_image(inside(self.image_folder or "", name))
         except UserError as error:
             raise UserError(f"row {row.id!r}: {error}") from error
         return self.pixels([picture])[0], picture.size

@@ -19,8 +19,9 @@ from typing import Any
 
 from llava.constants import DEFAULT_IMAGE_TOKEN
 from llava.conversation import plain_question
-from llava.data.jsonl import identifier_of, json_line, json_values, kind_of, text_of, write_jsonl
+from llava.data.jsonl import identifier_of, json_line, json_values, text_of, write_jsonl
 from llava.data.layouts import CONVERSATION_KEYS, in_our_layout, is_missing, other_field
+from llava.outside import kind_of
 from llava.utils import UserError, rank0_print, require_file
 
 __all__ = ["Row", "in_lower_case", "json_line", "json_values", "parse_row", "question_row", "read_rows", "write_jsonl"]

@@ -26,6 +26,7 @@ from llava.data.prompt import Picture, PromptEncoder, pictures_of
 from llava.data.rows import Row
 from llava.devices import OnHost
 from llava.files import file_sha256
+from llava.inside import Folder, inside
 from llava.padding import pad
 from llava.utils import UserError, rank0_print
 
@@ -154,11 +155,11 @@ class TrainingSamples(Dataset):
         return len(empty)
 
 
-def check_image_files(rows: Sequence[Row], image_folder: str | Path | None) -> None:
+def check_image_files(rows: Sequence[Row], image_folder: Folder | None) -> None:
     """Refuse rows whose picture is not there, before any of them is opened.
 
     Raises:
-        UserError: names the first such row and file and counts the others.
+        UserError: names the first such row and file and counts the others; a name leads out of the folder.
     """
     pictured = [row for row in rows if row.images]
     if not pictured:
@@ -168,7 +169,8 @@ def check_image_files(rows: Sequence[Row], image_folder: str | Path | None) -> N
     folder = Path(image_folder)
     if not folder.is_dir():
         raise UserError(f"image folder not found: {folder} (check --image_folder)")
-    absent = {name for name in picture_names(pictured) if not (folder / name).is_file()}
+    named = {name: row for row in reversed(pictured) for name in row.images}
+    absent = {name for name, row in named.items() if not inside(image_folder, name, f"row {row.id!r}").is_file()}
     if not absent:
         return
     row, first = next((row, name) for row in pictured for name in row.images if name in absent)
@@ -201,7 +203,7 @@ def picture_groups(rows: Sequence[Row]) -> list[str]:
     return [group(row.images[0]) if row.images else f"row {row.id}" for row in rows]
 
 
-def pictures_checksum(rows: Sequence[Row], image_folder: str | Path | None) -> str | None:
+def pictures_checksum(rows: Sequence[Row], image_folder: Folder | None) -> str | None:
     """16 hex digits over the contents of the rows' pictures, whatever their folder is called; None without any.
 
     Raises:
@@ -213,7 +215,7 @@ def pictures_checksum(rows: Sequence[Row], image_folder: str | Path | None) -> s
     digest = hashlib.sha256()
     try:
         for name in sorted(names):
-            digest.update(f"{name}:{file_sha256(Path(image_folder or '') / name)}\n".encode())
+            digest.update(f"{name}:{file_sha256(inside(image_folder or '', name))}\n".encode())
     except FileNotFoundError:
         check_image_files(rows, image_folder)  # names the row and counts the others
         raise

@@ -22,15 +22,16 @@ from typing import Any
 
 import numpy as np
 
-from llava.cli import fail, flag, parse
+from llava.cli import SEEDS, fail, flag, parse
 from llava.continual.matrix import FORMULAS, learning_curve, summary
 from llava.continual.sequence import load_sequence
-from llava.eval.eval_video_qa import package_version, read_scores
+from llava.eval.eval_video_qa import package_version
 from llava.eval.matrix_report import draw, matrix_text
 from llava.eval.metrics import metric_names
+from llava.eval.score_schema import read_scores
 from llava.eval.statistics import DRAWS, SEED, interval, resample_weights
 from llava.files import atomic_write, file_sha256
-from llava.utils import UserError, require_file, run_cli
+from llava.utils import UserError, run_cli
 
 FORMAT_VERSION = 1
 MATRIX_NAME, PICTURE_NAME = "accuracy_matrix.json", "accuracy_matrix.png"
@@ -132,8 +133,8 @@ class Arguments:
     tasks: list[str] | None = flag(None, "tasks in order, in place of --sequence")
     metrics: list[str] | None = flag(None, "default: the sequence's own, else the primary ones")
     output_dir: str = flag()
-    draws: int = flag(DRAWS, "bootstrap draws")
-    seed: int = flag(SEED, "seed of the bootstrap")
+    draws: int = flag(DRAWS, "bootstrap draws", least=1, most=10**6)
+    seed: int = flag(SEED, "seed of the bootstrap", **SEEDS)
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> Arguments:
@@ -150,35 +151,24 @@ def load_stage(path: str | Path, tasks: Sequence[str]) -> Stage:
     Raises:
         UserError: a missing or broken file, or a task without rows in the scores.
     """
-    source = require_file(path, "scores file", "score the answers first: python -m llava.eval.eval_video_qa")
-    try:
-        scores = read_scores(source)
-        groups, provenance, model_id = scores["groups"], scores["provenance"], scores["model_id"]
-        rows = _read_rows(source.parent / scores["rows_file"])
-    except UserError:
-        raise
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{source}: not a scores file ({type(error).__name__}: {error}); score again") from error
+    source = Path(path)
+    scores, rows = read_scores(source)
+    groups, provenance, model_id = scores["groups"], scores["provenance"], scores["model_id"]
     absent = [task for task in tasks if task not in groups]
     if absent:
         raise UserError(f"{source}: no scores for task {absent[0]!r}; the test file has {', '.join(groups)}")
-    by_task = {task: [row for row in rows if task == row["domain"] or task in _by_domain(row)] for task in tasks}
+    by_task = {task: [row for row in rows if task == row.get("domain") or task in _by_domain(row)] for task in tasks}
     return Stage(source, model_id, groups, provenance, by_task)
 
 
 def _by_domain(row: Mapping[str, Any]) -> Mapping[str, Any]:
     """Scores by domain of a row that has several."""
-    return row.get("scores_by_domain", {})
+    return row.get("scores_by_domain") or {}
 
 
 def _scores_in(row: Mapping[str, Any], task: str) -> Mapping[str, float]:
     """A row's scores as one of the task's: they differ where a metric looks at the whole group."""
     return _by_domain(row).get(task, row["scores"])
-
-
-def _read_rows(path: Path) -> list[dict[str, Any]]:
-    source = require_file(path, "row values", "score the answers again: python -m llava.eval.eval_video_qa --force")
-    return [json.loads(line) for line in source.read_text(encoding="utf-8").split("\n") if line.strip()]
 
 
 def build(

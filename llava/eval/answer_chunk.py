@@ -16,6 +16,7 @@ from llava.eval.answer_file import answer_row, append, appending, base_of, chunk
 from llava.eval.generation import Generation, Loading, given_tasks
 from llava.eval.shown_pictures import BLANK, REAL, shown_metadata, shown_rows
 from llava.files import file_sha256
+from llava.inside import Folder
 from llava.mm_utils import get_model_name_from_path
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ class Chunk:
 
     question_file: str
     rows: Sequence[Row] = field(repr=False)
-    image_folder: str
+    image_folder: Folder
     answers_file: Path
     model: str
     base: str | None
@@ -89,6 +90,7 @@ class Chunk:
                 "route": [self.route, self.task],
                 "loading": [loading.load_8bit, loading.load_4bit, loading.attn_implementation, str(loading.dtype)],
                 **({} if self.pictures == REAL else {"shown": self.pictures}),
+                **({} if loading.tf32 is None else {"tf32": loading.tf32}),
                 **generated,
             }
         )

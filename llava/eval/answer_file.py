@@ -18,11 +18,12 @@ from typing import IO, Any
 
 from llava.checkpoints.kinds import ADAPTER_CONFIG
 from llava.checkpoints.manifest import local_folder
-from llava.checkpoints.weights import read_json
+from llava.checkpoints.schemas import read_settings
 from llava.data.answers import read_answers, with_checksum
 from llava.data.rows import Row
 from llava.eval.answer_match import answers_of, missing_rows, position_of
 from llava.locks import only_writer
+from llava.targets import open_in_place, remove, replaceable
 from llava.utils import UserError
 
 RUN_LENGTH = 16
@@ -63,7 +64,7 @@ def base_of(model: str) -> str | None:
     """The base that a checkpoint of its own parts names in its configs, where it lies there; ``None`` without one."""
     folder = local_folder(model)
     files = [] if folder is None else [folder / name for name in (ADAPTER_CONFIG, "config.json")]
-    named = [read_json(file).get("base_model_name_or_path") for file in files if file.is_file()]
+    named = [read_settings(file).get("base_model_name_or_path") for file in files if file.is_file()]
     name = next(filter(None, named), None)
     if folder is None or name is None:
         return None
@@ -103,7 +104,11 @@ def appending(
     Raises:
         UserError: the file holds something else than the first answers of this run.
     """
-    target = Path(path)
+    target = replaceable(path)
+    if target is None:  # a device or a pipe: nothing of it can be read again
+        with open_in_place(path) as stream:
+            yield 0, stream
+        return
     with _opened(target) as stream:
         _cut_torn_line(stream)
         done, reason = progress(target, rows, model_id, run, replace)
@@ -129,7 +134,7 @@ def _opened(target: Path) -> Iterator[IO[bytes]]:
                 yield stream
         except BaseException:
             if target.is_file() and target.stat().st_size == 0:
-                target.unlink()
+                remove(target)
             raise
 
 
@@ -148,7 +153,7 @@ def progress(
     Raises:
         UserError: it must, and is not to be replaced.
     """
-    if not Path(path).is_file():
+    if replaceable(path) is None or not Path(path).is_file():
         return 0, None
     try:
         answers = read_answers(path, partial_last_line=True)

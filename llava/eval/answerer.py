@@ -15,20 +15,18 @@ from __future__ import annotations
 import gc
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from llava.checkpoints.checkpoint import Checkpoint
-from llava.checkpoints.kinds import ADAPTER_CONFIG, SLOTS_FILE
+from llava.checkpoints.kinds import SLOTS_FILE
 from llava.checkpoints.weights import resolve_recorded
 from llava.conversation import get_conversation, plain_question
-from llava.data.prompt import Prompt, PromptEncoder, check_aspect_ratio
+from llava.data.prompt import Prompt, PromptEncoder
 from llava.data.rows import Row
 from llava.data.samples import one_or_all
-from llava.devices import default_device
 from llava.eval.answer_file import batches
 from llava.eval.generation import (
     NO_ROUTE,
@@ -42,11 +40,12 @@ from llava.eval.generation import (
     given_tasks,
     sorted_batches,
 )
-from llava.eval.question_cache import MEGABYTES, BlankEncoder, QuestionCache
+from llava.eval.loaded import Loaded, check_asked, check_task, is_light
+from llava.eval.question_cache import BlankEncoder, QuestionCache
+from llava.inside import Folder
 from llava.mm_utils import KeywordsStoppingCriteria, get_model_name_from_path
-from llava.model.builder import attach_slots, load_pretrained_model, tell_prompt
+from llava.model.builder import attach_slots, check_slots_fit, tell_prompt
 from llava.model.configs import llava_config
-from llava.model.prefixes import PrefixStore
 from llava.model.saving import refuse_lost_weights
 from llava.model.vision.features import on_device
 from llava.padding import pad
@@ -55,20 +54,6 @@ from llava.slots.names import ROUTERS
 from llava.slots.picture_query import joined_query
 from llava.slots.pool import Pool
 from llava.utils import UserError, rank0_print
-
-_PROMPT_ENTRIES = ("prompt", "conversation_version", "image_aspect_ratio")
-
-
-@dataclass
-class _Loaded:
-    """What is in memory: the model as it was loaded, and from where."""
-
-    key: tuple[str, str | None]
-    tokenizer: Any
-    model: Any
-    image_processor: Any
-    adapter: Any
-    entries: dict[str, Any]
 
 
 class Answerer:
@@ -84,7 +69,7 @@ class Answerer:
         self.cache = cache or QuestionCache()
         self._prompt: Prompt | None = None
         self._choices = 0
-        self._loaded: _Loaded | None = None
+        self._loaded: Loaded | None = None
         self._route: str | None = None
         self._task: str | None = None
 
@@ -111,7 +96,7 @@ class Answerer:
         return self._prompt
 
     @property
-    def _in_memory(self) -> _Loaded:
+    def _in_memory(self) -> Loaded:
         if self._loaded is None:
             raise UserError("no model is loaded; say which one answers with use()")
         return self._loaded
@@ -147,7 +132,7 @@ class Answerer:
             self._prompt = self._put_on(stage, route, task, defaults or {}, asked)
         except BaseException:
             if self._loaded is not None:
-                _clear(self._loaded)
+                self._loaded.clear()
             raise
         template = get_conversation(self._prompt.conv_mode)
         self._stop = (template.sep2 if template.sep_style.name in ("TWO", "LLAMA_2") else template.sep) or None
@@ -162,7 +147,7 @@ class Answerer:
             raise UserError("there is no base model; give one, or a stage")
         check_route(route)
         checkpoint = Checkpoint.open(place, get_model_name_from_path(place))
-        _check_asked(checkpoint, asked)
+        check_asked(checkpoint, asked)
         if stage is not None and is_light(checkpoint):
             refuse_lost_weights(checkpoint)
             slots = Pool.read(checkpoint.folder / SLOTS_FILE)
@@ -170,7 +155,10 @@ class Answerer:
             if not self.base and not recorded:
                 raise UserError(f"{place} holds only slots; give the base model they were trained on as --model-base")
             base = self.base or resolve_recorded(str(recorded), checkpoint.folder)
-            loaded, under = self._ready(base, None), Checkpoint.open(base)
+            under = Checkpoint.open(base)
+            check_slots_fit(llava_config(under), slots, under)
+            check_task(task, [one.name for one in slots.selectable])
+            loaded = self._ready(base, None)
             attach_slots(loaded.model, slots, under, read_memory(checkpoint.folder), self.cache.encoder)
             tell_prompt(loaded.model.config, slots, base)
         else:
@@ -182,38 +170,17 @@ class Answerer:
         prompt.tell(loaded.model.config)
         return prompt
 
-    def _ready(self, place: str, base: str | None) -> _Loaded:
+    def _ready(self, place: str, base: str | None) -> Loaded:
         """The model of ``place``, loaded or in memory already, with nothing on it."""
         key = (place, base)
         if self._loaded is None or self._loaded.key != key:
             self._loaded = None  # two models may not fit into the memory
             gc.collect()
-            self._loaded = self._load(place, base)
-        _clear(self._loaded)
+            self._loaded = Loaded.load(place, base, self.loading)
+            if self.base is not None and place != self.base:
+                rank0_print(f"{place}: has weights of its own, so it was loaded by itself")
+        self._loaded.clear()
         return self._loaded
-
-    def _load(self, place: str, base: str | None) -> _Loaded:
-        loading = self.loading
-        device = default_device(loading.device)
-        loaded: Any = load_pretrained_model(
-            place,
-            base,
-            get_model_name_from_path(place),
-            load_8bit=loading.load_8bit,
-            load_4bit=loading.load_4bit,
-            device_map=loading.device_map or {"": device},
-            device=device,
-            attn_implementation=loading.attn_implementation,
-            dtype=loading.dtype,
-        )
-        tokenizer, model, image_processor, _ = loaded
-        if not hasattr(model, "get_vision_tower"):
-            raise UserError(f"{place} is a plain language model, not a LLaVA checkpoint")
-        if self.base is not None and place != self.base:
-            rank0_print(f"{place}: has weights of its own, so it was loaded by itself")
-        model.prefixes = PrefixStore(MEGABYTES * 2**20)
-        entries = {name: value for name, value in vars(model.config).items() if name in _PROMPT_ENTRIES}
-        return _Loaded((place, base), tokenizer, model.eval(), image_processor, model.retriever, entries)
 
     def _choose(self, route: str | None, task: str | None) -> None:
         self._route, self._task = route, task
@@ -224,9 +191,7 @@ class Answerer:
             adapter.router_name = adapter.settings.router if route in (None, ORACLE) else route
             if adapter.router_name == ORACLE:  # a stage that was trained to be given the task
                 self._route = ORACLE
-        if task and task not in self.known_tasks:
-            known = ", ".join(self.known_tasks) or "no slots"
-            raise UserError(f"no trained slots for task {task!r}; the model has {known}")
+        check_task(task, self.known_tasks)
 
     @property
     def known_tasks(self) -> list[str]:
@@ -236,7 +201,7 @@ class Answerer:
 
     # -- answers -----------------------------------------------------------------------------------------------------
 
-    def encoder(self, image_folder: str = "", blank: bool = False) -> PromptEncoder:
+    def encoder(self, image_folder: Folder = "", blank: bool = False) -> PromptEncoder:
         """What turns rows and conversations into this model's inputs, as training does; or with blanks for pictures."""
         loaded = self._in_memory
         parts = (self.prompt, loaded.tokenizer, loaded.image_processor, loaded.model.config)
@@ -246,7 +211,7 @@ class Answerer:
         self,
         rows: Sequence[Row],
         generation: Generation | None = None,
-        image_folder: str = "",
+        image_folder: Folder = "",
         done: int = 0,
         blank: bool = False,
     ) -> Iterator[Reply]:
@@ -262,7 +227,7 @@ class Answerer:
         return self._answers(rows, generation or Generation(), (image_folder, blank), done, self._choices)
 
     def _answers(
-        self, rows: Sequence[Row], generation: Generation, pictures: tuple[str, bool], done: int, choice: int
+        self, rows: Sequence[Row], generation: Generation, pictures: tuple[Folder, bool], done: int, choice: int
     ) -> Iterator[Reply]:
         self._still(choice)
         encoder = self.encoder(*pictures)
@@ -393,26 +358,3 @@ class Answerer:
     def _clean(self, text: str) -> str:
         """The answer without the template's end mark and what a model says after it."""
         return (text.split(self._stop)[0] if self._stop and self._stop.strip() else text).strip()
-
-
-def _clear(loaded: _Loaded) -> None:
-    """Take off what was put on the model since it was loaded."""
-    loaded.model.detach_adapter()
-    values = vars(loaded.model.config)
-    for name in _PROMPT_ENTRIES:
-        values.pop(name, None)
-    values.update(loaded.entries)
-
-
-def is_light(checkpoint: Checkpoint) -> bool:
-    """Whether a checkpoint is slots alone, which any number of can share one loaded base."""
-    return checkpoint.kind == "stage" and not checkpoint.has_weights and not checkpoint.has(ADAPTER_CONFIG)
-
-
-def _check_asked(checkpoint: Checkpoint, asked: dict[str, Any]) -> None:
-    """Refuse a template or picture mode that is not known, or that the model cannot do, before it is loaded."""
-    if asked.get("conv_mode"):
-        get_conversation(asked["conv_mode"])
-    if asked.get("aspect_ratio"):
-        config = llava_config(checkpoint) if checkpoint.has("config.json") else None
-        check_aspect_ratio(asked["aspect_ratio"], config)

@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import llava
-from llava.cli import fail, flag, parse, spelled
+from llava.cli import SEEDS, fail, flag, parse, spelled
 from llava.data.answers import CHECKSUM, parse_answer
 from llava.data.jsonl import json_values
 from llava.data.metric_names import METRICS
@@ -38,10 +38,12 @@ from llava.eval.answer_match import answers_of, missing_rows, some, taken_by_ord
 from llava.eval.comparison import compare, comparison_table, drops, pictures_table
 from llava.eval.metrics import OVERALL, normalise, score
 from llava.eval.metrics.scoring import Prepared
+from llava.eval.score_schema import read_scores
 from llava.eval.score_table import score_table
 from llava.eval.statistics import DRAWS, SEED
 from llava.eval.text_metrics import TextScorer
 from llava.files import atomic_write, file_sha256, values_sha256
+from llava.inside import check_file_name
 from llava.utils import UserError, require_file, run_cli
 
 FORMAT_VERSION = 2
@@ -66,8 +68,8 @@ class Arguments:
     output_json: str | None = flag(None, "write the caption metrics there too, as the prototype did (one answers file)")
     allow_partial: bool = flag(False, "score the answered questions only")
     no_java: bool = flag(False, "plain tokenizer, no METEOR")
-    draws: int = flag(DRAWS, "bootstrap draws")
-    seed: int = flag(SEED, "seed of the bootstrap")
+    draws: int = flag(DRAWS, "bootstrap draws", least=1, most=10**6)
+    seed: int = flag(SEED, "seed of the bootstrap", **SEEDS)
     force: bool = flag(False, "score again what is already scored")
 
 
@@ -206,12 +208,11 @@ class _Job(_Answers):
         if self.arguments.force or not self.target.is_file() or not self.target.with_name(ROWS_NAME).is_file():
             return None
         try:
-            scores = read_scores(self.target)
-            wanted = self.provenance(tokenizer)
-            same = scores["format_version"] == FORMAT_VERSION
-            return scores if same and _checksums(scores["provenance"]) == _checksums(wanted) else None
-        except (ValueError, KeyError, TypeError):  # an older, foreign or damaged file: it is replaced
+            scores, _ = read_scores(self.target)
+        except UserError:  # an older, foreign or damaged file: it is replaced
             return None
+        same = scores.get("format_version") == FORMAT_VERSION
+        return scores if same and _checksums(scores["provenance"]) == _checksums(self.provenance(tokenizer)) else None
 
     def score(self, train_rows: Sequence[Row], scorer: TextScorer) -> dict[str, Any]:
         """Score, write ``rows.jsonl`` and then ``scores.json``, return the scores."""
@@ -236,23 +237,6 @@ class _Job(_Answers):
         """By kind of picture shown in place of the real ones, what is lost."""
         kinds = self.pictures.items()
         return {kind: {"groups": drops(_compared(self, other, self.arguments, scorer))} for kind, other in kinds}
-
-
-def read_scores(path: Path) -> dict[str, Any]:
-    """What a ``scores.json`` holds, compared with the checksums in it: its own, and that of the row values beside it.
-
-    Raises:
-        UserError: they do not agree. Files of earlier versions hold none.
-    """
-    scores: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    if CHECKSUM not in scores:
-        return scores
-    rows = path.with_name(ROWS_NAME)
-    if values_sha256({name: value for name, value in scores.items() if name != CHECKSUM}) != scores[CHECKSUM]:
-        raise UserError(f"{path}: is not what was written here; score again")
-    if rows.is_file() and file_sha256(rows) != scores["rows_sha256"]:
-        raise UserError(f"{rows}: is not what was written beside {SCORES_NAME}; score again")
-    return scores
 
 
 # -- reading ---------------------------------------------------------------------------------------------------------
@@ -322,8 +306,7 @@ def model_id_of(answers: Sequence[Mapping[str, Any]], path: Path) -> str:
             f"{path}: answers of several models in one file: {some(sorted(names))} (give one file per model)"
         )
     name = names.pop()
-    if name in (".", "..") or "/" in name or "\\" in name or "\0" in name:
-        raise UserError(f"{path}: model_id {name!r} cannot name a folder (give the model folder's own name)")
+    check_file_name(name, f"{path}: model_id")
     return name
 
 

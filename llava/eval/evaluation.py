@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import ClassVar
 
-from llava.checkpoints.checkpoint import Checkpoint
-from llava.checkpoints.kinds import SLOTS_FILE
-from llava.cli import flag
+from llava.cli import MANY, SEEDS, flag
 from llava.continual.methods import METHODS
 from llava.continual.places import Places
+from llava.continual.preflight import check_base, check_questions, check_space, check_stages, require_stages
 from llava.continual.sequence import TaskSequence, load_sequence, sequence_flag
 from llava.conversation import get_conversation
 from llava.data.prompt import check_aspect_ratio
@@ -23,10 +21,11 @@ from llava.eval.answer_chunk import Chunk
 from llava.eval.generation import ORACLE, Generation, Loading, check_route, given_tasks
 from llava.eval.loading_flags import asked_prompt
 from llava.eval.shown_pictures import KINDS, REAL, SHUFFLED, shown_rows
-from llava.model.builder import check_slots_fit
-from llava.model.configs import llava_config
-from llava.slots.pool import Pool
+from llava.inside import Folder, opened_to_links
 from llava.utils import UserError, require_file
+
+ANSWER_BYTES = 500
+"""What an answer takes on the disk, at least."""
 
 
 @dataclass(frozen=True)
@@ -40,16 +39,18 @@ class Settings:
     route: str = flag("", "a router, 'oracle' (the task is given) or 'none' (default: as trained)")
     zero_shot: bool = flag(True, "also evaluate the base model alone")
     chunks: str = flag("", "parts of the question file (default: one for each device)")
-    batch_size: int = flag(16, "questions answered at a time")
-    max_new_tokens: int = flag(64, "longest answer, in tokens")
-    num_workers: int = flag(0, "threads that read pictures ahead")
+    batch_size: int = flag(16, "questions answered at a time", least=1, most=MANY)
+    max_new_tokens: int = flag(64, "longest answer, in tokens", least=1, most=MANY)
+    num_workers: int = flag(0, "threads that read pictures ahead", least=0, most=1024)
     conv_mode: str = flag("", "conversation template (default: the stage's own)")
+    follow_links: bool = flag(False, "open pictures that are links out of their folder")
+    tf32: bool | None = flag(None, "products of float32 matrices in TF32, on NVIDIA GPUs since Ampere (default: no)")
     image_aspect_ratio: str = flag("", "pad, square or anyres (default: the stage's own)")
     answer_suffix: str | None = flag(None, "text after each question (default: the stage's own; '' for none)")
     pictures: list[str] = flag(
         [REAL], "what the base and the last stage are shown, also blank, shuffled", choices=KINDS
     )
-    picture_seed: int = flag(0, "of the exchange of shuffled pictures")
+    picture_seed: int = flag(0, "of the exchange of shuffled pictures", **SEEDS)
     stale: str = flag("replace", "answers of other weights or settings", choices=["replace", "refuse"])
     worker: str = flag("", "which part of the chunks this process answers, for the command's own use")
 
@@ -128,9 +129,14 @@ class Evaluation:
         return read_rows(source)
 
     @property
+    def image_folder(self) -> Folder:
+        """The pictures of the test questions."""
+        return opened_to_links(self.sequence.image_folder, self.settings.follow_links) or ""
+
+    @property
     def loading(self) -> Loading:
-        """The defaults: the accelerator of this process, unquantised."""
-        return Loading()
+        """The accelerator of this process, unquantised."""
+        return Loading(tf32=self.settings.tf32)
 
     def chunk(self, name: str, number: int, pictures: str = REAL) -> Chunk:
         """One chunk of a model's answers to a kind of picture."""
@@ -138,7 +144,7 @@ class Evaluation:
         return Chunk(
             question_file=self.sequence.test,
             rows=self.rows,
-            image_folder=self.sequence.image_folder,
+            image_folder=self.image_folder,
             answers_file=self.answers_folder(name, pictures) / "chunks" / f"{self.chunks}_{number}.jsonl",
             model=self.base if stage is None else str(stage),
             base=None if stage is None else self.base,
@@ -165,9 +171,6 @@ class Evaluation:
             UserError: naming the first thing that is wrong.
         """
         settings = self.settings
-        for name in ("batch_size", "max_new_tokens"):
-            if getattr(settings, name) < 1:
-                raise UserError(f"--{name} is {getattr(settings, name)}; give 1 or more")
         METHODS.get(settings.method)  # refuses a name that is no method
         check_route(settings.route or None)
         if settings.conv_mode:
@@ -179,41 +182,12 @@ class Evaluation:
         for task in self.sequence.tasks:
             for file in task.files:
                 require_file(file, "training file", "the majority baselines need it; make it with: python fusion.py")
-        self._check_stages()
-        check_image_files(self.rows, self.sequence.image_folder)
+        require_stages(self.places.stages)
+        check_stages(self.places.stages, check_base(self.base))
+        check_space(self.folder, ANSWER_BYTES * len(self.rows) * len(self.passes), "the answers")
+        check_image_files(self.rows, self.image_folder)
         for kind in settings.pictures:
             shown_rows(self.rows, kind, settings.picture_seed)  # refuses pictures that cannot change places
         for name, kind in self.passes:
             for number in range(self.chunks):
                 self.chunk(name, number, kind).finished()  # refuses another run's answers, if it should
-
-    def _check_stages(self) -> None:
-        stages = self.places.stages
-        for stage in stages:
-            if not stage.is_dir():
-                raise UserError(f"stage checkpoint not found: {stage} (train it with: bash finetune_continual.sh)")
-        base = Checkpoint.open(self.base)
-        for stage in stages:
-            checkpoint = Checkpoint.open(stage)
-            if checkpoint.kind == "stage" and not checkpoint.has_weights:
-                check_slots_fit(llava_config(base), Pool.read(stage / SLOTS_FILE), base)
-
-
-def check_questions(rows: Sequence[Row], sequence: TaskSequence) -> None:
-    """Refuse test questions that could not be scored for the accuracy matrix.
-
-    Raises:
-        UserError: a row without an answer, a task without rows.
-    """
-    for row in rows:
-        if row.answer is None:
-            raise UserError(
-                f"{sequence.test}: question_id {row.id!r} has no reference answer (add 'gpt4_answer' to the row)"
-            )
-    domains = list(dict.fromkeys(domain for row in rows for domain in row.domains))
-    absent = [task for task in sequence.task_names if task not in domains]
-    if absent:
-        raise UserError(
-            f"{sequence.test}: no question is of task {absent[0]!r} (its domains are "
-            f"{', '.join(domains) or 'none'}); add some, or name the task as they do"
-        )

@@ -24,6 +24,7 @@ class Loading:
 
     Args:
         device_map: ``auto`` puts the layers on all GPUs, in turn; by default the model is on one.
+        tf32: whether a GPU's products of float32 matrices are TF32; by default as torch has it, which is not.
     """
 
     device: str | None = None
@@ -32,6 +33,7 @@ class Loading:
     load_4bit: bool = False
     attn_implementation: str | None = None
     dtype: torch.dtype | None = None
+    tf32: bool | None = None
 
 
 @dataclass(frozen=True)

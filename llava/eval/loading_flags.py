@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from llava.cli import flag
+from llava.devices import check_device
 from llava.eval.generation import Generation, Loading
 from llava.image_io import allow_pixels
 
-LOADING = ("device", "device_map", "load_8bit", "load_4bit", "attn_implementation")
+LOADING = ("device", "device_map", "load_8bit", "load_4bit", "attn_implementation", "tf32")
 GENERATION = ("temperature", "top_p", "num_beams", "max_new_tokens", "batch_size", "seed", "refuse_unknown")
 
 
@@ -28,7 +29,10 @@ class LoadingFlags:
         "default: sdpa, which also stands in for a FlashAttention that is not installed",
         choices=("sdpa", "flash_attention_2", "eager"),
     )
-    max_pixels: int | None = flag(None, "pixels that a picture may have (default: LLAVA_MAX_PIXELS or 100 million)")
+    tf32: bool | None = flag(None, "products of float32 matrices in TF32, on NVIDIA GPUs since Ampere (default: no)")
+    max_pixels: int | None = flag(
+        None, "pixels that a picture may have (default: LLAVA_MAX_PIXELS or 100 million)", least=1
+    )
 
 
 @dataclass(kw_only=True)
@@ -45,8 +49,14 @@ class PromptFlags:
 
 
 def loading_of(arguments: Any) -> Loading:
-    """Where and in which form a command line wants the model; its limit for pictures holds from here on."""
+    """Where and in which form a command line wants the model; its limit for pictures holds from here on.
+
+    Raises:
+        UserError: a device that is not here.
+    """
     allow_pixels(getattr(arguments, "max_pixels", None))
+    if arguments.device:
+        check_device(arguments.device)
     return Loading(**_given(arguments, LOADING))
 
 

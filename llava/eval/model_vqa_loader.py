@@ -20,12 +20,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from llava.cli import fail, filled, flag, parse
+from llava.cli import MANY, SEEDS, fail, filled, flag, parse
 from llava.data.rows import read_rows
 from llava.eval.answer_chunk import Chunk
 from llava.eval.generation import NO_ROUTE, ORACLE
 from llava.eval.loading_flags import LoadingFlags, PromptFlags, asked_prompt, generation_of, loading_of
 from llava.eval.shown_pictures import KINDS, REAL
+from llava.inside import opened_to_links
 from llava.utils import run_cli
 
 
@@ -36,24 +37,25 @@ class Arguments(PromptFlags, LoadingFlags):
     model_path: str = flag(help="checkpoint folder or hub id")
     model_base: str | None = flag(None, "base model that a light checkpoint is applied to")
     image_folder: str = flag("", "folder of the rows' images")
+    follow_links: bool = flag(False, "open pictures that are links out of their folder")
     question_file: str = flag()
     answers_file: str = "answer.jsonl"
     default_answer_suffix: str = flag("", "for a model that keeps none of its own")
-    num_chunks: int = 1
-    chunk_idx: int = 0
-    temperature: float = flag(0.0, "0 is greedy")
-    top_p: float | None = None
-    num_beams: int = 1
-    max_new_tokens: int = 128
-    batch_size: int = 8
-    num_workers: int = flag(0, "threads that read images ahead")
+    num_chunks: int = flag(1, least=1)
+    chunk_idx: int = flag(0, least=0)
+    temperature: float = flag(0.0, "0 is greedy", least=0)
+    top_p: float | None = flag(None, above=0, most=1)
+    num_beams: int = flag(1, least=1, most=MANY)
+    max_new_tokens: int = flag(128, least=1, most=MANY)
+    batch_size: int = flag(8, least=1, most=MANY)
+    num_workers: int = flag(0, "threads that read images ahead", least=0, most=1024)
     task_id: str | None = flag(None, "route every question to this task's slots")
     route: str | None = flag(None, f"router to use; {ORACLE!r}: the row's own domain, {NO_ROUTE!r}: no slots")
     refuse_unknown: bool = flag(
         False, "answer questions that fit no known task with a fixed refusal instead of the base model's words"
     )
     pictures: str = flag(REAL, "what each question is shown in place of its own picture", choices=KINDS)
-    seed: int = flag(0, "for a temperature above 0, and for shuffled pictures")
+    seed: int = flag(0, "for a temperature above 0, and for shuffled pictures", **SEEDS)
     stale: str = flag("refuse", "what to do with another run's answers file", choices=("refuse", "replace"))
 
 
@@ -68,9 +70,6 @@ def parse_arguments(
 ) -> Kind:
     """The command line of this command, or of one that adds flags to it; ``defaults`` replace those of the flags."""
     arguments = parse(kind, argv, description, **defaults)
-    for name in ("batch_size", "max_new_tokens", "num_beams"):
-        if getattr(arguments, name) < 1:
-            fail(f"--{name} must be at least 1")
     if arguments.task_id and arguments.route not in (None, ORACLE):
         fail("--task-id gives the task away, so it goes with --route oracle or none at all")
     return arguments
@@ -98,7 +97,7 @@ def chunk_of(arguments: Arguments) -> Chunk:
     return Chunk(
         question_file=arguments.question_file,
         rows=read_rows(arguments.question_file),
-        image_folder=arguments.image_folder,
+        image_folder=opened_to_links(arguments.image_folder, arguments.follow_links) or "",
         answers_file=Path(arguments.answers_file),
         model=arguments.model_path,
         base=arguments.model_base,

@@ -21,6 +21,7 @@ from llava.eval.accuracy_matrix import MATRIX_NAME
 from llava.eval.matrix_report import title_of
 from llava.eval.score_table import columns, span
 from llava.files import atomic_write, file_sha256
+from llava.outside import read_object
 from llava.utils import UserError, require_file, run_cli
 
 FORMAT_VERSION = 1
@@ -62,7 +63,7 @@ def read_matrix(folder: str | Path) -> dict[str, Any]:
     """
     file = require_file(Path(folder) / MATRIX_NAME, "accuracy matrix", "evaluate first: bash cv805.sh")
     try:
-        found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        found = read_object(file)
         found["tasks"], found["metrics"], found["provenance"]["question_file"]["sha256"]
         for values in found["metrics"].values():
             values["learning_curve"], values["matrix"], values["summary"]

@@ -29,11 +29,12 @@ class Arguments:
     slots: str = flag(help="key file, merged file or stage checkpoint folder")
     question_file: str = flag()
     image_folder: str = ""
+    follow_links: bool = flag(False, "open pictures that are links out of their folder")
     unknown_file: str | None = flag(None, "rows that belong to none of the tasks")
     unknown_images: str | None = flag(None, "their picture folder (default: --image-folder)")
     model_base: str | None = flag(None, "default: the one the slots name")
     routers: list[str] | None = flag(None, "default: the slots' own, then keys, gaussian, ridge")
-    mistakes: int = flag(10, "how many to show")
+    mistakes: int = flag(10, "how many to show", least=0)
     output_dir: str = "output/route"
     device: str = "cpu"
     cache_dir: str = flag("output/cache/queries", "where computed queries are kept")
@@ -42,9 +43,14 @@ class Arguments:
 def main(argv: Sequence[str] | None = None) -> None:
     arguments = parse(Arguments, argv, __doc__)
     quiet_libraries()
+    from llava.devices import check_device
     from llava.eval.route_picture import draw
     from llava.eval.route_scores import score_routes, worst_mistakes
+    from llava.slots.names import ROUTERS
 
+    check_device(arguments.device)
+    for name in arguments.routers or ():
+        ROUTERS.get(name)  # refuses a name that is no router, before queries are computed
     pool, base = load_pool(arguments.slots, arguments.model_base)
     rows, queries = read_queries(arguments, pool, base)
     if not {row.domain for row in rows} & set(pool.names):
@@ -103,6 +109,7 @@ def read_queries(arguments: Arguments, slots: Any, base: Path) -> tuple[list, An
 
     from llava.continual.queries import compute_queries
     from llava.data.rows import read_rows
+    from llava.inside import opened_to_links
     from llava.slots.encoders import same_encoder
     from llava.slots.queries import Queries
 
@@ -122,7 +129,7 @@ def read_queries(arguments: Arguments, slots: Any, base: Path) -> tuple[list, An
             compute_queries(
                 mine,
                 base,
-                folder,
+                opened_to_links(folder, arguments.follow_links) or "",
                 settings.query_mode,
                 settings.encoder.get("name", "base"),
                 device=arguments.device,
@@ -144,10 +151,7 @@ def route_rows(pool: Any, router: str, rows: Sequence, queries: Any) -> Any:
     """What ``router`` makes of the rows."""
     from llava.eval.route_scores import RoutedRows
     from llava.slots.queries import Query
-    from llava.slots.routers import ROUTERS
 
-    if router not in ROUTERS.names():
-        raise UserError(f"--routers: {router!r} cannot be measured; choose from {', '.join(ROUTERS.names())}")
     route = pool.route(Query(queries.text, queries.image), router=router)
     slot_tasks = [task.name for task in pool.tasks for _ in range(task.count)]
     return RoutedRows(

@@ -17,7 +17,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from llava.cli import filled, flag, parse
+from llava.cli import MANY, filled, flag, parse
 from llava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_PLACEHOLDER
 from llava.eval.loading_flags import LoadingFlags, PromptFlags, asked_prompt, generation_of, loading_of
 from llava.utils import UserError, quiet_libraries, run_cli
@@ -38,10 +38,10 @@ class Arguments(PromptFlags, LoadingFlags):
     image_file: str = flag(help="file or URL; several with --sep between them")
     query: str = flag()
     sep: str = flag(",", "between file names")
-    temperature: float = flag(0.2, "0 is greedy")
-    top_p: float | None = None
-    num_beams: int = 1
-    max_new_tokens: int = 512
+    temperature: float = flag(0.2, "0 is greedy", least=0)
+    top_p: float | None = flag(None, above=0, most=1)
+    num_beams: int = flag(1, least=1, most=MANY)
+    max_new_tokens: int = flag(512, least=1, most=MANY)
     task_id: str | None = flag(None, "route the question to this task's slots")
     route: str | None = flag(None, "router to use; 'none' answers with the base model")
 

@@ -22,7 +22,9 @@ from transformers import PreTrainedModel
 
 from llava.checkpoints.hf_layout import TO_LLAVA, renamed
 from llava.checkpoints.kinds import ADAPTER_CONFIG, NON_LORA_FILE, PROJECTOR_FILE
-from llava.checkpoints.weights import load_bin, read_json
+from llava.checkpoints.schemas import read_settings
+from llava.checkpoints.weights import load_bin
+from llava.outside import foreign
 from llava.utils import UserError, rank0_print
 
 PEFT_PREFIX = "base_model.model."
@@ -35,11 +37,11 @@ def adapter_base(folder: Path, model_base: str | None) -> str:
     """The base of a LoRA folder: ``model_base``, else the one its config names."""
     if model_base:
         return model_base
-    named = read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
+    named = read_settings(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
     if not named:
         raise UserError(f"{folder} holds a LoRA adapter that names no base; give its base as --model-base")
     rank0_print(f"base of the LoRA: {named} ({ADAPTER_CONFIG} names it)")
-    return named
+    return str(named)
 
 
 def extra_tensors(folder: Path) -> dict[str, Tensor]:
@@ -110,7 +112,9 @@ def apply_adapter(model: PreTrainedModel, folder: Path, merge: bool, trainable: 
     from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 
     state = _adapter_tensors(folder)
-    config = PeftConfig.from_pretrained(str(folder))
+    read_settings(folder / ADAPTER_CONFIG)
+    with foreign(folder / ADAPTER_CONFIG, "copy it again"):
+        config = PeftConfig.from_pretrained(str(folder))
     if any(HF_NAMES.match(key) for key in state):
         with tempfile.TemporaryDirectory() as renamed_folder:
             _write_renamed(Path(renamed_folder), state, config)
@@ -120,7 +124,7 @@ def apply_adapter(model: PreTrainedModel, folder: Path, merge: bool, trainable: 
         config.exclude_modules = NOT_DECODER
     try:
         wrapped = PeftModel.from_pretrained(model, str(folder), config=config, is_trainable=trainable)
-    except (RuntimeError, ValueError) as error:
+    except (RuntimeError, ValueError, TypeError, KeyError, AttributeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{folder}: the LoRA does not fit the base ({reason}); give the right --model-base") from error
     whole = any(WHOLE_TABLE.search(key) for key in state)  # else PEFT guesses, by the base's config

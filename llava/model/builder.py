@@ -19,6 +19,7 @@ from transformers import (
 from llava.checkpoints.checkpoint import Checkpoint, Place
 from llava.checkpoints.hf_layout import TO_LLAVA as HF_TO_LLAVA
 from llava.checkpoints.kinds import ADAPTER_CONFIG, PROJECTOR_PREFIX, SLOTS_FILE
+from llava.checkpoints.schemas import check_settings
 from llava.checkpoints.tokenizer import load_tokenizer
 from llava.checkpoints.weights import HARMLESS, first_line, lacking_tensors, resolve_recorded
 from llava.conversation import conv_mode_for
@@ -29,6 +30,7 @@ from llava.model.loading import known_dtype, loading_options
 from llava.model.saving import OWN_WEIGHTS, refuse_lost_slots, refuse_lost_weights
 from llava.model.vision.features import load_vision_tower
 from llava.model.vision.setup import add_picture_tokens
+from llava.outside import foreign
 from llava.slots.adapter import ADAPTERS, RETRIEVER, read_memory
 from llava.slots.encoders import TextEncoder, encoder_from_identity
 from llava.slots.offsets import target_features
@@ -183,7 +185,8 @@ def load_base(
     tokenizer = load_tokenizer(checkpoint.folder)
     if checkpoint.kind == "plain" and config_from is None and not as_llava:
         options = {**options, **(overwrite_config or {})}
-        return AutoModelForCausalLM.from_pretrained(checkpoint.folder, **options), tokenizer, None
+        with foreign(checkpoint.folder, "copy the model again"):
+            return AutoModelForCausalLM.from_pretrained(checkpoint.folder, **options), tokenizer, None
     configured = _configured(checkpoint, config_from)
     config = llava_config(configured, weights=checkpoint)
     config.update(dict(overwrite_config or {}))
@@ -220,6 +223,7 @@ def _from_pretrained(
 ) -> tuple[Model, dict[str, Any]]:
     """``(model, loading report)``; what is wrong with the files becomes a ``UserError``."""
     folder = checkpoint.folder
+    check_settings(folder, ("generation_config.json",))
     mapping: dict[str, Any] = {"key_mapping": HF_TO_LLAVA} if checkpoint.kind == "hf" else {}
     try:
         loaded: Any = model_class.from_pretrained(
@@ -238,6 +242,12 @@ def _from_pretrained(
         raise UserError(
             f"{folder}: tensors don't have the shapes that config.json asks for ({first_line(error)}); the config "
             "and the weights belong to different models"
+        ) from error
+    except (TypeError, ValueError, KeyError, AttributeError, ArithmeticError) as error:
+        if isinstance(error, UserError) or "unexpected keyword argument" in str(error):  # one of the caller's
+            raise
+        raise UserError(
+            f"{folder}: no model can be built as its config.json says ({first_line(error)}); copy it again"
         ) from error
     model, report = loaded
     if mapping and "quantization_config" not in options:

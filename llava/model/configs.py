@@ -9,6 +9,7 @@ from llava.checkpoints.checkpoint import Checkpoint, Place
 from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
 from llava.model.language_model.llava_mistral import LlavaMistralConfig, LlavaMistralForCausalLM
 from llava.model.vision.towers import shipped_tower_config
+from llava.outside import foreign
 
 Model: TypeAlias = LlavaLlamaForCausalLM | LlavaMistralForCausalLM
 Config: TypeAlias = LlavaConfig | LlavaMistralConfig
@@ -24,7 +25,8 @@ def llava_config(place: Place, weights: Checkpoint | None = None) -> Config:
     checkpoint = Checkpoint.open(place)
     weights = weights or checkpoint
     values = {key: value for key, value in checkpoint.llava_config.items() if key != "model_type"}
-    config = CONFIGS[checkpoint.family].from_dict(copy.deepcopy(values))  # which completes nested values in place
+    with foreign(checkpoint.folder / "config.json", "copy it again"):
+        config = CONFIGS[checkpoint.family].from_dict(copy.deepcopy(values))  # which completes nested values in place
     if getattr(config, "vision_config", None) is None and weights.has_weights:
         config.vision_config = shipped_tower_config(weights, config)
     return config

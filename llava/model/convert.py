@@ -23,6 +23,7 @@ from llava.checkpoints.checkpoint import Checkpoint
 from llava.checkpoints.hf_layout import TO_HF, TO_LLAVA, config_to_hf, renamed
 from llava.checkpoints.kinds import SLOTS_FILE, TOWER_PREFIX
 from llava.checkpoints.manifest import seal
+from llava.checkpoints.schemas import has_processor
 from llava.checkpoints.tokenizer import load_tokenizer
 from llava.checkpoints.weights import load_bin
 from llava.constants import DEFAULT_IMAGE_TOKEN
@@ -33,6 +34,7 @@ from llava.model.configs import llava_config
 from llava.model.multimodal_encoder.builder import build_vision_tower
 from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower
 from llava.model.multimodal_encoder.tower import VisionTower, tower_kind
+from llava.outside import parsed
 from llava.utils import UserError, rank0_print
 
 FROM_HF, TO_HF_DIRECTION = "from_hf", "to_hf"
@@ -88,6 +90,9 @@ def _write_card(source: Checkpoint, folder: Path, name: str, direction: str) -> 
 
 def _from_hf(source: Checkpoint, target: Path) -> None:
     _write_json(target / "config.json", source.llava_config)
+    if has_processor(source.folder) and not source.has("preprocessor_config.json"):
+        kind = tower_kind(source.llava_config["vision_config"].get("model_type"), "the checkpoint's vision tower")
+        kind.read_processor(str(source.folder)).save_pretrained(target)
     load_tokenizer(source.folder).save_pretrained(target)
     write_shards(target, ({renamed(key, TO_LLAVA): value for key, value in shard.items()} for shard in shards(source)))
 
@@ -111,7 +116,7 @@ def _to_hf(source: Checkpoint, target: Path) -> None:
 
 
 def _plain_values(config: PretrainedConfig) -> dict[str, Any]:
-    values = json.loads(config.to_json_string(use_diff=False))
+    values = parsed(config.to_json_string(use_diff=False), "the config")
     values.pop("transformers_version", None)
     return {**values, "model_type": config.model_type}
 

@@ -1,4 +1,4 @@
-"""LLaVA's and LLaVA-NeXT's loading flags as options of ``from_pretrained``: device, dtype, bits, attention."""
+"""LLaVA's and LLaVA-NeXT's loading flags as options of ``from_pretrained``: device, dtype, bits, attention, TF32."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import torch
 from transformers import BitsAndBytesConfig
 from transformers.utils import is_flash_attn_2_available
 
+from llava.devices import NO_TF32, gpu_has_tf32, set_tf32
 from llava.utils import UserError, rank0_print
 
 DTYPES = {
@@ -72,6 +73,14 @@ def quantization_config(
         bnb_4bit_compute_dtype=compute,
         llm_int8_skip_modules=["lm_head", "model.mm_projector", "model.vision_tower", "retriever"],
     )
+
+
+def settle_tf32(wanted: bool | None) -> None:
+    """Let the GPU multiply float32 as ``--tf32`` says; without a GPU that knows TF32 it is left out, which is said."""
+    if wanted and not gpu_has_tf32():
+        rank0_print(NO_TF32)
+    elif wanted is not None:
+        set_tf32(wanted)
 
 
 def attention(wanted: str | None, use_flash_attn: bool = False) -> str:

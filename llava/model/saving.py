@@ -26,6 +26,7 @@ from llava.slots.adapter import MEMORY_FILE, write_memory
 from llava.slots.card import write_slots_card
 from llava.slots.encoders import QUERY_TABLE_FILE, BaseEmbeddingEncoder, table_fingerprints
 from llava.slots.pool import Pool
+from llava.targets import remove
 from llava.utils import UserError, rank0_print
 
 ADAPTER_PREFIX = "retriever."
@@ -78,9 +79,9 @@ class StageFolder:
         writes = is_main_process and adapter is not None
         if writes:
             for name in (SLOTS_FILE, MEMORY_FILE, QUERY_TABLE_FILE):  # of an earlier save: they are written last
-                (folder / name).unlink(missing_ok=True)
+                remove(folder / name)
         if is_main_process:
-            (folder / CHECKSUMS_FILE).unlink(missing_ok=True)  # of an earlier save; the caller may write more than this
+            remove(folder / CHECKSUMS_FILE)  # of an earlier save; the caller may write more than this
         stage = adapter is not None
         with _without_adapter(model), _told_its_tower(model, told=stage, as_stage=stage):
             super().save_pretrained(  # type: ignore[misc]
@@ -274,7 +275,7 @@ def _remove_stale_weights(folder: Path, before: dict[str, int]) -> None:
     now = _modified(folder)
     for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME):
         if name in now and before.get(name) == now[name]:
-            (folder / name).unlink()
+            remove(folder / name)
 
 
 def _upload(

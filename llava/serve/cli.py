@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from llava.cli import flag, parse
+from llava.cli import MANY, flag, parse
 from llava.eval.loading_flags import LoadingFlags, PromptFlags, asked_prompt, generation_of, loading_of
 from llava.eval.run_llava import load_image, with_pictures
 from llava.utils import quiet_libraries, run_cli
@@ -30,10 +30,10 @@ class Arguments(PromptFlags, LoadingFlags):
     model_path: str = flag(help="checkpoint folder or hub id")
     model_base: str | None = flag(None, "base model that a light checkpoint is applied to")
     image_file: str = flag(help="file or URL")
-    temperature: float = flag(0.2, "0 is greedy")
-    top_p: float | None = None
+    temperature: float = flag(0.2, "0 is greedy", least=0)
+    top_p: float | None = flag(None, above=0, most=1)
     num_beams: ClassVar[int] = 1
-    max_new_tokens: int = 512
+    max_new_tokens: int = flag(512, least=1, most=MANY)
     task_id: str | None = flag(None, "route every question to this task's slots")
     route: str | None = flag(None, "router to use; 'none' answers with the base model")
     debug: bool = flag(False, "show prompt and route")

@@ -27,7 +27,7 @@ from torch import Tensor
 from llava.checkpoints.checkpoint import Checkpoint, Place
 from llava.checkpoints.manifest import difference, manifest_of
 from llava.checkpoints.tokenizer import load_tokenizer
-from llava.checkpoints.weights import lacking_tensors
+from llava.checkpoints.weights import first_line, lacking_tensors
 from llava.utils import UserError
 
 REFERENCE_ENCODER = "sentence-transformers/nli-roberta-base-v2"
@@ -39,6 +39,9 @@ EMBEDDING_KEYS = ("model.embed_tokens.weight", "language_model.model.embed_token
 
 Manifest = dict[str, str]
 """Files by checksum."""
+
+KEPT_BYTES = 64 * 2**20
+"""Memory for an encoder's queries, 43,000 of 384 numbers. Those kept first stay: stages ask in the same order."""
 
 _ENCODING = threading.Lock()
 """A fast tokenizer may not be used by two threads at once."""
@@ -59,11 +62,16 @@ class TextEncoder:
         self._cache: dict[str, Tensor] = {}
 
     def __call__(self, questions: Sequence[str]) -> Tensor:
-        for question in questions:
-            if question not in self._cache:
-                with _ENCODING:
-                    self._cache[question] = self.encode_one(question)
-        return torch.stack([self._cache[question] for question in questions])
+        return torch.stack([self._query(question) for question in questions])
+
+    def _query(self, question: str) -> Tensor:
+        if (known := self._cache.get(question)) is not None:
+            return known
+        with _ENCODING:
+            query = self.encode_one(question)
+        if (len(self._cache) + 1) * query.nbytes <= KEPT_BYTES:
+            self._cache[question] = query
+        return query
 
     def encode_one(self, question: str) -> Tensor:
         """Query ``[dim]`` of one question."""
@@ -109,9 +117,9 @@ class SentenceEncoder(TextEncoder):
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(source)
             model, report = AutoModel.from_pretrained(source, output_loading_info=True)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
             raise UserError(
-                f"text encoder {name!r} cannot be loaded ({str(error).splitlines()[0]}); give a local folder, or "
+                f"text encoder {name!r} cannot be loaded ({first_line(error)}); give a local folder, or "
                 "--text_encoder base, which needs no download"
             ) from error
         self.model = model.eval().float()

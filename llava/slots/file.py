@@ -34,6 +34,7 @@ from llava.checkpoints.manifest import changing
 from llava.files import atomic_write
 from llava.slots.key_scores import joined
 from llava.slots.queries import TaskStatistics
+from llava.slots.schema import check_slot_data
 from llava.slots.settings import RetrieverSettings
 from llava.slots.task_slots import TaskSlots
 from llava.slots.unknown import TaskExtent
@@ -41,7 +42,16 @@ from llava.utils import UserError
 
 FORMAT, VERSION = "llava-slots", 1
 
-UNREADABLE = (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, OSError, IndexError)
+UNREADABLE = (
+    pickle.UnpicklingError,
+    RuntimeError,
+    EOFError,
+    ValueError,
+    OSError,
+    LookupError,
+    AttributeError,
+    TypeError,
+)
 """What ``torch.load`` raises for a cut or foreign file; it depends on where the cut is."""
 
 
@@ -88,15 +98,16 @@ def read_slot_data(path: str | Path) -> SlotData:
         )
     if data.get("format") != FORMAT:
         raise UserError(f"{path}: not a slot file (no format mark {FORMAT!r}); make it with train_prompt_key.py")
-    if data.get("version", 0) > VERSION:
+    if not isinstance(data.get("version", 0), int) or data.get("version", 0) > VERSION:
         raise UserError(f"{path}: slot file version {data['version']}, this package reads up to {VERSION}; update it")
+    check_slot_data(data, str(path))
     try:
         found = _parse(data, path)
         _check_content(data, found, path)
         return found
     except UserError:
         raise
-    except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
+    except (KeyError, TypeError, AttributeError, IndexError, ValueError, RuntimeError) as error:
         reason = f"no field {error}" if isinstance(error, KeyError) else error
         raise UserError(f"{path}: the slot file is incomplete or damaged ({reason}); write it again") from error
 

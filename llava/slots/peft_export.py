@@ -15,7 +15,6 @@ names in ``target_modules`` (SGLang takes each name's last part and knows no pat
 from __future__ import annotations
 
 import math
-import os
 import re
 import tempfile
 from pathlib import Path
@@ -26,7 +25,7 @@ from torch import Tensor
 
 from llava.checkpoints.hf_layout import HF_ARCHITECTURES
 from llava.checkpoints.weights import read_config
-from llava.files import share
+from llava.files import atomic_write
 from llava.slots.merge import refuse_more_than_slots
 from llava.slots.names import ALL
 from llava.slots.offsets import ATTENTION_TARGETS
@@ -127,9 +126,9 @@ def export_peft(
     with tempfile.TemporaryDirectory(dir=folder, prefix=".partial.") as partial:
         save_file(adapter_tensors(pool, task, mixture, layout), Path(partial) / WEIGHTS, metadata={"format": "pt"})
         config.save_pretrained(partial)
-        share([Path(partial) / WEIGHTS])
         for name in (WEIGHTS, CONFIG):
-            os.replace(Path(partial) / name, folder / name)
+            with atomic_write(folder / name, "wb") as stream:
+                stream.write((Path(partial) / name).read_bytes())
     return mixture
 
 

@@ -25,7 +25,9 @@ from llava.data.raw.slake import IMAGE_FOLDERS, read_slake
 from llava.data.rows import GPT, HUMAN
 from llava.files import atomic_folder, file_sha256
 from llava.image_io import load_image
+from llava.inside import inside
 from llava.mm_utils import expand2square
+from llava.outside import read_object
 from llava.toy.phantom_generic import draw_generic, random_scene
 from llava.toy.phantom_talk import ask_plainly
 from llava.utils import UserError
@@ -151,7 +153,7 @@ def make_medical_rows(folder: Path, slake: Path, config: MedicalRows) -> bool:
     found = sheets(read_slake(slake, report))
     settings = {**asdict(config), "inputs": {Path(name).name: checksum for name, checksum in report.inputs.items()}}
     if (folder / SETTINGS).is_file():
-        kept = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
+        kept = read_object(folder / SETTINGS)
         rows = {name: file_sha256(folder / name) for name in (ALIGN, INSTRUCT) if (folder / name).is_file()}
         if kept == {**settings, "rows": rows}:
             return False
@@ -179,7 +181,7 @@ def _real(
 ) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
     weights = question_weights(found, config.valued)
     for number, sheet in enumerate(found):
-        picture = load_image(pictures / sheet.image)
+        picture = load_image(inside(pictures, sheet.image))
         for place in range(config.views):
             rng = np.random.default_rng([config.seed, 1, number, place])
             mirrored = bool(rng.random() < config.mirrored)

@@ -22,6 +22,7 @@ import cv2
 import numpy as np
 
 from llava.data.rows import question_row, write_jsonl
+from llava.outside import read_object
 from llava.toy.phantom_domains import DOMAINS, LARGE, SMALL, Scene, draw_scene
 from llava.toy.phantom_draw import LOOKS
 from llava.toy.phantom_questions import QUESTIONS, Question
@@ -99,7 +100,7 @@ def _holds(target: Path, manifest: dict[str, Any]) -> bool:
     found = target / MANIFEST
     if not found.is_file():
         raise UserError(f"{target} exists and is not a phantom dataset (no {MANIFEST}); choose another --output_dir")
-    return json.loads(found.read_text(encoding="utf-8")) == manifest
+    return read_object(found) == manifest
 
 
 def _build(folder: Path, config: PhantomConfig) -> None:

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import importlib.util
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,10 +18,11 @@ from typing import Any
 import transformers
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 
-from llava.cli import Parser, spelled
+from llava.cli import MANY, Parser, spelled
 from llava.continual.chain import base_under, stage_given_as_base
 from llava.continual.places import Places
 from llava.continual.sequence import load_sequence, sequence_flag
+from llava.schema import number, whole
 from llava.train.ignored_flags import ignored_beside, say_ignored
 from llava.train.machine import settle_machine, without_auto
 from llava.utils import UserError, rank0_print
@@ -35,6 +38,51 @@ _LEAST = {
     "model_max_length": 1,
     "lora_r": 1,
 }
+
+
+_RANGES = {
+    **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size"), whole(1, MANY)),
+    **dict.fromkeys(("gradient_accumulation_steps", "lora_r", "lora_alpha"), whole(1, MANY)),
+    **dict.fromkeys(("dataloader_num_workers",), whole(0, 1024)),
+    **dict.fromkeys(("seed", "data_seed"), whole(0, 2**32 - 1)),
+    **dict.fromkeys(("max_grad_norm", "warmup_steps", "adam_epsilon", "logging_steps", "save_steps"), number(0)),
+    **dict.fromkeys(("mm_projector_lr", "mm_vision_tower_lr", "learning_rate"), number(0, 1000)),
+    **dict.fromkeys(("adam_beta1", "adam_beta2"), number(0, 1 - 1e-9)),
+    "lora_dropout": number(0, 1),
+    "feature_cache_mb": whole(0),
+    "model_max_length": whole(1),
+    "save_total_limit": whole(0),
+    "num_train_epochs": number(-1, 1e6),
+}
+"""Of further numbers of transformers' and LLaVA's what can be meant; the rest fails steps later, or trains nothing."""
+_PACKAGES = {
+    "apex": "apex",
+    "bnb": "bitsandbytes",
+    "8bit": "bitsandbytes",
+    "galore": "galore_torch",
+    "lomo": "lomo_optim",
+    "schedule_free": "schedulefree",
+    "apollo": "apollo_torch",
+    "grokadamw": "grokadamw",
+    "stable_adamw": "optimi",
+    "torchao": "torchao",
+}
+"""What optimizers need beside transformers, by a part of their names."""
+
+
+def check_packages(args: Any) -> None:
+    """Refuse an optimizer or a number of bits whose package is not installed.
+
+    Raises:
+        UserError: naming the flag and the package.
+    """
+    optimizer = str(getattr(args.optim, "value", args.optim))
+    needed = {package: f"--optim {optimizer}" for part, package in _PACKAGES.items() if part in optimizer}
+    if args.bits != 16:
+        needed["bitsandbytes"] = f"--bits {args.bits}"
+    for package, flag in needed.items():
+        if importlib.util.find_spec(package) is None:
+            raise UserError(f"{flag} needs the package {package}, which is not installed; install it, or leave it out")
 
 
 def renamed(name: str, old: str) -> Any:
@@ -88,6 +136,7 @@ class DataArguments:
     data_path: str | None = field(default=None, metadata={"help": "training rows (default: the sequence's)"})
     eval_data_path: str | None = field(default=None, metadata={"help": "rows for a validation loss while training"})
     image_folder: str | None = field(default=None, metadata={"help": "picture folder (default: the sequence's)"})
+    follow_links: bool = field(default=False, metadata={"help": "open pictures that are links out of their folder"})
     max_pixels: int | None = field(
         default=None, metadata={"help": "pixels that a picture may have (default: LLAVA_MAX_PIXELS or 100 million)"}
     )
@@ -233,6 +282,7 @@ def parse_arguments(argv: Sequence[str], options: type | None = None, of_sequenc
         namespace.model_name_or_path = base_under(chained, namespace.previous_stage, sequence, early.method)
         rank0_print(f"{chained} is a stage: it is the stage before; base model: {namespace.model_name_or_path}")
     _check_numbers(namespace)
+    check_packages(namespace)
     settle_machine(namespace)
     namespace.report_to = reporters_here(namespace.report_to)
     try:
@@ -251,6 +301,11 @@ def _check_numbers(namespace: Any) -> None:
     for name, least in _LEAST.items():
         if (value := getattr(namespace, name)) < least:
             raise UserError(f"--{name} is {value}; give {least} or more")
+    for name, value in vars(namespace).items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"--{name} is {value}; give a finite number")
+        if name in _RANGES and value is not None and not _RANGES[name].fits(value):
+            raise UserError(f"--{name} is {value}; give {_RANGES[name].words}")
     if namespace.max_steps <= 0 and not namespace.num_train_epochs > 0:
         raise UserError(f"--num_train_epochs is {namespace.num_train_epochs}; give more than 0")
 

@@ -16,6 +16,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from llava.checkpoints.large_files import weights_sha256
 from llava.checkpoints.manifest import SHORT, content_of, difference
 from llava.files import atomic_write
+from llava.outside import read_object
 from llava.train.deepspeed_config import checkpoint_world_size
 from llava.utils import UserError, is_main_process, rank0_print
 
@@ -61,17 +62,19 @@ def _damage(checkpoint: Path) -> str | None:
     if checkpoint_world_size(checkpoint) is None:  # DeepSpeed keeps both in files of its own
         if lacking := [name for name in NEEDED if not (checkpoint / name).is_file()]:
             return f"{lacking[0]} is not there"
-    text = (checkpoint / COMPLETE).read_bytes()
-    if not text:  # an earlier version's mark
+    if not (checkpoint / COMPLETE).stat().st_size:  # an earlier version's mark
         return None
     try:
-        values = json.loads(text)
+        values = read_object(checkpoint / COMPLETE)
         kept = values["files"]
         if values["checksum"] != content_of(kept):
             return f"{COMPLETE} is damaged"
     except (ValueError, KeyError, TypeError):
         return f"{COMPLETE} is damaged"
-    now = _checksums(checkpoint)
+    try:
+        now = _checksums(checkpoint)
+    except FileNotFoundError:  # the main process, which has found the damage, removes it at this moment
+        return "files of it are gone"
     return difference(kept, {name: now[name] for name in kept if name in now})
 
 

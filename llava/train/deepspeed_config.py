@@ -2,20 +2,55 @@
 
 from __future__ import annotations
 
-import json
 import os
+import re
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from llava.utils import UserError, rank0_print, require_file
+from llava.outside import foreign, read_object
+from llava.schema import Wanted, an_object, check_fields, number, refuse_unknown, whole, words, yes_or_no
+from llava.utils import UserError, rank0_print
 
 if TYPE_CHECKING:
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
     from transformers import TrainingArguments
 
 
+BATCHES = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+SECTIONS = (
+    *("zero_optimization", "fp16", "bf16", "optimizer", "scheduler", "gradient_clipping", *BATCHES),
+    *("amp", "torch_autocast", "data_types", "communication_data_type", "activation_checkpointing", "aio"),
+    *("steps_per_print", "wall_clock_breakdown", "memory_breakdown", "flops_profiler", "comms_logger", "autotuning"),
+    *("tensorboard", "wandb", "comet", "csv_monitor", "checkpoint", "compile", "timers", "elasticity", "pipeline"),
+    *("tensor_parallel", "expert_parallel", "sequence_parallel_size", "hybrid_engine", "sparse_attention"),
+    *("sparse_gradients", "compression_training", "weight_quantization", "data_efficiency", "curriculum_learning"),
+    *("progressive_layer_drop", "eigenvalue", "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer"),
+    *("nebula", "datastates_ckpt", "train_steps", "fp32_allreduce", "quantize_training", "bfloat16"),
+)
+"""Sections of a DeepSpeed file, the usual ones first."""
+_AUTO = words(("auto",))
+_OBJECTS = (
+    *("fp16", "bf16", "bfloat16", "zero_optimization", "activation_checkpointing", "aio", "checkpoint", "compile"),
+    *("timers", "comms_logger", "tensorboard", "wandb", "comet", "csv_monitor", "data_types", "tensor_parallel"),
+    *("autotuning", "data_efficiency", "hybrid_engine", "weight_quantization", "torch_autocast", "expert_parallel"),
+    *("amp", "pipeline", "compression_training"),
+)
+_FLAGS = ("wall_clock_breakdown", "memory_breakdown", "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer")
+_STEPS: dict[str, Wanted] = {"type": words(empty=False), "params": an_object(), "legacy_fusion": yes_or_no}
+SCHEMA: dict[str, Wanted] = {
+    **dict.fromkeys(BATCHES, whole(1) | _AUTO),
+    "gradient_clipping": number(0) | _AUTO,
+    "steps_per_print": number(1) | _AUTO,
+    **dict.fromkeys(_OBJECTS, an_object()),
+    **dict.fromkeys(_FLAGS, yes_or_no | _AUTO),
+    **dict.fromkeys(("optimizer", "scheduler"), an_object(_STEPS)),
+    "flops_profiler": an_object({"enabled": yes_or_no}),
+}
+"""What DeepSpeed takes as it is, and fails on later or in other words."""
+
+
 def check_deepspeed_config(path: str | os.PathLike) -> dict:
-    """Read a DeepSpeed file and let DeepSpeed's own class look at its ``zero_optimization``.
+    """Read a DeepSpeed file and let DeepSpeed's own classes look at it.
 
     A whole number written as a float (``5e8``) is taken by DeepSpeed and only reported. Values ``"auto"`` are the
     trainer's to fill in.
@@ -24,23 +59,60 @@ def check_deepspeed_config(path: str | os.PathLike) -> dict:
         UserError: no JSON object, or a setting that DeepSpeed refuses; where it wants an integer, the message gives the
             one to write.
     """
-    found = require_file(path, "DeepSpeed settings", "scripts/zero3.json is the one that ships")
-    try:
-        values = json.loads(found.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{found}, line {error.lineno}: broken JSON ({error.msg})") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{found}: is not UTF-8 text ({error.reason}); save it as UTF-8") from error
-    zero = values.get("zero_optimization") if isinstance(values, dict) else None
+    found = Path(path)
+    values = read_object(found, "DeepSpeed settings", "scripts/zero3.json is the one that ships", bare=True)
+    zero = values.get("zero_optimization")
     if not isinstance(zero, dict):
         raise UserError(f"{found}: must be a JSON object, and its zero_optimization too (see scripts/zero3.json)")
+    refuse_unknown(values, _sections(), str(found), "setting")
     known = _zero_config(found, {name: value for name, value in zero.items() if value != "auto"})
     for name, field in type(known).model_fields.items():
         written = zero.get(field.alias or name)
         if isinstance(written, float) and type(getattr(known, name)) is int:
             where = f"zero_optimization.{field.alias or name}"
             rank0_print(f"note: {found}: {where} is {written}; an integer is wanted, write {int(written)}")
+    check_fields(values, SCHEMA, str(found), closed=False)
+    for name in ("optimizer", "scheduler"):
+        if values.get(name) is not None:
+            check_fields(values[name], _STEPS, f"{found}: {name}", needed=("type",))
+    _check_whole(found, values)
     return values
+
+
+def _sections() -> list[str]:
+    """Names that may stand at the top of a file: DeepSpeed takes no notice of others."""
+    from deepspeed.runtime import config, constants
+
+    own = [value for module in (constants, config) for name, value in vars(module).items() if name.isupper()]
+    names = {name for name in own if isinstance(name, str) and re.fullmatch(r"[a-z][a-z0-9_]+", name)}
+    return [*SECTIONS, *sorted(names - set(SECTIONS))]
+
+
+def _check_whole(file: Path, values: dict[str, Any]) -> None:
+    """All sections as DeepSpeed reads them, ``"auto"`` left out; batches are compared with the run's own later.
+
+    Raises:
+        UserError: what DeepSpeed refuses.
+    """
+    from deepspeed.runtime.config import DeepSpeedConfig
+    from pydantic import ValidationError
+
+    said = {name: value for name, value in _without_auto(values).items() if name not in BATCHES}
+    with foreign(file, "change it (see scripts/zero3.json)", "DeepSpeed refuses it"):
+        try:
+            DeepSpeedConfig({**said, "train_micro_batch_size_per_gpu": 1})
+        except ValidationError as error:
+            first = error.errors()[0]
+            raise UserError(
+                f"{file}: {'.'.join(map(str, first['loc']))} is {first['input']!r}: {first['msg']} ({error.title}); "
+                "change it (see scripts/zero3.json)"
+            ) from error
+
+
+def _without_auto(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _without_auto(part) for name, part in value.items() if part != "auto"}
+    return value
 
 
 def check_agreement(args: TrainingArguments) -> None:

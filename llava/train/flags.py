@@ -14,6 +14,7 @@ from llava.utils import UserError, rank0_print
 
 FREE = "leave it out, or leave out --task to train LLaVA's own stages"
 SAME_AS_BASE = tuple(DEFAULTS)
+ATTENTIONS = (None, "sdpa", "eager", "flash_attention_2")
 ALWAYS_FROZEN = {
     "pretrain_mm_mlp_adapter": None,
     "tune_mm_mlp_adapter": False,
@@ -42,6 +43,10 @@ def check_flags(model_args: Any, data_args: Any, args: Any) -> None:
         )
     if data_args.turns_apart and (model_args.attn_implementation or "").startswith("flash"):
         raise UserError("--turns_apart True needs a mask that FlashAttention does not take; use sdpa or eager")
+    if model_args.attn_implementation not in ATTENTIONS:
+        raise UserError(
+            f"--attn_implementation is {model_args.attn_implementation!r}; choose {', '.join(filter(None, ATTENTIONS))}"
+        )
     if args.lora_bias not in ("none", "all", "lora_only"):
         raise UserError(f"--lora_bias is {args.lora_bias!r}; choose none, all or lora_only")
 

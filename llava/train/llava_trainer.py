@@ -19,6 +19,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
 from llava.continual.methods import Context, Recipe
 from llava.files import atomic_write, system_errors_named
+from llava.outside import read_object
 from llava.train.checkpoint_mark import last_complete_checkpoint, mark_complete
 from llava.train.sampling import (
     LengthGroupedSampler,
@@ -169,9 +170,9 @@ class LLaVATrainer(Trainer):
                 json.dump(losses, stream)
             mark_complete(folder)
 
-    def _losses(self) -> dict[str, float]:
-        """The losses so far, on average over the processes; every process must call this."""
-        unlogged = self.accelerator.gather(self._tr_loss.reshape(1)).mean().item()
+    def _losses(self) -> dict[str, Any]:
+        """The losses so far: logged ones as the log has them, the others by process; every process must call this."""
+        unlogged = self.accelerator.gather(self._tr_loss.reshape(1)).tolist()
         return {"unlogged": unlogged, "logged": self._total_loss_scalar, "last": self._globalstep_last_logged}
 
     def _finish_without_steps(self) -> TrainOutput:
@@ -215,12 +216,19 @@ class _TakeUp(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         if self.file.is_file():
-            losses = json.loads(self.file.read_text(encoding="utf-8"))
-            self.trainer._tr_loss += losses["unlogged"]
+            losses = read_object(self.file)
+            self.trainer._tr_loss += self._own(losses["unlogged"])
             self.trainer._total_loss_scalar = losses["logged"]
             self.trainer._globalstep_last_logged = losses["last"]
         if state.global_step >= state.max_steps > 0:
             raise _AllStepsTaken
+
+    def _own(self, unlogged: list[float] | float) -> float:
+        """This process's share; the average, where others were there or an earlier version kept no more."""
+        if isinstance(unlogged, float):
+            return unlogged
+        args = self.trainer.args
+        return unlogged[args.process_index] if len(unlogged) == args.world_size else sum(unlogged) / len(unlogged)
 
 
 def split_groups(optimizer, groups: list[Mapping[str, Any]]) -> None:

@@ -10,7 +10,6 @@ The stage checkpoint then also holds ``adapter_config.json`` and ``adapter_model
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,6 +23,7 @@ from llava.checkpoints.kinds import ADAPTER_CONFIG
 from llava.devices import default_device
 from llava.model.adapters import PEFT_PREFIX, apply_adapter
 from llava.model.loading import quantization_config
+from llava.outside import foreign, read_object
 from llava.train.arguments import TrainingArguments
 from llava.train.states import find_all_linear_names
 from llava.utils import UserError, rank0_print
@@ -52,7 +52,8 @@ def add_lora(
         return None
     if continued:
         apply_adapter(model, previous, merge=False, trainable=True)
-        config = PeftConfig.from_pretrained(str(previous))
+        with foreign(previous / ADAPTER_CONFIG, "copy it again"):
+            config = PeftConfig.from_pretrained(str(previous))
     else:
         config = LoraConfig(
             r=args.lora_r,
@@ -117,7 +118,7 @@ def zero_stage(deepspeed) -> int:
     """The stage that DeepSpeed's file (or its values) names; 0 without one."""
     if not deepspeed:
         return 0
-    values = deepspeed if isinstance(deepspeed, dict) else json.loads(Path(deepspeed).read_text(encoding="utf-8"))
+    values = deepspeed if isinstance(deepspeed, dict) else read_object(deepspeed, "DeepSpeed settings")
     return values.get("zero_optimization", {}).get("stage", 0)
 
 

@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from llava.devices import cpu_has_bfloat16, gpu_has_bfloat16, has_accelerator
+from llava.devices import NO_TF32, cpu_has_bfloat16, gpu_has_bfloat16, gpu_has_tf32, has_accelerator
+from llava.targets import remove
 from llava.utils import rank0_print
 
 CHECKPOINTING = "--gradient_checkpointing"
@@ -58,11 +59,11 @@ def settle_machine(asked: Any) -> None:
     Without a GPU the run is on the CPU, in bfloat16 only where the CPU multiplies it by itself; ``--use_cpu True`` says
     that the CPU is meant, and then ``--bf16`` is taken at its word.
     """
+    if asked.tf32 and not gpu_has_tf32():
+        rank0_print(NO_TF32)
+        asked.tf32 = None
     if has_accelerator():
         return
-    if asked.tf32:
-        rank0_print("note: --tf32 True is left out: TF32 is a mode of NVIDIA GPUs, and there is none here")
-        asked.tf32 = None
     if asked.bf16 and not asked.use_cpu and not cpu_has_bfloat16():
         rank0_print("note: --bf16 True is left out: no GPU here, and this CPU has no bfloat16 units; float32 it is")
         asked.bf16 = False
@@ -90,7 +91,7 @@ def free_compilations() -> None:
     for lock in {*root.glob("*/lock"), *root.glob("*/*/lock")}:
         changed = max(path.stat().st_mtime for path in (lock, *lock.parent.iterdir()) if path.exists())
         if time.time() - changed > IDLE and not _is_open(lock):
-            lock.unlink(missing_ok=True)
+            remove(lock)
             rank0_print(f"note: {lock} was left by a killed compilation and is removed")
 
 

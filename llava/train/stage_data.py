@@ -22,6 +22,7 @@ from llava.data.prompt import Prompt, PromptEncoder
 from llava.data.rows import Row, read_rows
 from llava.data.samples import TrainingSamples, picture_names
 from llava.devices import default_device
+from llava.inside import Folder
 from llava.mm_utils import get_model_name_from_path
 from llava.model.multimodal_encoder.builder import build_vision_tower
 from llava.model.multimodal_encoder.tower import VisionTower
@@ -138,7 +139,9 @@ class Looks:
         return self.pictures.base
 
 
-def picture_source(model: Any, base: Checkpoint, prompt: Prompt, image_folder: str, args: TrainingArguments) -> Looks:
+def picture_source(
+    model: Any, base: Checkpoint, prompt: Prompt, image_folder: Folder, args: TrainingArguments
+) -> Looks:
     """The pictures as this stage sees them: by the model's own tower where it is whole, else by one of its own.
 
     Under ZeRO-3 the model's weights are in parts, and beside a quantised decoder they are where accelerate puts them.

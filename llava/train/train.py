@@ -25,6 +25,7 @@ from llava.checkpoints.checkpoint import Checkpoint
 from llava.checkpoints.manifest import content_of
 from llava.continual.methods import METHODS, Context, Recipe
 from llava.continual.model_card import write_stage_card
+from llava.continual.preflight import tasks_of
 from llava.continual.record import VERSION, checksums, deepspeed_record, defaults, first_version, settings_record
 from llava.continual.run import Run
 from llava.continual.sequence import TaskSequence, load_sequence
@@ -33,6 +34,7 @@ from llava.data.rows import Row
 from llava.data.samples import DataCollatorForSupervisedDataset, TrainingSamples, pictures_checksum
 from llava.devices import has_accelerator
 from llava.image_io import allow_pixels
+from llava.inside import opened_to_links
 from llava.model.configs import llava_config
 from llava.model.partitioned import size_of
 from llava.slots.fit import seed_of
@@ -196,7 +198,8 @@ def plan(
     if previous is not None and previous.folder.resolve() == folder.resolve():
         raise UserError(f"--output_dir {folder} is the stage before; give the new stage a folder of its own")
     keys = Pool.read(args.retriever_state_dict) if recipe.needs_keys else no_slots(base)
-    data_args.image_folder = data_args.image_folder or sequence.image_folder
+    folder_named: Any = opened_to_links(data_args.image_folder or sequence.image_folder, data_args.follow_links)
+    data_args.image_folder = folder_named
     files = [data_args.data_path] if data_args.data_path else recipe.files(sequence, data_args.task)
     rows = read_training_rows(files, tasks_of(recipe, sequence, data_args.task))
     config = asked_config(base, recipe.needs_keys, model_args, data_args)
@@ -230,14 +233,6 @@ def plan(
         **({} if previous is None else previous.contents()),
     }
     return context, prompt, rows
-
-
-def tasks_of(recipe: Recipe, sequence: TaskSequence, task: str | None) -> list[str]:
-    """The domains that training rows may have: those of the recipe's files; empty for a recipe without tasks."""
-    if not task:
-        return []
-    files = set(recipe.files(sequence, task))
-    return [entry.name for entry in sequence.tasks if entry.name == task or files & set(entry.files)]
 
 
 def no_sequence(name: str) -> TaskSequence:
@@ -339,7 +334,8 @@ def finish(recipe: Recipe, context: Context, trainer: LLaVATrainer, loss: float,
     if whole or args.save_full_model:
         dtype = base_dtype(args) if whole else None
         context.more_files.append(partial(save_whole_state, model=model, state=whole_state(model, dtype), dtype=dtype))
-    context.log_history = trainer.state.log_history
+    # In the order in which a checkpoint holds each line's numbers: a run that went on from one writes the same file.
+    context.log_history = [dict(sorted(line.items())) for line in trainer.state.log_history]
     write_stage(recipe, context, len(trainer.train_dataset), args)
 
 

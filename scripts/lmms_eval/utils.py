@@ -17,6 +17,7 @@ from llava.data.rows import Row, parse_row
 from llava.eval.metrics import METRICS, Example, Group
 from llava.eval.text_metrics import TextScorer
 from llava.image_io import load_image
+from llava.inside import inside
 
 DATA = Path(__file__).resolve().parents[2] / "data"
 METRIC_NAMES = ("exact_match", "closed_accuracy", "open_recall")
@@ -42,7 +43,7 @@ only_ct, only_mri, only_xray = (partial(only, modality) for modality in ("ct", "
 
 def pictures(doc: dict[str, Any], folder: Path) -> list[Image.Image]:
     """The question's pictures, upright and RGB as everywhere in this project; an empty list for a text-only row."""
-    return [load_image(folder / name) for name in row_of(doc).shown]
+    return [load_image(inside(folder, name)) for name in row_of(doc).shown]
 
 
 def vqa_rad_pictures(doc: dict[str, Any]) -> list[Image.Image]:

@@ -117,7 +117,7 @@ def test_broken_files_are_named(saves, tmp_path):
         read_embedding_table(folder)
     (folder / "model.safetensors").unlink()
     (folder / "model.safetensors.index.json").write_text("{")
-    with pytest.raises(UserError, match=r"model.safetensors.index.json: broken JSON at line 1"):
+    with pytest.raises(UserError, match=r"model.safetensors.index.json, line 1: broken JSON"):
         read_embedding_table(folder)
 
 

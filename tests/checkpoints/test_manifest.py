@@ -12,7 +12,17 @@ from safetensors.torch import save_file
 
 from llava.checkpoints import large_files
 from llava.checkpoints.checkpoint import Checkpoint
-from llava.checkpoints.manifest import CHECKSUMS_FILE, TOWER, check_seal, difference, manifest, manifest_of, seal
+from llava.checkpoints.manifest import (
+    CHECKSUMS_FILE,
+    TOWER,
+    check_seal,
+    content_of,
+    difference,
+    manifest,
+    manifest_of,
+    seal,
+)
+from llava.files import file_sha256
 from llava.utils import UserError
 
 
@@ -119,7 +129,7 @@ def test_a_damaged_file_of_a_sealed_folder_is_named(folder, name, damage):
     if damage == "remove" and name == CHECKSUMS_FILE:  # as in folders of earlier versions
         check_seal(folder)
         return
-    with pytest.raises(UserError, match=rf"model/{name}: "):
+    with pytest.raises(UserError, match=rf"model/{name}(: |, line )"):
         check_seal(folder)
 
 
@@ -128,3 +138,53 @@ def test_exchanged_files_are_named(folder):
     (folder / "tokenizer.json").write_bytes((folder / "preprocessor_config.json").read_bytes())
     with pytest.raises(UserError, match=r"tokenizer\.json: is not the file that was written"):
         Checkpoint(folder).kind  # noqa: B018
+
+
+@pytest.mark.parametrize("name", ["../tower/config.json", "/etc/passwd", "a\0", "x" * 300])
+def test_a_list_names_files_of_its_own_folder_alone(folder, name):
+    files = {name: "0" * 16}
+    (folder / CHECKSUMS_FILE).write_text(json.dumps({"files": files, "checksum": content_of(files)}))
+    with pytest.raises(UserError, match=f"{CHECKSUMS_FILE}: file name "):
+        check_seal(folder)
+
+
+@pytest.mark.parametrize("content", ["[]", "{", '{"files": 1}', "[" * 100_000, '{"files": {}, "files": {}}'])
+def test_what_is_no_list_is_one_line(folder, content):
+    (folder / CHECKSUMS_FILE).write_text(content)
+    with pytest.raises(UserError, match=CHECKSUMS_FILE) as caught:
+        check_seal(folder)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("tower", [5, ["a"], {"a": 1}, True])
+def test_a_tower_that_is_no_name_is_refused_by_its_field(folder, tower):
+    (folder / "config.json").write_text(json.dumps({"hidden_size": 8, "mm_vision_tower": tower}))
+    with pytest.raises(UserError, match="config.json: mm_vision_tower is "):
+        manifest(folder)
+
+
+def test_the_home_of_a_user_who_is_not_here_is_a_name_like_any_other():
+    assert manifest_of("~nobody-of-this-name/model") == {"hub id": "~nobody-of-this-name/model"}
+
+
+@pytest.mark.parametrize("content", ["[" * 100_000, "[]", "\udcff", '{"entries": [], "checksum": 1}'])
+def test_a_broken_list_of_large_files_is_made_again(folder, monkeypatch, content):
+    kept = folder / "cache" / "llava" / "checksums.json"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
+    for name, value in (("LARGE", 1), ("SAMPLE_SIZE", 16), ("SETTLED", -1)):
+        monkeypatch.setattr(large_files, name, value)
+    kept.parent.mkdir(parents=True)
+    kept.write_bytes(content.encode("utf-8", "surrogateescape"))
+    file = folder / "model.safetensors"
+    assert large_files.weights_sha256(file) == file_sha256(file)
+
+
+def test_without_a_home_no_checksum_is_kept(folder, monkeypatch):
+    def nobody(path):
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(large_files.Path, "expanduser", nobody)
+    for name, value in (("LARGE", 1), ("SAMPLE_SIZE", 16), ("SETTLED", -1)):
+        monkeypatch.setattr(large_files, name, value)
+    file = folder / "model.safetensors"
+    assert large_files.weights_sha256(file) == file_sha256(file)

@@ -114,7 +114,8 @@ BAD = {
     "unknown target": ({"--targets": "z_proj"}, "z_proj"),
     "groups": ({"--groups": 5}, "32 dimensions, which 5 groups do not divide"),
     "top_k": ({"--top_k": 3}, "top_k is 3, but task 'chest' has 2 slots"),
-    "held out": ({"--held_out": 1.5}, "--held_out is 1.5; give a share of 0 or more and below 1"),
+    "held out": ({"--held_out": 1.5}, "--held_out is 1.5; give a number of 0 or more, 1 at most"),
+    "all held out": ({"--held_out": 1.0}, "--held_out is 1.0; give a share of 0 or more and below 1"),
     "encoder": ({"--text_encoder": "./absent"}, "'./absent' cannot be loaded"),
     "negative rank": ({"--rank": -1}, "rank"),
     "zero groups": ({"--groups": 0}, "groups"),
@@ -322,7 +323,7 @@ def test_the_prototypes_configuration_shapes_the_keys(words, tmp_path, capsys):
 
 @pytest.mark.parametrize(
     "text, message",
-    [("{", "broken JSON at line 1"), ("[]", "expected a JSON object"), ('{"low_rank": "8"}', "low_rank is '8'; write")],
+    [("{", "line 1: broken JSON"), ("[]", "expected a JSON object"), ('{"low_rank": "8"}', "low_rank is '8'; write")],
 )
 def test_a_broken_configuration_is_one_line(words, tmp_path, capsys, text, message):
     (tmp_path / "config.json").write_text(text)

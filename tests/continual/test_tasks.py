@@ -130,7 +130,7 @@ def test_broken_json_and_missing_files(tmp_path):
     with pytest.raises(UserError, match="broken.json, line 3: broken JSON"):
         load_sequence(tmp_path / "broken.json")
     (tmp_path / "list.json").write_text("[1]")
-    with pytest.raises(UserError, match="list.json: a task sequence is a JSON object"):
+    with pytest.raises(UserError, match="list.json: expected a JSON object, found a list"):
         load_sequence(tmp_path / "list.json")
     with pytest.raises(
         UserError, match="task sequence not found: .*give a JSON file, or one of phantom, slake, vqa-rad"

@@ -177,7 +177,7 @@ def test_bad_row_is_refused_with_place_and_reason(row, words):
         (b'{"a": 1}\n', "line 1: field 'text' is missing"),
         (b'[{"a": 1},\n oops]', "line 2: broken JSON"),
         (b'{\n"a": 1\n', "line 1: broken JSON"),
-        (b'{"a": "\xff"}\n', "not UTF-8 at byte 7"),
+        (b'{"a": "\xff"}\n', "byte 7 is not UTF-8 text"),
         (b"[" * 200_000, "broken JSON"),
         (b'{"question_id": ' + b"9" * 5000 + b"}", "broken JSON"),
     ],

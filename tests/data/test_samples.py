@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from types import SimpleNamespace
 
 import pytest
@@ -64,6 +65,32 @@ def test_batch_is_padded_right_with_a_mask_from_the_lengths(folder, tokenizer):
     assert batch["images"].shape == (2, 3, 32, 32)
     assert batch["images"][1].equal(data[1]["image"])
     assert batch["image_sizes"] == [(40, 20), (20, 30)]
+
+
+def equal(one, other):
+    return one.keys() == other.keys() and all(
+        torch.equal(one[name], other[name]) if torch.is_tensor(one[name]) else one[name] == other[name] for name in one
+    )
+
+
+def test_samples_and_batches_go_to_processes_that_are_not_forked(folder, tokenizer):
+    """``spawn`` and ``forkserver`` send a worker all it needs."""
+    data = build([row(1), row(2, "b.png")], folder, tokenizer).add(text_queries=torch.ones(2, 3))
+    collate = DataCollatorForSupervisedDataset(tokenizer, hold_queries=True)
+    sent, sent_collate = pickle.loads(pickle.dumps((data, collate)))
+    one, other = collate([data[0], data[1]]), pickle.loads(pickle.dumps(sent_collate([sent[0], sent[1]])))
+    assert torch.equal(one.pop("text_query").tensor, other.pop("text_query").tensor) and equal(one, other)
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("method", ["spawn", "forkserver"])
+def test_workers_of_every_start_method_give_the_same_batches(method, folder, tokenizer):
+    data = build([row(1), row(2, "b.png"), row(3, None)], folder, tokenizer)
+    collate = DataCollatorForSupervisedDataset(tokenizer)
+    more = {"num_workers": 1, "multiprocessing_context": method}
+    found = list(torch.utils.data.DataLoader(data, 2, collate_fn=collate, **more))
+    here = [collate([data[0], data[1]]), collate([data[2]])]
+    assert len(found) == 2 and all(equal(one, other) for one, other in zip(found, here, strict=True))
 
 
 def test_padding_id_that_is_a_real_token_stays_visible(folder, tokenizer):

@@ -11,7 +11,7 @@ from llava.continual.methods import l2p, moelora
 from llava.data import prompt as prompt_module
 from llava.data.labels import prompt_ids
 from llava.data.rows import question_row, read_rows, write_jsonl
-from llava.eval import answerer as answerer_module
+from llava.eval import loaded as loaded_module
 from llava.eval.answerer import Answerer
 from llava.eval.generation import Generation, Loading
 from llava.eval.question_cache import QuestionCache
@@ -74,7 +74,7 @@ def test_stages_over_one_base_answer_as_each_by_itself(place, rows, monkeypatch)
         loads.append(args)
         return load_pretrained_model(*args, **kwargs)
 
-    monkeypatch.setattr(answerer_module, "load_pretrained_model", load)
+    monkeypatch.setattr(loaded_module, "load_pretrained_model", load)
     shared = Answerer.load(str(place / "tiny-base"), CPU)
     for stage in (*STAGES, *reversed(STAGES)):  # in any order
         assert told(shared.use(stage and str(place / stage)), place, rows) == expected[stage]
@@ -349,7 +349,8 @@ def test_a_model_without_a_tower_refuses_pictures(place, rows):
 )
 def test_a_model_lies_on_one_device_unless_asked_otherwise(place, monkeypatch, loading, device_map):
     asked = {}
-    monkeypatch.setattr(answerer_module, "load_pretrained_model", lambda *_, **options: asked.update(options) or 1 / 0)
+    monkeypatch.setattr("llava.devices.check_device", lambda name: None)  # as where there is a GPU
+    monkeypatch.setattr(loaded_module, "load_pretrained_model", lambda *_, **options: asked.update(options) or 1 / 0)
     with pytest.raises(ZeroDivisionError):
         Answerer.load(str(place / "tiny-base"), loading)
     assert asked["device_map"] == device_map and asked["device"] == loading.device

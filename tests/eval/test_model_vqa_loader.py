@@ -209,7 +209,7 @@ def test_llava_meds_own_file_is_answered_but_the_oracle_needs_one_domain_a_row(p
     write_jsonl(tmp_path / "med.jsonl", rows)
     assert len(run(place, tmp_path / "a.jsonl", "--question-file", tmp_path / "med.jsonl")) == 3
     assert len(run(place, tmp_path / "t.jsonl", "--question-file", tmp_path / "med.jsonl", "--task-id", "abd")) == 3
-    monkeypatch.setattr("llava.eval.answerer.load_pretrained_model", lambda *_, **__: pytest.fail("found out too late"))
+    monkeypatch.setattr("llava.eval.loaded.load_pretrained_model", lambda *_, **__: pytest.fail("found out too late"))
     with pytest.raises(UserError, match=r"one domain; question_id 1 has several \(abd, chest\)"):
         run(place, tmp_path / "o.jsonl", "--question-file", tmp_path / "med.jsonl", "--route", "oracle")
     assert not (tmp_path / "o.jsonl").exists()

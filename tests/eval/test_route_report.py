@@ -155,7 +155,7 @@ def test_without_matplotlib_the_figures_are_still_written(world, tmp_path, monke
 
 
 def test_bad_input_is_refused_by_name(world, tmp_path):
-    with pytest.raises(UserError, match="'compass' cannot be measured; choose from batch_vote, gaussian, keys"):
+    with pytest.raises(UserError, match="unknown router 'compass'; known: batch_vote, gaussian, keys"):
         report(world, tmp_path / "route", "--routers", "compass")
     with pytest.raises(UserError, match="no row's domain is a task"):
         from llava.slots.edit import read_place, remove, rename

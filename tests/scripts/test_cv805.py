@@ -4,11 +4,11 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from tiny_llava import write_base, write_images, write_stage
+from warm_python import warm_python
 
 from llava.data.rows import question_row, write_jsonl
 
@@ -48,7 +48,7 @@ def run(place, cwd=ROOT, **settings):
         "CUDA_VISIBLE_DEVICES": "",
         "MAX_NEW_TOKENS": "4",
         "OMP_NUM_THREADS": "1",
-        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "PATH": f"{warm_python().parent}{os.pathsep}{os.environ['PATH']}",
         **settings,
     }
     return subprocess.run(
@@ -105,7 +105,8 @@ def test_settings_reach_the_command_and_empty_ones_are_left_to_it(place, tmp_pat
     plain, told = log.read_text().splitlines()
     assert plain.startswith("<-m><llava.eval.evaluate_sequence><--sequence>")
     assert "<--answer_suffix>" not in plain and "<--conv_mode><><--image_aspect_ratio><>" in plain
-    assert "<--conv_mode><llava_v0><--image_aspect_ratio><square><--answer_suffix><>" in told
+    assert "<--conv_mode><llava_v0><--image_aspect_ratio><square>" in told and "<--answer_suffix><>" in told
+    assert "<--follow_links><0>" in plain
     assert "<--pictures><real><--picture_seed><0>" in plain and "<--pictures><real><blank><--picture_seed>" in told
     assert "<--zero_shot><0>" in told and "<--max_new_tokens><4>" in told
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from tiny_parts import write_parts
+from warm_python import warm_python
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -14,6 +15,7 @@ ROOT = Path(__file__).resolve().parents[2]
 def test_the_three_scripts_make_a_llava_one_after_the_other(tmp_path):
     parts = write_parts(tmp_path)
     common = {"BASE_LM": parts / "vicuna", "VISION_TOWER": parts / "clip", "IMAGE_FOLDER": parts / "images"}
+    common |= {"PATH": f"{warm_python().parent}{os.pathsep}{os.environ['PATH']}"}
     common |= {"BATCH_SIZE": 4, "MAX_LENGTH": 256, "WORKERS": 0, "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": 1}
 
     def run(script, **settings):

@@ -5,7 +5,6 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from PIL import Image
 from raw_samples import write_slake
 from safetensors.torch import load_file
 from tiny_parts import write_parts
+from warm_python import warm_python
 
 from llava.model.builder import load_pretrained_model
 
@@ -39,7 +39,7 @@ def settings(parts, **more):
     tiny |= {"ALIGN_BATCH": 2, "INSTRUCT_BATCH": 2, "BASE_MAX_LENGTH": 512, "WORKERS": 0, "BASE_SAVE_STEPS": 2}
     tiny |= {"EPOCHS": 7, "SEED": 7, "BATCH_SIZE": 7, "ZERO": "none", "MAX_LENGTH": 1, "EXTRA_ARGS": "--no_such_flag"}
     tiny |= {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": 1, "OMP_NUM_THREADS": 1, **more}
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    path = f"{warm_python().parent}{os.pathsep}{os.environ['PATH']}"
     return {**os.environ, "PATH": path, **{name: str(value) for name, value in tiny.items()}}
 
 

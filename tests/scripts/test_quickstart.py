@@ -3,11 +3,11 @@
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from tiny_llava import write_base
+from warm_python import warm_python
 
 from llava.data.rows import read_rows
 from llava.slots.pool import Pool
@@ -43,7 +43,7 @@ def environment(**more):
     kept = {name: value for name, value in os.environ.items() if name not in drop}
     kept |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
     kept |= {"MAX_NEW_TOKENS": "4", "ZERO_SHOT": "0"}
-    return {**kept, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{kept['PATH']}", **more}
+    return {**kept, "PATH": f"{warm_python().parent}{os.pathsep}{kept['PATH']}", **more}
 
 
 def run(*words, cwd, **more):
@@ -116,8 +116,8 @@ def test_the_quick_start_and_the_steps_by_hand_give_the_same(tmp_path):
     assert "base model: tiny-llava-base" in said and "is taken as prepared" in said
     hand = {"cwd": folder, "SEQUENCE": "mini.json", "OUTPUT_DIR": "by-hand", "PYTHONPATH": str(ROOT)}
     for task in TASKS:
-        run(sys.executable, ROOT / "train_prompt_key.py", "--task", task, **hand)
-    run(sys.executable, ROOT / "merge_prompt_key.py", **hand)
+        run(warm_python(), ROOT / "train_prompt_key.py", "--task", task, **hand)
+    run(warm_python(), ROOT / "merge_prompt_key.py", **hand)
     trained = run("bash", ROOT / "finetune_continual.sh", **hand)
     assert "== task 2 of 2: chest -> by-hand/llava-mini_abd_chest" in trained
     run("bash", ROOT / "cv805.sh", **hand)

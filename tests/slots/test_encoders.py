@@ -83,6 +83,14 @@ def test_sentence_queries_are_mean_pooled(sentence_folder, base):
     assert encoder.identity == {**encoder.identity, "kind": "sentence", "name": str(sentence_folder), "dim": 24}
 
 
+def test_the_queries_that_are_kept_take_no_more_than_their_memory(base, monkeypatch):
+    """Every question that was ever asked was kept."""
+    monkeypatch.setattr(query_encoder, "KEPT_BYTES", 2 * 4 * HIDDEN)
+    encoder = BaseEmbeddingEncoder(base)
+    found = encoder(ASKED)
+    assert torch.equal(found, encoder(ASKED)) and [*encoder._cache] == ASKED[:2]
+
+
 def test_identity_tells_encoders_apart(base, tmp_path, sentence_folder):
     mine = BaseEmbeddingEncoder(base).identity
     other = write_base(tmp_path / "tiny-llava-other", seed=5)

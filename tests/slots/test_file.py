@@ -35,6 +35,36 @@ def altered(written, target, change):
     return target
 
 
+def nested(data):
+    info: dict = {}
+    for _ in range(3000):
+        info = {"deeper": info}
+    data["tasks"][0]["info"] = info
+
+
+def sparse(data):
+    data["keys"] = data["keys"].to_sparse()
+
+
+@pytest.mark.parametrize("change", [nested, sparse])
+def test_content_that_no_checksum_can_be_made_of_is_named(change, written, tmp_path):
+    """torch reads such files; both ended in a traceback."""
+    usual = sys.getrecursionlimit()
+    sys.setrecursionlimit(60_000)  # to write one
+
+    def unlike(data):
+        change(data)
+        data["checksum"] = "0" * 16
+
+    try:
+        target = altered(written, tmp_path / "slots.pth", unlike)
+    finally:
+        sys.setrecursionlimit(usual)
+    with pytest.raises(UserError, match="slots.pth: ") as refused:
+        Pool.read(target)
+    assert "\n" not in str(refused.value)
+
+
 def test_round_trip_is_bit_for_bit_and_its_bytes_repeat(written, tmp_path):
     slots = Pool.read(written)
     slots.write(tmp_path / "again.pth")

@@ -93,6 +93,22 @@ def test_one_route_allocates_a_small_part_of_the_pool(name):
     assert 0 < allocated < router.keys.table.nbytes / 10
 
 
+def test_a_pool_of_a_thousand_tasks_is_saved_read_and_routed(tmp_path):
+    made = pool([1] * 1000)
+    for task in made.tasks:
+        task.trained = True
+    made.changed()
+    made.write(tmp_path / "slots.pth")
+    found = Pool.read(tmp_path / "slots.pth")
+    assert found.names == made.names and found.size == len(found.selectable) == 1000
+    query = queries(20)
+    one, other = made.route(query), found.route(query)
+    assert torch.equal(one.slot_indices, other.slot_indices) and torch.equal(one.slot_weights, other.slot_weights)
+    assert len(set(one.slot_indices[:, 0].tolist())) > 1
+    found.write(tmp_path / "again.pth")
+    assert (tmp_path / "again.pth").read_bytes() == (tmp_path / "slots.pth").read_bytes()
+
+
 def test_long_queries_are_folded_and_keep_their_inner_products():
     rows = torch.randn(50, 4096, generator=torch.Generator().manual_seed(1)).double()
     rows = torch.nn.functional.normalize(rows + 2 * rows[:1], dim=1)

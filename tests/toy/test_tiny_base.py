@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import subprocess
-import sys
 from dataclasses import asdict
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tiny_recipe import SMALL
+from warm_python import warm_python
 
 from llava.model.builder import load_pretrained_model
 from llava.toy import tiny_base
@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parents[2]
 def _command(folder: Path, **changes) -> list[str]:
     flags = [f"--{name}={value}" for name, value in (asdict(SMALL) | changes).items()]
     script = str(ROOT / "scripts/make_tiny_base.py")
-    return [sys.executable, script, "--output_dir", str(folder), "--save_every=1", *flags]
+    return [str(warm_python()), script, "--output_dir", str(folder), "--save_every=1", *flags]
 
 
 def _build(folder: Path, **changes) -> subprocess.CompletedProcess:
@@ -148,7 +148,7 @@ make_tiny_base.main()
 """
     command = _command(tmp_path / "tiny")
     killed = subprocess.run(
-        [sys.executable, "-c", code, *command[1:]], cwd=ROOT, capture_output=True, text=True, check=False
+        [str(warm_python()), "-c", code, *command[1:]], cwd=ROOT, capture_output=True, text=True, check=False
     )
     assert killed.returncode == -9, killed.stderr
     assert not (tmp_path / "tiny").exists()

@@ -37,7 +37,6 @@ def parsed(words):
         ("--cl_data_clss chest", "task", "chest"),
         ("--dataset_type slake --task ct", "sequence", "slake"),
         ("--no_cuda", "use_cpu", True),
-        ("--seed -1", "seed", -1),
         ("--vision_tower openai/clip --seed 1", "vision_tower", "openai/clip"),
         ("--save_safetensors --overwrite_output_dir --seed 1", "seed", 1),
         ("--mm_vision_select_layer -2 --seed 1", "mm_vision_select_layer", -2),
@@ -224,7 +223,7 @@ def test_what_deepspeed_refuses_is_said_in_one_line(tmp_path, settings, message)
 def test_another_encoding_is_named(tmp_path):
     path = tmp_path / "zero3.json"
     path.write_bytes("{}".encode("utf-16"))
-    with pytest.raises(UserError, match="zero3.json: is not UTF-8 text"):
+    with pytest.raises(UserError, match="zero3.json: byte 0 is not UTF-8 text"):
         check_deepspeed_config(path)
 
 

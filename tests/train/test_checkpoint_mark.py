@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from llava.train import checkpoint_mark
 from llava.train.checkpoint_mark import COMPLETE, last_complete_checkpoint, mark_complete
 
 FILES = ("optimizer.pt", "scheduler.pt", "trained_slots.pt", "trainer_state.json")
@@ -58,3 +59,17 @@ def test_what_a_killed_run_left_is_removed(tmp_path):
     write(tmp_path, [2], marked=False)
     assert last_complete_checkpoint(tmp_path, 1) == str(tmp_path / "checkpoint-1")
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-1"]
+
+
+def test_another_process_may_remove_a_damaged_checkpoint_meanwhile(tmp_path, monkeypatch):
+    """The main process does, while the others look through it too."""
+    write(tmp_path, [1, 2])
+    read = checkpoint_mark.weights_sha256
+
+    def removed_meanwhile(file):
+        if file.parent.name == "checkpoint-2":
+            file.unlink(missing_ok=True)
+        return read(file)
+
+    monkeypatch.setattr(checkpoint_mark, "weights_sha256", removed_meanwhile)
+    assert last_complete_checkpoint(tmp_path, 1) == str(tmp_path / "checkpoint-1")

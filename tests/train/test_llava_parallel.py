@@ -2,13 +2,13 @@
 
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from tiny_parts import stage_words, write_parts
 from tiny_world import arguments
+from warm_python import warm_python
 
 from llava.checkpoints.weights import load_bin
 from llava.train.train import train
@@ -68,7 +68,7 @@ def launch(parts, stage, kind, *more, program=ROOT / "llava" / "train" / "train_
     environment |= {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         environment.pop(name, None)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    launcher = [str(warm_python()), "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     command = [*launcher, str(program), *words]
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
 

@@ -3,7 +3,6 @@
 import os
 import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 from tiny_runs import EACH_STEP
 from tiny_world import LORA
+from warm_python import warm_python
 
 from llava.continual.run import Run
 from llava.model.builder import load_pretrained_model
@@ -70,7 +70,7 @@ def zero3(world, tmp_path_factory):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         environment.pop(name, None)
-    command = [sys.executable, str(folder / "driver.py")]
+    command = [str(warm_python()), str(folder / "driver.py")]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
     said = done.stdout[-3000:] + done.stderr[-3000:]
     assert f"STATUS 0 {-signal.SIGKILL} 0 0" in done.stdout and "WHOLE 0" in done.stdout, said

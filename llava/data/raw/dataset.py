@@ -11,6 +11,7 @@ from typing import ClassVar
 from llava.data.raw.example import TEST, TRAIN, VALIDATE, Example, Report
 from llava.data.raw.outputs import lines_of, split_files
 from llava.data.raw.pictures import picture_folder
+from llava.inside import Folder, LinkedFolder
 from llava.utils import UserError
 
 AUTO = "auto"
@@ -24,7 +25,7 @@ class RawOptions:
         dataset: name of a data set, or ``"auto"`` to tell by content.
         data_dir: folder (or the file itself); default: each data set's own place.
         metadata, test_metadata, reference: files of the csv form.
-        image_dir: folder of the pictures.
+        image_dir: folder of the pictures. follow_links: links in it may lead out of it.
     """
 
     dataset: str = AUTO
@@ -33,6 +34,12 @@ class RawOptions:
     test_metadata: str | None = None
     reference: Sequence[str] = ()
     image_dir: str | None = None
+    follow_links: bool = False
+
+    def folders(self, usual: Sequence[Path]) -> tuple[Folder, ...]:
+        """Where the pictures may be: the folder that was named, else the usual ones."""
+        named = [Path(self.image_dir)] if self.image_dir else usual
+        return tuple(LinkedFolder(folder) if self.follow_links else folder for folder in named)
 
 
 @dataclass(frozen=True)
@@ -49,7 +56,7 @@ class Source:
 
     dataset: str
     path: Path
-    image_folders: tuple[Path, ...]
+    image_folders: tuple[Folder, ...]
     test_metadata: Path | None = None
     references: tuple[Path, ...] = ()
 
@@ -120,13 +127,13 @@ class RawDataset:
         """The source in a place of its own, when nothing was named and its homes are empty."""
         return None
 
-    def pictures(self, folder: Path, options: RawOptions) -> tuple[Path, ...]:
+    def pictures(self, folder: Path, options: RawOptions) -> tuple[Folder, ...]:
         """Folders that may hold the pictures of a data set that lies in ``folder``."""
-        return (Path(options.image_dir),) if options.image_dir else tuple(folder / name for name in self.image_folders)
+        return options.folders([folder / name for name in self.image_folders])
 
     # -- reading -------------------------------------------------------------------------------------------------------
 
-    def read(self, source: Source, report: Report) -> tuple[list[Example], tuple[str, ...], Path]:
+    def read(self, source: Source, report: Report) -> tuple[list[Example], tuple[str, ...], Folder]:
         """All examples with their domain, the domain names, and the folder that holds the pictures.
 
         Image names are mended where only the folder before them is wrong; missing pictures are left to the caller.

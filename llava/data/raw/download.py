@@ -7,7 +7,6 @@ unpacked beside its target, checked as a whole, and only then moved.
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 import shutil
 import sys
@@ -16,7 +15,8 @@ import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
-from llava.files import file_sha256
+from llava.files import atomic_write, file_sha256
+from llava.targets import remove
 from llava.utils import UserError
 
 
@@ -93,18 +93,19 @@ def unpack_pictures(archive: Path, folder: Path, wanted: re.Pattern[str], accept
                         with opened.open(member) as source, open(place / name, "wb") as copy:
                             shutil.copyfileobj(source, copy)
         except (zipfile.BadZipFile, EOFError, NotImplementedError) as error:
-            archive.unlink()
+            remove(archive)
             raise UserError(
                 f"{archive} is no whole zip file ({error}); it was removed, run the command again"
             ) from error
         if not accept(place):
             count = len(list(place.iterdir()))
-            archive.unlink()
+            remove(archive)
             raise UserError(f"{archive}: its {count} pictures are not the expected ones; it was removed, run again")
         folder.mkdir(exist_ok=True)
         names = sorted(path.name for path in place.iterdir())
         for name in names:
-            os.replace(place / name, folder / name)
+            with atomic_write(folder / name, "wb") as stream:
+                stream.write((place / name).read_bytes())
     return len(names)
 
 

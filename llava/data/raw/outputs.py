@@ -13,6 +13,7 @@ from pathlib import Path
 from llava.data.raw.example import TEST, TRAIN, Example, Report
 from llava.data.rows import ANSWER_TYPES, json_line
 from llava.files import atomic_write
+from llava.inside import inside
 from llava.utils import UserError
 
 Table = dict[str, list[Example]]
@@ -65,7 +66,7 @@ def write_together(folder: Path, files: dict[str, str]) -> None:
         raise UserError(f"cannot make output folder {folder}: {reason} (choose another with --output_dir)") from error
     with contextlib.ExitStack() as stack:
         for name, text in files.items():
-            stream = stack.enter_context(atomic_write(folder / name))
+            stream = stack.enter_context(atomic_write(inside(folder, name)))
             stream.write(text)
             stream.flush()
             os.fsync(stream.fileno())

@@ -90,6 +90,8 @@ def _reference(value: Any, where: str, organ: str | None) -> Reference:
         raise UserError(f"{where}: no organ: name the file vqa_<ORGAN>.json, or give each row an 'image_organ'")
     if organ and own and organ != own:
         raise UserError(f"{where}: field 'image_organ' is {own!r}, but the file name says {organ!r}")
+    if own and not re.fullmatch(r"[\w-]{1,60}", own):
+        raise UserError(f"{where}: field 'image_organ': expected one word, found {own[:60]!r}")
     question, _ = mend_text(value.get("question"), f"{where}: field 'question'")
     answer, _ = mend_text(value.get("answer"), f"{where}: field 'answer'")
     return Reference(str(organ or own), question, answer, value)

@@ -17,6 +17,7 @@ from llava.data.raw.metadata_csv import has_split_column, read_metadata
 from llava.data.raw.pictures import identify_pictures, picture_folder
 from llava.data.raw.references import REFERENCE_NAME, fill_from_references, read_references
 from llava.data.raw.vqa_rad import VqaRad
+from llava.inside import Folder
 from llava.utils import UserError, require_file
 
 DEFAULT_METADATA = Path("data/train/metadata.csv")
@@ -62,12 +63,12 @@ class VqaRadCsv(VqaRad):
         return Source(
             self.name,
             csv,
-            (Path(options.image_dir),) if options.image_dir else tuple(pictures),
+            options.folders(pictures),
             test_metadata=second,
             references=_references(options.reference, csv.parent),
         )
 
-    def read(self, source: Source, report: Report) -> tuple[list[Example], tuple[str, ...], Path]:
+    def read(self, source: Source, report: Report) -> tuple[list[Example], tuple[str, ...], Folder]:
         examples = read_metadata(source.path, report)
         split_is_known = has_split_column(source.path)
         if source.test_metadata:
@@ -116,8 +117,8 @@ def _references(named: Sequence[str], beside: Path) -> tuple[Path, ...]:
         if not path.is_dir():
             files.append(path)
             continue
-        inside = sorted(file for file in path.glob("*.json") if REFERENCE_NAME.fullmatch(file.name))
-        if named and not inside:
+        found = sorted(file for file in path.glob("*.json") if REFERENCE_NAME.fullmatch(file.name))
+        if named and not found:
             raise UserError(f"no reference vqa_<ORGAN>.json in {path}")
-        files.extend(inside)
+        files.extend(found)
     return tuple(files)

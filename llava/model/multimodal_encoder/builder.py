@@ -8,6 +8,7 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
+from llava.checkpoints.schemas import read_settings
 from llava.model.multimodal_encoder.tower import VisionTower, tower_kind
 from llava.utils import UserError
 
@@ -46,7 +47,7 @@ def named_tower_kind(name: str) -> type[VisionTower]:
         UserError: its kind is not known.
     """
     if (Path(name) / "config.json").is_file():
-        values = PretrainedConfig.get_config_dict(name)[0]
+        values = read_settings(Path(name) / "config.json")
         return tower_kind(values.get("model_type"), f"vision tower {name!r}")
     found = next((kind for pattern, kind in NAMES.items() if re.search(pattern, name.lower())), None)
     return tower_kind(found, name)

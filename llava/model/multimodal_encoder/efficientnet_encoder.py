@@ -126,6 +126,7 @@ class EfficientNetVisionTower(VisionTower):
     config_class = EfficientNetLiteConfig
     model_class = EfficientNetLiteModel
     processor_class = CLIPImageProcessorPil
+    runs_layers = False
 
     def check_selection(self) -> None:
         super().check_selection()

@@ -7,6 +7,10 @@ by ``load_model``. What kind of tower it is, its config says (``model_type``); e
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -14,8 +18,10 @@ import torch
 from torch import Tensor, nn
 from transformers import BaseImageProcessor, PretrainedConfig, PreTrainedModel
 
+from llava.checkpoints.schemas import PICTURE_FILES, check_settings, has_processor
 from llava.checkpoints.weights import first_line, lacking_tensors, weight_files
 from llava.mm_utils import picture_side
+from llava.outside import foreign
 from llava.registry import Registry
 from llava.utils import UserError
 
@@ -25,6 +31,26 @@ FEATURES = ("patch", "cls_patch")
 
 _BEHIND_ALL_LAYERS = ("post_layernorm", "vision_tower.layernorm", "vision_tower.head")
 """Ends of names of what a tower does to its last layer, as CLIP, DINOv2 and SigLIP call it."""
+
+
+_running: ContextVar[int | None] = ContextVar("layers that run", default=None)
+
+
+class _Layers(nn.ModuleList):
+    """A tower's layers, of which a pass may run the first alone (``first_layers``)."""
+
+    def __iter__(self) -> Iterator[nn.Module]:
+        return islice(super().__iter__(), _running.get())
+
+
+@contextmanager
+def first_layers(count: int | None) -> Iterator[None]:
+    """In this thread the tower that is called meanwhile runs its first ``count`` layers; ``None``: all."""
+    token = _running.set(count)
+    try:
+        yield
+    finally:
+        _running.reset(token)
 
 
 class VisionTower(nn.Module):
@@ -48,6 +74,8 @@ class VisionTower(nn.Module):
     config_class: ClassVar[type[PretrainedConfig]]
     model_class: ClassVar[type[PreTrainedModel]]
     processor_class: ClassVar[Any]
+    runs_layers: ClassVar[bool] = True
+    """Whether its model goes through a list of like layers, of which those behind the chosen one need not run."""
 
     def __init__(
         self, vision_tower: str, args: object, delay_load: bool = False, vision_config: dict[str, Any] | None = None
@@ -99,6 +127,17 @@ class VisionTower(nn.Module):
         self.vision_tower.requires_grad_(False)
         self.is_loaded = True
         self.check_selection()
+        if self.runs_layers:
+            self._layers.__class__ = _Layers
+
+    @property
+    def _layers(self) -> nn.ModuleList:
+        return next((part for part in self.modules() if isinstance(part, nn.ModuleList)), nn.ModuleList())
+
+    @property
+    def depth(self) -> int:
+        """Layers up to the chosen one, the embeddings not counted."""
+        return self.select_layer if self.select_layer >= 0 else self.layers + 1 + self.select_layer
 
     @classmethod
     def read_config(cls, name: str) -> PretrainedConfig:
@@ -114,6 +153,7 @@ class VisionTower(nn.Module):
         """
         try:
             if Path(name).is_dir():
+                check_settings(Path(name), ("config.json",))
                 weight_files(Path(name))  # refuses two sets of weights
             found = cls.config_class.get_config_dict(name)[0].get("model_type")
             if found not in (None, *cls.model_types):
@@ -146,7 +186,9 @@ class VisionTower(nn.Module):
     @classmethod
     def read_processor(cls, name: str) -> BaseImageProcessor:
         """The image processor that lies beside a tower's weights."""
-        processor: BaseImageProcessor = cls.processor_class.from_pretrained(name)
+        check_settings(Path(name), PICTURE_FILES)
+        with foreign(f"vision tower {name!r}: its image processor", "copy preprocessor_config.json again"):
+            processor: BaseImageProcessor = cls.processor_class.from_pretrained(name)
         return processor
 
     @classmethod
@@ -161,7 +203,7 @@ class VisionTower(nn.Module):
     @classmethod
     def shipped_processor(cls, folder: Path, config: PretrainedConfig) -> BaseImageProcessor:
         """The image processor of a checkpoint that ships its tower: its own, else the usual one for the tower."""
-        if (folder / "preprocessor_config.json").is_file():
+        if has_processor(folder):
             return cls.read_processor(str(folder))
         return cls.default_processor(config)
 
@@ -172,25 +214,30 @@ class VisionTower(nn.Module):
 
     def feature_select(self, image_forward_outs: Any) -> Tensor:
         """The chosen hidden layer of the tower's outputs, with or without the tokens in front of its patches."""
-        layers, depth = image_forward_outs.hidden_states, getattr(self.config, "num_hidden_layers", None)
-        if depth:  # a language model once asked for its own layers has made transformers note each of these again
-            layers = [layers[0], *layers[1 :: max((len(layers) - 1) // depth, 1)]]
-        layer: Tensor = layers[self.select_layer]  # [images, leading + patches, hidden]
+        return self._patches(_each_once(image_forward_outs.hidden_states, self.layers)[self.select_layer])
+
+    def _patches(self, layer: Tensor) -> Tensor:
+        """A hidden layer ``[images, leading + patches, hidden]`` without what is not asked for."""
         return layer[:, self.leading_tokens :] if self.select_feature == "patch" else layer
 
     def forward(self, images: Tensor | list[Tensor]) -> Tensor | list[Tensor]:
         if isinstance(images, list):
             return [self.forward(image.unsqueeze(0))[0] for image in images]
+        pixels = images.to(device=self.device, dtype=self.dtype)
         with torch.set_grad_enabled(self.trains and torch.is_grad_enabled()):
-            outputs: Any = self.vision_tower(images.to(device=self.device, dtype=self.dtype), output_hidden_states=True)
-            return self.feature_select(outputs).to(images.dtype)
+            if not self.runs_layers or self.depth == 0:  # without a layer that runs none is noted
+                return self.feature_select(self.vision_tower(pixels, output_hidden_states=True)).to(images.dtype)
+            with first_layers(self.depth):
+                outputs: Any = self.vision_tower(pixels, output_hidden_states=True)
+            return self._patches(_each_once(outputs.hidden_states, self.depth)[-1]).to(images.dtype)
 
     def unseen(self) -> set[int]:
         """Ids of the parameters behind the chosen layer, which no gradient reaches."""
-        layers = next((part for part in self.modules() if isinstance(part, nn.ModuleList)), nn.ModuleList())
-        depth = self.select_layer if self.select_layer >= 0 else len(layers) + 1 + self.select_layer
         named = self.named_modules()
-        behind = [*list(layers)[depth:], *(part for name, part in named if name.endswith(_BEHIND_ALL_LAYERS))]
+        behind = [
+            *list(self._layers)[self.depth :],
+            *(part for name, part in named if name.endswith(_BEHIND_ALL_LAYERS)),
+        ]
         return {id(parameter) for part in behind for parameter in part.parameters()}
 
     def tell(self, config: PretrainedConfig) -> None:
@@ -237,6 +284,12 @@ class VisionTower(nn.Module):
     @property
     def dummy_feature(self) -> Tensor:
         return torch.zeros(1, self.hidden_size, device=self.device, dtype=self.dtype)
+
+
+def _each_once(states: Sequence[Tensor], layers: int) -> list[Tensor]:
+    """What stands before the first layer and behind each of ``layers``: a language model once asked for its own layers
+    has made transformers note each of these again."""
+    return [states[0], *states[1 :: max((len(states) - 1) // max(layers, 1), 1)]]
 
 
 def refuse_class_token(select_feature: str, name: str) -> None:

@@ -7,7 +7,6 @@ the frozen tower again.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import torch
 from PIL import Image
@@ -17,6 +16,7 @@ from tqdm import tqdm
 from llava.checkpoints.checkpoint import Checkpoint, Place
 from llava.checkpoints.kinds import TOWER_PREFIX
 from llava.image_io import load_image
+from llava.inside import Folder, inside
 from llava.model.configs import llava_config
 from llava.model.multimodal_encoder.builder import build_vision_tower
 from llava.model.multimodal_encoder.tower import VisionTower
@@ -52,7 +52,7 @@ def load_vision_tower(place: Place, device: str = "cpu") -> VisionTower:
 def tower_features(
     names: list[str],
     tower: VisionTower,
-    image_folder: str | Path,
+    image_folder: Folder,
     preprocess: Callable[[list[Image.Image]], Tensor | list[Tensor]],
     batch_size: int = 16,
     purpose: str = "pictures",
@@ -67,7 +67,7 @@ def tower_features(
     starts = range(0, len(names), batch_size)
     for start in tqdm(starts, desc=purpose, unit="batch", disable=not is_main_process(), leave=False):
         batch = names[start : start + batch_size]
-        pictures = [load_image(Path(image_folder) / name) for name in batch]
+        pictures = [load_image(inside(image_folder, name)) for name in batch]
         tiles = [tile if tile.dim() == 4 else tile[None] for tile in preprocess(pictures)]
         pixels = torch.cat(tiles).to(device=tower.device, dtype=tower.dtype)
         features = tower(pixels).split([len(tile) for tile in tiles])

@@ -326,7 +326,7 @@ def write_broken(home, rows):
     [
         ("", "the file holds no rows"),
         ("[]", "the file holds no rows"),
-        ('[{"qid": 1,\n oops', "VQA_RAD_Dataset_Public.json: line 2: broken JSON"),
+        ('[{"qid": 1,\n oops', "VQA_RAD_Dataset_Public.json, line 2: broken JSON"),
         ("[1]", "neither VQA-RAD .* nor SLAKE .* rows: int"),
         ('[{"a": 1, "b": 2}]', "neither VQA-RAD .* nor SLAKE .* rows: a, b"),
     ],

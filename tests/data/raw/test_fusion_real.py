@@ -175,7 +175,8 @@ def test_organ_join_without_picture_names_and_in_lower_case(vqa_rad, tmp_path):
         return row | lower | {"image": name, "split": split}
 
     rows = rewrite_as_csv(vqa_rad, tmp_path, export)
-    fusion.main(["--metadata", str(tmp_path / "metadata.csv"), "--output_dir", str(tmp_path / "out")])
+    options = ["--metadata", str(tmp_path / "metadata.csv"), "--follow_links"]
+    fusion.main([*options, "--output_dir", str(tmp_path / "out")])
     wrong, left_open, listed = wrong_and_open(tmp_path / "out", rows)
     assert len(wrong | left_open) <= 0.005 * len(rows)
     assert wrong | left_open <= listed

@@ -10,6 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_llava import HIDDEN, PIXELS, write_base
 from transformers import (
+    CLIPVisionConfig,
+    CLIPVisionModel,
     Dinov2Config,
     Dinov2Model,
     Dinov2WithRegistersConfig,
@@ -109,6 +111,30 @@ def test_features_are_those_of_the_librarys_own_model(kind, tower, base):
     assert torch.equal(load_vision_tower(base)(pixels), ours(pixels))
     assert ours.name == kind and ours(pixels).shape == (1, ours.num_patches, ours.hidden_size)
     assert ours.hidden_size == model.config.mm_hidden_size and not ours.trains
+
+
+@pytest.mark.parametrize("layer", [-3, -2, -1, 0, 1, 2])
+@pytest.mark.parametrize("family", ["clip", "siglip", "dinov2_with_registers"])
+def test_layers_behind_the_chosen_one_do_not_run_and_its_features_stay_bit_for_bit(family, layer):
+    model = (
+        CLIPVisionModel(CLIPVisionConfig(**SHAPE, intermediate_size=32)).eval() if family == "clip" else make(family)
+    )
+    pixels, ran = picture(PIXELS), []
+    with torch.no_grad():
+        expected = model(pixels, output_hidden_states=True).hidden_states[layer]
+    args = SimpleNamespace(mm_vision_tower=family, mm_vision_select_layer=layer, vision_config=model.config.to_dict())
+    ours = build_vision_tower(args)
+    ours.vision_tower.load_state_dict(model.state_dict())
+    ours.eval()
+    layers = [part for part in ours.modules() if isinstance(part, torch.nn.ModuleList)][0]
+    for number in range(2):
+        layers[number].register_forward_hook(lambda *_, number=number: ran.append(number))
+    for _ in range(2):
+        assert torch.equal(ours(pixels), expected[:, LEADING.get(family, 1) :])
+    depth = layer % 3
+    assert ran == 2 * list(range(depth or 2))  # where none is needed all run: transformers notes what a layer is given
+    whole = ours.vision_tower(pixels, output_hidden_states=True).hidden_states
+    assert len(whole) == 3 and torch.equal(whole[layer], expected)  # asked by others it tells all layers
 
 
 def test_a_whole_checkpoint_ships_its_tower(kind, tower, base, tmp_path):
