@@ -16,6 +16,7 @@ from typing import Any
 
 from llava.cli import flag, parse, word
 from llava.continual.benchmark import Benchmark, Cell
+from llava.continual.benchmark_marks import Marks
 from llava.eval.over_seeds import over_seeds, read_matrix
 from llava.files import atomic_write
 from llava.utils import run_cli
@@ -48,18 +49,20 @@ def main(argv: Sequence[str] | None = None) -> None:
 def table(benchmark: Benchmark) -> dict[str, Any]:
     """``{"benchmark", "cells", "done", "runs": [{"run", "method", "order", "seeds", "metrics", "gaps"}]}``."""
     groups: dict[tuple[str, tuple[str, ...]], list[Cell]] = {}
-    done = [cell for cell in benchmark.cells if benchmark.whole(cell)]
+    marks = Marks(benchmark)
+    cells = [cell for cell in benchmark.cells if not cell.trial]
+    done = [cell for cell in cells if marks.whole(cell)]
     for cell in done:
         groups.setdefault((cell.run, cell.order), []).append(cell)
     runs = []
-    for (run, order), cells in groups.items():
-        found = over_seeds([read_matrix(benchmark.matrix(cell).parent) for cell in cells])
-        seeds = [cell.seed for cell in cells]
-        told = {"run": run, "method": cells[0].method, "order": list(order), "seeds": seeds}
+    for (run, order), mine in groups.items():
+        found = over_seeds([read_matrix(benchmark.matrix(cell).parent) for cell in mine])
+        seeds = [cell.seed for cell in mine]
+        told = {"run": run, "method": mine[0].method, "order": list(order), "seeds": seeds}
         runs.append({**told, "metrics": found["metrics"]})
     for entry in runs:
         entry["gaps"] = {name: gaps(entry, runs, name) for name in REFERENCES if name != entry["run"]}
-    return {"benchmark": benchmark.name, "cells": len(benchmark.cells), "done": len(done), "runs": runs}
+    return {"benchmark": benchmark.name, "cells": len(cells), "done": len(done), "runs": runs}
 
 
 def gaps(entry: Mapping[str, Any], runs: Sequence[Mapping[str, Any]], name: str) -> dict[str, float] | None:
