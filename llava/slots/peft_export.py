@@ -18,6 +18,7 @@ import json
 import math
 import re
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save as safetensors_bytes
@@ -112,7 +113,7 @@ def export_peft(
     rank = len(mixture) * pool.settings.rank
     targets = pool.settings.targets
     named = base or pool.base.get("path")
-    config = LoraConfig(
+    config: Any = LoraConfig(
         task_type="CAUSAL_LM" if layout == "llava" else None,
         auto_mapping=None if layout == "llava" else _hf_class(named, pool),
         base_model_name_or_path=named,
