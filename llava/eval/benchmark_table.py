@@ -15,16 +15,18 @@ from __future__ import annotations
 import json
 import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from llava.cli import flag, parse, word
 from llava.continual.benchmark import Benchmark, Cell, checksums
 from llava.continual.benchmark_marks import Marks
+from llava.continual.places import Places
 from llava.eval.eval_video_qa import SCORES_NAME, package_version
 from llava.eval.generation import ORACLE
-from llava.eval.over_seeds import over_seeds, read_matrix
+from llava.eval.metrics.base import OVERALL
+from llava.eval.over_seeds import over_seeds, read_matrix, spread
 from llava.eval.result_pages import FORMAT_VERSION, markdown
 from llava.files import atomic_write
 from llava.outside import read_object
@@ -87,6 +89,7 @@ def table(benchmark: Benchmark) -> dict[str, Any]:
                 "seeds": [cell.seed for cell in mine],
                 "task_given": first.route == ORACLE or first.method == "individual",
                 "rates": tried(benchmark, first),
+                "pictures": pictures(benchmark, mine),
                 "metrics": found["metrics"],
             }
         )
@@ -98,6 +101,35 @@ def table(benchmark: Benchmark) -> dict[str, Any]:
 def tried(benchmark: Benchmark, cell: Cell) -> dict[str, float]:
     """What each learning rate reached on validation rows; empty where none was tried."""
     return {f"{trial.rates[0]:g}": benchmark.score(trial) for trial in benchmark.trials(cell)}
+
+
+def pictures(benchmark: Benchmark, cells: Sequence[Cell]) -> dict[str, dict[str, Any]]:
+    """What the pictures contribute to the last stage, by kind shown in their place: ``changed``, the share of
+    answers that change, and by metric the drop, over the cells' seeds. With one seed the interval is over questions."""
+    files = [matrix.parent / stage.name / SCORES_NAME for matrix, stage in (last(benchmark, cell) for cell in cells)]
+    found = [read_object(file).get("pictures") or {} if file.is_file() else {} for file in files]
+    told = {}
+    for kind in [kind for kind in found[0] if all(kind in one for one in found)]:
+        groups = [one[kind]["groups"][OVERALL] for one in found]
+        parts = {"changed": [(group["changed"]["value"], group["changed"]["ci95"]) for group in groups]}
+        for metric in groups[0]["figures"]:
+            figures = [group["figures"].get(metric) for group in groups]
+            if all(figures):
+                parts[metric] = [(figure["drop"], figure["ci95"]) for figure in figures]
+        told[kind] = {name: over_cells(values) for name, values in parts.items()}
+    return told
+
+
+def last(benchmark: Benchmark, cell: Cell) -> tuple[Path, Path]:
+    """A cell's accuracy matrix and its last stage."""
+    names = replace(benchmark.sequence, tasks=tuple(map(benchmark.sequence.task, cell.order)))
+    return benchmark.matrix(cell), Places(benchmark.folder(cell), names, cell.method).stages[-1]
+
+
+def over_cells(values: Sequence[tuple[float, list[float] | None]]) -> dict[str, Any]:
+    """A figure over some cells; of one cell with its own interval."""
+    found = spread([value for value, _ in values])
+    return {**found, "ci95": values[0][1]} if len(values) == 1 else found
 
 
 def gaps(entry: Mapping[str, Any], runs: Sequence[Mapping[str, Any]], name: str) -> dict[str, float] | None:
@@ -146,6 +178,14 @@ def small(entry: Mapping[str, Any], metric: str) -> dict[str, Any]:
         "final": {task: rounded(cell["mean"]) for task, cell in zip(entry["order"], found["matrix"][-1], strict=True)},
         "summary": {
             name: {key: rounded(cell[key]) for key in ("mean", "sd", "ci95")} for name, cell in found["summary"].items()
+        },
+        "pictures": {
+            kind: {
+                title: {key: rounded(by[name][key]) for key in ("mean", "sd", "ci95")}
+                for title, name in (("changed", "changed"), ("drop", metric))
+                if name in by
+            }
+            for kind, by in entry["pictures"].items()
         },
         "gaps": {name: rounded(by[metric]) for name, by in entry["gaps"].items() if by and metric in by},
     }

@@ -86,8 +86,37 @@ def markdown(result: Mapping[str, Any]) -> str:
         line += [score(entry["final"][task]) for task in tasks]
         line += [spread(summary.get(name)) for name in ("average_final", *SHOWN)]
         lines.append([*line, *(score(entry["gaps"].get(name), "+") for name in gaps)])
-    rows = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    return f"\n{caption(result)}\n\n{rows}\n\n"
+    return f"\n{caption(result)}\n\n{_table(lines)}\n\n{pictures(result)}"
+
+
+def pictures(result: Mapping[str, Any]) -> str:
+    """A table of what the pictures contribute to the runs for which that was asked; empty where it was for none."""
+    entries = [entry for entry in result["runs"] if entry["pictures"]]
+    if not entries:
+        return ""
+    kinds = list(dict.fromkeys(kind for entry in entries for kind in entry["pictures"]))
+    head = ["run", "order", *(f"{what}, {kind}" for kind in kinds for what in ("answers that change", "drop"))]
+    lines = [head, ["---"] * len(head)]
+    for entry in entries:
+        shown = [entry["pictures"].get(kind, {}).get(what) for kind in kinds for what in ("changed", "drop")]
+        lines.append([entry["run"], ", ".join(entry["order"]), *map(_within, shown)])
+    text = (
+        f"Without the right picture: share of answers that change, and drop of {result['metric']}, with 95 % intervals "
+        "over seeds, over questions where there is one seed."
+    )
+    return f"{text}\n\n{_table(lines)}\n\n"
+
+
+def _within(found: Mapping[str, Any] | None) -> str:
+    """A mean with its interval."""
+    if found is None:
+        return ""
+    ends = found["ci95"]
+    return score(found["mean"]) + ("" if ends is None else f" [{score(ends[0])}, {score(ends[1])}]")
+
+
+def _table(lines: Sequence[Sequence[str]]) -> str:
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def caption(result: Mapping[str, Any]) -> str:

@@ -21,6 +21,7 @@ def run(name, average, method=None, order=("abd", "head"), given=False, gaps=Non
         "final": {"abd": average, "head": average},
         "summary": {"average_final": cell, "forgetting": {"mean": 0.0, "sd": sd, "ci95": None}},
         "gaps": gaps or {},
+        "pictures": {},
     }
 
 
@@ -53,6 +54,17 @@ def test_a_table_by_hand():
         "",
         "",
     ]
+
+
+def test_what_the_pictures_contribute_is_a_table_of_its_own():
+    whole, fewer = run("retrieval", 0.6), run("joint", 0.5)
+    cell = {"mean": 0.25, "sd": None, "ci95": [0.2, 0.31]}
+    whole["pictures"] = {"blank": {"changed": cell, "drop": {**cell, "mean": -0.01}}, "shuffled": {"changed": cell}}
+    fewer["pictures"] = {"blank": {"changed": {**cell, "ci95": None}, "drop": cell}}
+    *_, head, _, first, second, _, _ = result_pages.markdown(result(whole, fewer, run("ewc", 0.4))).split("\n")
+    assert head.startswith("| run | order | answers that change, blank | drop, blank | answers that change, shuffled |")
+    assert first == "| retrieval | abd, head | .250 [.200, .310] | -.010 [.200, .310] | .250 [.200, .310] |  |"
+    assert second == "| joint | abd, head | .250 | .250 [.200, .310] |  |  |"
 
 
 def test_the_caption_says_where_a_simple_baseline_wins():

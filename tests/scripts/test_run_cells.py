@@ -123,6 +123,26 @@ def test_a_result_is_a_small_file_with_what_it_was_made_of(tiny, tmp_path, capsy
     assert read_result(file) == found and markdown(found) in capsys.readouterr().out
 
 
+def test_what_the_pictures_contribute_is_told_over_seeds(tiny):
+    sequence = json.loads(tiny.read_text())["sequence"]
+    runs = [
+        {"method": "joint", "pictures": ["real", "blank"], "seeds": [0, 1]},
+        {"method": "ewc", "pictures": ["blank"]},
+    ]
+    write(tiny, sequence, runs)
+    run_main(run_cells.main, tiny)
+    benchmark = Benchmark.read(tiny)
+    for place, cell in enumerate(benchmark.cells):
+        matrix, stage = benchmark_table.last(benchmark, cell)
+        figure = {"drop": 0.1 * place, "ci95": [0.0, 0.3]}
+        group = {"changed": {"value": 0.5, "ci95": [0.4, 0.6]}, "figures": {"exact_match": figure}}
+        scores = {"groups": {}, "pictures": {"blank": {"groups": {"overall": group}}}}
+        (matrix.parent / stage.name / "scores.json").write_text(json.dumps(scores))
+    joint, ewc = (entry["pictures"]["blank"] for entry in benchmark_table.table(benchmark)["runs"])
+    assert joint["exact_match"]["mean"] == pytest.approx(0.05) and joint["changed"]["sd"] == 0
+    assert ewc["exact_match"] == {"mean": 0.2, "sd": None, "ci95": [0.0, 0.3], "values": [0.2]}
+
+
 def test_the_best_rate_on_validation_rows_is_taken(tiny):
     run_main(run_cells.main, tiny)
     benchmark = Benchmark.read(tiny)
