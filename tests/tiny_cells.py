@@ -2,7 +2,7 @@
 
 Like the real ones they skip what is there, write each file whole, and go on where they were stopped. ``ticks`` counts
 the places where a run can be killed. As a program this is ``scripts/run_cells.py`` with these commands; with
-``KILL_AT=n`` it kills itself and the shell that started it at place ``n``.
+``STOP_AT=n`` it stops at place ``n`` and writes the file ``STOPPED`` names, so that whoever waits for that can kill it.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import signal
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -115,14 +115,20 @@ def stand_in(put) -> None:
     put(run_cells.evaluate_sequence, "main", evaluate)
 
 
+def stop() -> None:
+    """Say that the place is reached, and wait for the kill."""
+    Path(os.environ["STOPPED"]).touch()
+    time.sleep(600)
+
+
 def main() -> None:
     """``scripts/run_cells.py`` with these commands, in this process and in those that it starts."""
     global ticks
     from llava.utils import run_cli
     from scripts import run_cells
 
-    if at := int(os.environ.get("KILL_AT") or 0):
-        ticks = iter([*[lambda: None] * at, lambda: os.killpg(0, signal.SIGKILL)])
+    if at := int(os.environ.get("STOP_AT") or 0):
+        ticks = iter([*[lambda: None] * at, stop])
     stand_in(setattr)
     run_cells.__file__ = __file__
     run_cli(run_cells.main)

@@ -5,18 +5,21 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import subprocess
-import sys
+import time
 from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 import tiny_cells
 from tiny_world import run_main, write_sequence
+from warm_python import warm_python
 
 from llava.continual.benchmark import Benchmark
 from llava.continual.benchmark_marks import Marks
 from llava.eval import benchmark_table
+from llava.eval.result_pages import markdown, read_result
 from llava.locks import only_writer
 from llava.utils import UserError
 from scripts import run_cells
@@ -96,7 +99,48 @@ def test_a_benchmark_is_run_skipped_and_told(tiny, monkeypatch, capsys):
     finals = [entry["metrics"]["exact_match"]["summary"]["average_final"]["mean"] for entry in told["runs"]]
     gaps = told["runs"][3]["gaps"]
     assert gaps["joint"]["exact_match"] == pytest.approx(finals[0] - finals[3]) and gaps["individual"] is None
-    assert "| retrieval | abd, chest | 1 |" in capsys.readouterr().out
+    assert "| **retrieval** | abd, chest | 1 |" in capsys.readouterr().out
+
+
+def test_a_result_is_a_small_file_with_what_it_was_made_of(tiny, tmp_path, capsys):
+    run_main(run_cells.main, tiny)
+    benchmark = Benchmark.read(tiny)
+    figures = {f"{name}_exact_match": {"value": 0.123456} for name in ("majority", "nearest")}
+    scores = benchmark.matrix(benchmark.cells[0]).parent / "zero-shot" / "scores.json"
+    scores.write_text(json.dumps({"groups": {task: {"figures": figures} for task in ("abd", "chest")}}))
+    file = tmp_path / "result.json"
+    with pytest.raises(UserError, match="--result wants --machine"):
+        run_main(benchmark_table.main, tiny, "--result", file)
+    run_main(benchmark_table.main, tiny, "--result", file, "--machine", "two cores")
+    found = json.loads(file.read_text())
+    assert (found["machine"], found["metric"], found["settings"]) == ("two cores", "exact_match", benchmark.values)
+    assert found["baselines"]["majority answer"] == {"abd": 0.1235, "chest": 0.1235}
+    assert list(found["data"]) == ["train_abd.jsonl", "train_chest.jsonl", "test.jsonl"]
+    assert set(found["versions"]) == {"python", "llava", "torch", "transformers", "numpy"}
+    sequential = found["runs"][2]
+    assert sequential["rates"].keys() == {"0.001", "0.01"} and sequential["final"].keys() == {"abd", "chest"}
+    assert file.stat().st_size < 6000
+    assert read_result(file) == found and markdown(found) in capsys.readouterr().out
+
+
+def test_what_the_pictures_contribute_is_told_over_seeds(tiny):
+    sequence = json.loads(tiny.read_text())["sequence"]
+    runs = [
+        {"method": "joint", "pictures": ["real", "blank"], "seeds": [0, 1]},
+        {"method": "ewc", "pictures": ["blank"]},
+    ]
+    write(tiny, sequence, runs)
+    run_main(run_cells.main, tiny)
+    benchmark = Benchmark.read(tiny)
+    for place, cell in enumerate(benchmark.cells):
+        matrix, stage = benchmark_table.last(benchmark, cell)
+        figure = {"drop": 0.1 * place, "ci95": [0.0, 0.3]}
+        group = {"changed": {"value": 0.5, "ci95": [0.4, 0.6]}, "figures": {"exact_match": figure}}
+        scores = {"groups": {}, "pictures": {"blank": {"groups": {"overall": group}}}}
+        (matrix.parent / stage.name / "scores.json").write_text(json.dumps(scores))
+    joint, ewc = (entry["pictures"]["blank"] for entry in benchmark_table.table(benchmark)["runs"])
+    assert joint["exact_match"]["mean"] == pytest.approx(0.05) and joint["changed"]["sd"] == 0
+    assert ewc["exact_match"] == {"mean": 0.2, "sd": None, "ci95": [0.0, 0.3], "values": [0.2]}
 
 
 def test_the_best_rate_on_validation_rows_is_taken(tiny):
@@ -225,33 +269,36 @@ def test_a_benchmark_that_is_killed_again_and_again_ends_with_the_same_bytes(tin
 @pytest.mark.thorough
 def test_the_script_killed_at_ten_places_ends_with_the_same_bytes(tiny, tmp_path, monkeypatch):
     """Real kills of the shell and all that it has started; in the end with two processes."""
-    python = tmp_path / "bin" / "python"
+    python, stub, stopped = tmp_path / "bin" / "python", ROOT / "tests" / "tiny_cells.py", tmp_path / "stopped"
     python.parent.mkdir()
-    stub = ROOT / "tests" / "tiny_cells.py"
     python.write_text(
-        f'#!/bin/sh\ncase $1 in */run_cells.py) shift; set -- "{stub}" "$@";; esac\nexec "{sys.executable}" "$@"\n'
+        f"""#!/bin/sh
+        case $1 in */run_cells.py) shift; set -- "{stub}" "$@";; esac
+        exec "{warm_python()}" "$@"
+        """
     )
     python.chmod(0o755)
-    environment = {**os.environ, "PATH": f"{python.parent}{os.pathsep}{os.environ['PATH']}"}
 
-    def run(**more):
+    def start(**more):
+        environment = {**os.environ, "PATH": f"{python.parent}{os.pathsep}{os.environ['PATH']}", **more}
+        environment |= {"PYTHONPATH": str(ROOT / "tests"), "STOPPED": str(stopped)}
         words = ["bash", str(ROOT / "scripts" / "run_benchmark.sh"), str(tiny)]
-        return subprocess.run(
-            words, env={**environ(), **more}, start_new_session=True, capture_output=True, text=True, timeout=600
-        )
+        return subprocess.Popen(words, env=environment, start_new_session=True, stdout=subprocess.PIPE, text=True)
 
-    def environ():
-        return {**environment, "OUTPUT_DIR": os.environ["OUTPUT_DIR"], "PYTHONPATH": str(ROOT / "tests")}
-
-    whole = run()
-    assert whole.returncode == 0, whole.stderr
-    assert "| sequential | abd, chest | 1 |" in whole.stdout
+    said, _ = start().communicate(timeout=600)
+    assert "| sequential | abd, chest | 1 |" in said
     wanted = results(tiny)
     monkeypatch.setenv("OUTPUT_DIR", str(tmp_path / "two"))
     for place in (1, 2, 3, 4, 5, 6, 8, 10, 12, 14):
-        assert run(KILL_AT=str(place)).returncode < 0
-    assert run(WORKERS="2").returncode == 0
-    assert results(tiny) == wanted
+        running = start(STOP_AT=str(place))
+        while running.poll() is None and not stopped.exists():
+            time.sleep(0.05)
+        os.killpg(running.pid, signal.SIGKILL)
+        assert running.wait() == -signal.SIGKILL
+        stopped.unlink()
+    last = start(WORKERS="2")
+    last.communicate(timeout=600)
+    assert last.returncode == 0 and results(tiny) == wanted
 
 
 def killing(monkeypatch, after):
