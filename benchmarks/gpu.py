@@ -25,6 +25,7 @@ import json
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -55,6 +56,7 @@ from llava.cli import flag, parse  # noqa: E402
 from llava.devices import default_device, has_accelerator  # noqa: E402
 from llava.files import atomic_write  # noqa: E402
 from llava.slots.offsets import TARGETS  # noqa: E402
+from llava.train.memory import activation_bytes  # noqa: E402
 from llava.utils import UserError, rank0_print, run_cli  # noqa: E402
 
 FEW, MANY = 3, 1000
@@ -95,7 +97,10 @@ class Bench:
         for name, targets in (("o_proj", ("o_proj",)), ("seven targets", TARGETS)):
             lora = with_lora(self.model, trained_rank(self.shape), 1, targets)
             steps[f"LoRA, {name}"] = Training(lora, self.shape)
-        return Table(measure(steps, self.device, until, self.rounds), self.shape.train_rows, "samples")
+        tokens, width = self.shape.train_rows * self.shape.positions, self.shape.dtype.itemsize
+        guess = {"estimated_bytes": activation_bytes(self.model.config, tokens, width, whole=False)}
+        rank0_print(f"a step is estimated to keep {guess['estimated_bytes'] / 1e9:.2f} GB (llava.train.memory)")
+        return Table(measure(steps, self.device, until, self.rounds), self.shape.train_rows, "samples", guess)
 
     def prefill(self, until: float) -> Table:
         """First passes over a batch of questions."""
@@ -164,8 +169,8 @@ def write(path: Path, figures: dict[str, Any]) -> None:
         json.dump(figures, stream, indent=1)
 
 
-def main() -> None:
-    """Print a table for each part, and write the file."""
+def main() -> int:
+    """Print a table for each part, and write the file; 1 where a part failed."""
     start = time.monotonic()
     arguments = parse(Arguments, description=__doc__)
     if not has_accelerator() and not arguments.tiny:
@@ -177,21 +182,30 @@ def main() -> None:
     bench = Bench(shape, device, arguments.rounds)
     figures: dict[str, Any] = {**machine(device), "shape": "tiny" if arguments.tiny else "LLaVA-1.5-7B", "parts": {}}
     rank0_print(f"{figures['device']}, torch {figures['torch']}; {figures['shape']}, {shape.dtype}")
+    failed: list[str] = []
     for left, part in zip(range(len(arguments.parts), 0, -1), arguments.parts):
         begun = time.monotonic()
         if begun > end:
             rank0_print(f"\n{part}: left out, the time is up")
             continue
-        table = getattr(bench, part)(begun + (end - begun) / left)
-        rank0_print("\n" + "\n".join(lines(part, table.found, table.items, table.what)))
+        try:
+            table = getattr(bench, part)(begun + (end - begun) / left)
+        except Exception:  # the other parts have their figures all the same
+            traceback.print_exc()
+            failed.append(part)
+        else:
+            rank0_print("\n" + "\n".join(lines(part, table.found, table.items, table.what)))
+            figures["parts"][part] = record(table.found) | table.more
+            del table
         rank0_print(f"  {part} took {time.monotonic() - begun:.0f} s")
-        figures["parts"][part] = record(table.found) | table.more
         if arguments.json:
             write(Path(arguments.json), figures)  # after each part: what is measured stays
-        del table
         gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()
+    if failed:
+        rank0_print(f"\nfailed: {', '.join(failed)}")
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":

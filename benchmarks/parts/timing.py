@@ -100,7 +100,7 @@ def _count(step: Step, found: Found, device: torch.device) -> None:
     ran = [event for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
     copies = [event.name for event in ran if event.name.startswith(("Memcpy", "Memset"))]
     kernels = [event for event in ran if not event.name.startswith(("Memcpy", "Memset")) and not _is_range(event)]
-    found.kernels, found.busy_ms = len(kernels), sum(event.device_time_total for event in kernels) / 1000
+    found.kernels, found.busy_ms = len(kernels), sum(event.time_range.elapsed_us() for event in kernels) / 1000
     found.copies_in, found.copies_out = (sum(f" {way}" in name for name in copies) for way in ("HtoD", "DtoH"))
     found.syncs = _waits(step)
 

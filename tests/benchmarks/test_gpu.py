@@ -47,6 +47,17 @@ def test_what_begins_after_the_time_is_left_out(capsys, few_tasks):
     assert "decode: left out" in capsys.readouterr().out
 
 
+def test_a_part_that_fails_leaves_the_others(tmp_path, capsys, few_tasks, monkeypatch):
+    def fail(self, until):
+        raise torch.OutOfMemoryError("not enough")
+
+    monkeypatch.setattr(gpu.Bench, "train", fail)
+    words = ("--tiny", "True", "--device", "cpu", "--rounds", 1, "--json", tmp_path / "gpu.json")
+    assert run_main(gpu.main, *words, "--parts", "train", "prefill") == 1
+    assert list(json.loads((tmp_path / "gpu.json").read_text())["parts"]) == ["prefill"]
+    assert "failed: train" in capsys.readouterr().out
+
+
 def test_without_a_gpu_one_line_says_so(monkeypatch, capsys):
     monkeypatch.setattr(gpu, "has_accelerator", lambda: False)
     with pytest.raises(SystemExit) as stopped:
