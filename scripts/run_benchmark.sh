@@ -20,7 +20,4 @@ WORKERS=${WORKERS:-}                       # processes that share the cells; emp
 
 export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}" TOKENIZERS_PARALLELISM=false
 python=$(command -v python || command -v python3)
-status=0
-"$python" "$root/scripts/run_cells.py" "$BENCHMARK" --workers "$WORKERS" || status=$?
-"$python" -m llava.eval.benchmark_table "$BENCHMARK"
-exit "$status"
+exec "$python" "$root/scripts/run_cells.py" "$BENCHMARK" --workers "$WORKERS"

@@ -1,4 +1,4 @@
-"""Run the cells of a benchmark that are not done yet; started by ``run_benchmark.sh``.
+"""Run the cells of a benchmark that are not done yet, and print its table; started by ``run_benchmark.sh``.
 
 Each cell is the pipeline of the root scripts in one process: keys (once for all cells of an order and a seed), the
 stages one after the other, the evaluation. Whatever was finished before is skipped by each of them, and an interrupted
@@ -34,7 +34,7 @@ from llava.continual.benchmark_marks import Marks
 from llava.continual.places import MERGED, Places
 from llava.continual.sequence import TaskSequence
 from llava.devices import has_accelerator, restricted_to, visible_devices
-from llava.eval import evaluate_sequence
+from llava.eval import benchmark_table, evaluate_sequence
 from llava.eval.evaluation import Evaluation
 from llava.files import atomic_folder, atomic_write
 from llava.locks import only_writer
@@ -69,10 +69,17 @@ def main() -> None:
     wanted = args.workers or str(benchmark.values.get("workers") or max(1, len(devices)))
     if not wanted.isdigit() or int(wanted) < 1:
         raise UserError(f"WORKERS is {wanted!r}; give a whole number of 1 or more, or leave it empty")
-    if wanted == "1":
-        work(benchmark, 1, time.time())
-    else:
-        work_together(args.benchmark, int(wanted), devices)
+    failed = None
+    try:
+        if wanted == "1":
+            work(benchmark, 1, time.time())
+        else:
+            work_together(args.benchmark, int(wanted), devices)
+    except UserError as error:
+        failed = error
+    benchmark_table.main([args.benchmark])
+    if failed is not None:
+        raise failed
 
 
 def work_together(file: str, count: int, devices: list[str]) -> None:
