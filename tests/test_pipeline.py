@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import socket
 import subprocess
 from pathlib import Path
 
@@ -20,6 +22,10 @@ TASKS = ("abd", "chest", "head")
 STAGES = ("llava-mini_abd", "llava-mini_abd_chest", "llava-mini_abd_chest_head")
 SETTINGS = {"ZERO": "none", "EPOCHS": "1", "BATCH_SIZE": "8", "LEARNING_RATE": "2e-2", "MAX_NEW_TOKENS": "4"}
 
+PLANTED = "a-value-of-the-environment-that-nobody-may-read"
+PATH = re.compile(rb"(?<![\w.~/-])/(?:[\w.@-]+/)+[\w.@-]*")
+"""An absolute path in a text: at least one folder, and no address of the web."""
+
 pytestmark = pytest.mark.slow
 
 
@@ -30,6 +36,8 @@ class Pipeline:
         self.folder, self.output = folder, folder / "output"
         self.base, self.sequence = folder / "tiny-llava-base", folder / "mini.json"
         self.keys = self.output / "prompt-key"
+        self.network, self.home = folder / "network.log", folder.parent / f"home-of-{folder.name}"
+        self.home.mkdir()
 
     def run(self, *command) -> str:
         """Standard output of a command that must succeed."""
@@ -41,6 +49,8 @@ class Pipeline:
             "PYTHON": str(warm_python()),
         }
         environment["PATH"] = f"{warm_python().parent}{os.pathsep}{environment['PATH']}"
+        environment["PYTHONPATH"] = f"{ROOT / 'tests' / 'no_network'}{os.pathsep}{environment.get('PYTHONPATH', '')}"
+        environment |= {"NETWORK_LOG": str(self.network), "HOME": str(self.home), "WANDB_API_KEY": PLANTED}
         environment |= {"SEQUENCE": str(self.sequence), "BASE_MODEL": str(self.base), "OUTPUT_DIR": str(self.output)}
         environment |= {"KEYS": str(self.keys / "merged_prompt_key.pth"), "CUDA_VISIBLE_DEVICES": ""}
         words = list(map(str, command))
@@ -124,6 +134,31 @@ def test_scores_and_the_accuracy_matrix_are_written(pipeline):
         assert word.lower() in pipeline.said["evaluate"].lower()
 
 
+def test_no_step_asks_for_the_network(pipeline):
+    """It is refused to all of them, and one that swallowed the refusal would still be found."""
+    programs = ("train_prompt_key.py", "merge_prompt_key.py", "llava.train", "llava.eval")
+    noted = pipeline.network.read_text()
+    assert all(name in noted for name in programs) and "refused" not in noted, noted
+
+
+def test_the_network_is_refused_indeed(pipeline, tmp_path, monkeypatch):
+    monkeypatch.setattr(pipeline, "network", tmp_path / "network.log")
+    asks = "import socket\ntry: socket.create_connection(('127.0.0.1', 9))\nexcept OSError as error: print(error)"
+    assert "the network is refused" in pipeline.run(warm_python(), "-c", asks)
+    assert "refused socket.getaddrinfo" in pipeline.network.read_text()
+
+
+def test_what_is_written_and_said_tells_nothing_of_the_machine(pipeline):
+    """No value of the environment, no home folder; and no path outside the project's folders, whatever it leads to."""
+    written = {str(path): path.read_bytes() for path in pipeline.output.rglob("*") if path.is_file()}
+    written |= {name: said.encode() for name, said in pipeline.said.items()}
+    hidden = (PLANTED.encode(), str(pipeline.home).encode())
+    assert not [(name, value) for name, text in written.items() for value in hidden if value in text]
+    own = (str(pipeline.folder).encode(), str(ROOT).encode())
+    found = {(name, path) for name, text in written.items() if b"\0" not in text for path in PATH.findall(text)}
+    assert not {(name, path) for name, path in found if not path.startswith(own)}
+
+
 def test_running_it_again_skips_everything(pipeline):
     before, answers = pipeline.state(), pipeline.answers()
     said = pipeline.run("bash", "finetune_continual.sh")
@@ -140,6 +175,8 @@ def test_the_demo_sample_comes_out_in_the_seeds_format(pipeline, tmp_path, monke
     """``demo_sample.jsonl`` of the repository, with a picture under the name it asks for."""
     (row,) = read_rows(ROOT / "demo_sample.jsonl")
     write_images(tmp_path / "images", [row.image])
+    monkeypatch.setattr(socket.socket, "connect", None)
+    monkeypatch.setattr(socket, "getaddrinfo", None)
     words = ["--model-path", pipeline.output / STAGES[-1], "--model-base", pipeline.base, "--device", "cpu"]
     words += ["--question-file", ROOT / "demo_sample.jsonl", "--image-folder", tmp_path / "images"]
     words += ["--answers-file", tmp_path / "answers.jsonl", "--max_new_tokens", 4]
