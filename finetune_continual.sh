@@ -15,6 +15,7 @@ export OUTPUT_DIR=${OUTPUT_DIR:-output}
 METHOD=${METHOD:-retrieval}                    # retrieval, or a baseline: sequential, joint
 KEYS=${KEYS:-}                                 # merged keys; empty: those that merge_prompt_key.py writes
 export ZERO=${ZERO:-}                          # DeepSpeed settings; "none" (the default on one GPU): without DeepSpeed
+export HOSTFILE=${HOSTFILE:-} LAUNCHER=${LAUNCHER:-}   # several machines: scripts/launchers.sh has the words
 # GPUs to use: CUDA_VISIBLE_DEVICES (NVIDIA) or HIP_VISIBLE_DEVICES (AMD); unset means all of them.
 #export CUDA_VISIBLE_DEVICES=0,1,2,3
 #export HIP_VISIBLE_DEVICES=0,1,2,3
@@ -41,7 +42,9 @@ mapfile -t tasks <<<"$task_list"
 mapfile -t stages <<<"$stage_list"
 mapfile -t arguments <<<"$flag_list"
 if [ -z "$zero" ]; then
-    if [ "$gpus" -le 1 ]; then zero=none; else zero=$root/scripts/zero3.json; fi # one device has nothing to share out
+    processes=$gpus # one device has nothing to share out
+    if [ "$gpus" -gt 0 ] && [ -n "$HOSTFILE$LAUNCHER" ]; then processes=2; fi
+    if [ "$processes" -le 1 ]; then zero=none; else zero=$root/scripts/zero3.json; fi
 fi
 
 # Everything that would stop a later task is looked for before the first one trains; not where flags name other inputs.
@@ -75,6 +78,11 @@ else
         echo "== no GPU, and DeepSpeed does not start on this CPU: training plainly, without ZeRO"
         zero=none
     fi
+fi
+if [ -n "$HOSTFILE$LAUNCHER" ]; then
+    source "$root/scripts/launchers.sh"
+    launch_with llava.train.train_mem
+    echo "== on all processes of: ${LAUNCHER:-the machines in $HOSTFILE}"
 fi
 if [ "$zero" != none ]; then arguments+=(--deepspeed "$zero"); fi
 

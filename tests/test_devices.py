@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from llava import devices
-from llava.eval.loading_flags import loading_of
+from llava.eval.loading_flags import LoadingFlags, loading_of
 from llava.model import loading
 from llava.train import machine
 
@@ -34,9 +34,9 @@ def test_only_the_gpus_products_are_rounded():
 def test_a_model_that_answers_is_loaded_with_it(monkeypatch, capsys, gpu):
     monkeypatch.setattr(loading, "gpu_has_tf32", lambda: gpu)
     devices.set_tf32(False)
-    loading.settle_tf32(loading_of(SimpleNamespace(tf32=None)).tf32)
+    loading.settle_tf32(loading_of(LoadingFlags()).tf32)
     assert not devices.tf32_is_on() and capsys.readouterr().out == ""
-    loading.settle_tf32(loading_of(SimpleNamespace(tf32=True)).tf32)
+    loading.settle_tf32(loading_of(LoadingFlags(tf32=True)).tf32)
     assert devices.tf32_is_on() == gpu and ("is left out" in capsys.readouterr().out) != gpu
     loading.settle_tf32(False)
     assert not devices.tf32_is_on()

@@ -2,6 +2,8 @@
 
 import os
 import signal
+import socket
+import traceback
 
 from llava.train.llava_trainer import LLaVATrainer
 
@@ -36,3 +38,26 @@ def kill_while_saving_step(number):
         _save(self, *args, **kwargs)
 
     LLaVATrainer._save_checkpoint = save
+
+
+def in_processes(count, task):
+    """Run ``task`` in forked children that are all processes of one launcher; returns their exit statuses."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    children = []
+    for number in range(count):
+        child = os.fork()
+        if child == 0:
+            told = {"RANK": number, "LOCAL_RANK": number, "WORLD_SIZE": count, "MASTER_PORT": port}
+            os.environ |= {"MASTER_ADDR": "127.0.0.1", **{name: str(value) for name, value in told.items()}}
+            code = 1
+            try:
+                task()
+                code = 0
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                os._exit(code)
+        children.append(child)
+    return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]

@@ -14,6 +14,9 @@ the gaps to them.
 With ``--pictures real blank shuffled`` the base and the last stage answer twice more, with blank pictures and with
 other questions' ones, in folders ``blank`` and ``shuffled`` of their own. The loaded model, what the tower saw and the
 encoded questions are shared; ``scores.json`` of the two then says how many answers change and what each metric loses.
+
+Under a launcher of several processes (torchrun, DeepSpeed's, Slurm's), on one machine or on several with the same
+folders, each process answers chunks of its own on a device of its own; the first checks, joins and scores.
 """
 
 from __future__ import annotations
@@ -24,6 +27,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 from llava.cli import parse
@@ -34,6 +38,7 @@ from llava.eval import eval_video_qa
 from llava.eval.accuracy_matrix import DEFAULT_METRICS, fitting, write_matrix
 from llava.eval.answer_file import merge_answers
 from llava.eval.evaluation import Evaluation, Settings
+from llava.eval.ranks import Ranks
 from llava.eval.shown_pictures import REAL
 from llava.locks import only_writer
 from llava.utils import UserError, quiet_libraries, run_cli
@@ -48,19 +53,46 @@ def main(argv: Sequence[str] | None = None) -> None:
         number, count = map(int, settings.worker.split("/"))
         answer(Evaluation.of(settings, settings.chunks), number, count)
         return
-    devices = visible_devices()
-    evaluation = Evaluation.of(settings, max(len(devices), 1))
+    devices, ranks = visible_devices(), Ranks.here()
+    evaluation = Evaluation.of(settings, ranks.count if ranks.count > 1 else max(len(devices), 1))
+    words = [*words, "--chunks", str(evaluation.chunks)]
+    if ranks.count > 1:
+        _evaluate_together(evaluation, devices, words, ranks)
+        return
     evaluation.check()
     with only_writer(evaluation.folder):
-        _evaluate(evaluation, devices, words)
+        say(f"{len(evaluation.models)} models, {evaluation.chunks} chunk(s) on {', '.join(devices) or 'the CPU'}")
+        if len(devices) > 1:
+            answer_on(devices[: evaluation.chunks], words)
+        else:
+            answer(evaluation)
+        score(evaluation)
 
 
-def _evaluate(evaluation: Evaluation, devices: Sequence[str], words: Sequence[str]) -> None:
-    say(f"{len(evaluation.models)} models, {evaluation.chunks} chunk(s) on {', '.join(devices) or 'the CPU'}")
-    if len(devices) > 1:
-        answer_on(devices[: evaluation.chunks], [*words, "--chunks", str(evaluation.chunks)])
-    else:
-        answer(evaluation)
+def _evaluate_together(evaluation: Evaluation, devices: Sequence[str], words: Sequence[str], ranks: Ranks) -> None:
+    """This process's part where a launcher has started several."""
+
+    def check() -> None:
+        if first:
+            evaluation.check()
+            stack.enter_context(only_writer(evaluation.folder))
+            say(f"{len(evaluation.models)} models, {evaluation.chunks} chunk(s) on {ranks.count} processes")
+
+    def work() -> None:
+        if devices:
+            answer_on([devices[ranks.place % len(devices)]], words, ranks.number, ranks.count)
+        else:
+            answer(evaluation, ranks.number, ranks.count)
+
+    first = ranks.number == 0
+    with ExitStack() as stack, ranks.together() as in_step:
+        in_step(check)
+        in_step(work)
+        in_step(lambda: score(evaluation) if first else None)
+
+
+def score(evaluation: Evaluation) -> None:
+    """Join the chunks of every model, score them and draw the accuracy matrix."""
     answered = {found: str(merge(evaluation, *found)) for found in evaluation.passes}
     say(f"scoring {len(answered)} answer files")
     sequence = evaluation.sequence
@@ -96,8 +128,11 @@ def answer(evaluation: Evaluation, number: int = 0, count: int = 1) -> None:
             evaluation.chunk(name, index, kind).write(answerer, quiet=number > 0)
 
 
-def answer_on(devices: Sequence[str], words: Sequence[str]) -> None:
+def answer_on(devices: Sequence[str], words: Sequence[str], first: int = 0, count: int | None = None) -> None:
     """Answer with one process a device; none outlives this one.
+
+    Args:
+        first, count: number of the first of them among all that answer, and how many those are (default: they alone).
 
     Raises:
         UserError: one of them failed, after it has said why.
@@ -106,9 +141,9 @@ def answer_on(devices: Sequence[str], words: Sequence[str]) -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     workers: list[subprocess.Popen] = []
     try:
-        for number, device in enumerate(devices):
+        for number, device in enumerate(devices, first):
             environment = {**os.environ, **restricted_to(device)}
-            own = [*command, "--worker", f"{number}/{len(devices)}"]
+            own = [*command, "--worker", f"{number}/{count or len(devices)}"]
             workers.append(subprocess.Popen(own, env=environment))
         failed = [device for device, worker in zip(devices, workers, strict=True) if worker.wait() != 0]
     finally:

@@ -2,10 +2,12 @@
 
 import json
 import os
+import re
 
 import pytest
 import torch
 from tiny_llava import write_base, write_images, write_stage
+from tiny_runs import in_processes
 
 from llava.data.rows import question_row, write_jsonl
 from llava.eval import answer_chunk, answerer, evaluate_sequence, loaded, model_vqa_loader
@@ -296,3 +298,29 @@ def test_devices_are_those_of_the_environment(monkeypatch):
     monkeypatch.setenv("HIP_VISIBLE_DEVICES", "3")
     assert visible_devices() == ["3"]
     assert restricted_to("3") == {"CUDA_VISIBLE_DEVICES": "3", "HIP_VISIBLE_DEVICES": "3"}
+
+
+def texts(folder):
+    """Per model the answers, as they are written."""
+    files = sorted(folder.glob("*/answers.jsonl"))
+    rows = {file.parent.name: [json.loads(line) for line in file.read_text().splitlines()] for file in files}
+    return {name: [(row["question_id"], row["text"]) for row in found] for name, found in rows.items()}
+
+
+def figures(folder):
+    """The accuracy matrix without its files' checksums: answers name the chunks that they came from."""
+    return re.sub(r'"sha256": "\w+"', "", (folder / "accuracy_matrix.json").read_text())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.thorough)])
+def test_processes_of_a_launcher_answer_together(evaluate, count):
+    folder = evaluate()
+    expected, matrix = texts(folder), figures(folder)
+    os.rename(folder, folder.with_name("alone"))
+    assert in_processes(count, evaluate) == [0] * count
+    assert texts(folder) == expected and len(expected) == 3
+    assert figures(folder) == matrix
+    chunks = sorted(path.name for path in (folder / "zero-shot" / "chunks").iterdir())
+    assert chunks == [f"{count}_{number}.jsonl" for number in range(count)]
+    assert not list(folder.parent.glob(".*.lock"))

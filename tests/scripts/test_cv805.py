@@ -105,8 +105,8 @@ def test_settings_reach_the_command_and_empty_ones_are_left_to_it(place, tmp_pat
     plain, told = log.read_text().splitlines()
     assert plain.startswith("<-m><llava.eval.evaluate_sequence><--sequence>")
     assert "<--answer_suffix>" not in plain and "<--conv_mode><><--image_aspect_ratio><>" in plain
-    assert "<--conv_mode><llava_v0>" in told and "<--image_aspect_ratio><square>" in told
-    assert "<--answer_suffix><>" in told
+    assert "<--conv_mode><llava_v0><--image_aspect_ratio><square>" in told and "<--answer_suffix><>" in told
+    assert "<--follow_links><0>" in plain
     assert "<--pictures><real><--picture_seed><0>" in plain and "<--pictures><real><blank><--picture_seed>" in told
     assert "<--zero_shot><0>" in told and "<--max_new_tokens><4>" in told
 
