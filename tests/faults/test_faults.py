@@ -73,49 +73,6 @@ class Pipeline:
         assert [name for name in wanted if found[name] != wanted[name]] == []
 
 
-def steps_of(world, out) -> dict[str, Callable[[], None]]:
-    import merge_prompt_key
-    import train_prompt_key
-    from llava.eval import eval_video_qa, model_vqa_loader
-
-    stages = out / "llava-tiny_abd", out / "llava-tiny_abd_chest"
-    questions, answers = world.folder / "test.jsonl", out / "eval" / "answers.jsonl"
-
-    def keys():
-        words = ["--sequence", world.sequence, "--model-base", world.base, "--cache_dir", out / "cache"]
-        for task in TASKS:
-            more = ["--task", task, "--save_path", out / "keys" / f"{task}.pth"]
-            tiny_world.run_main(
-                train_prompt_key.main, *words, *more, "--top_k", 2, "--rank", 2, "--text_encoder", "base"
-            )
-
-    def merge():
-        tiny_world.run_main(merge_prompt_key.main, "--sequence", world.sequence, "--key_dir", out / "keys")
-
-    def train(task, stage, before=None):
-        more = ["--retriever_state_dict", out / "keys" / "merged_prompt_key.pth", "--query_cache", out / "cache"]
-        more += ["--save_strategy", "steps", "--save_steps", 1, "--logging_steps", 2]
-        world.train(task, stage, before, *more)
-
-    def answer():
-        words = ["--model-path", stages[1], "--model-base", world.base, "--question-file", questions]
-        words += ["--image-folder", world.folder / "images", "--answers-file", answers, "--device", "cpu"]
-        tiny_world.run_main(lambda: model_vqa_loader.main(), *words, "--max_new_tokens", 3, "--batch_size", 2)
-
-    def score():
-        words = ["--question-file", questions, "--answers-file", answers, "--no-java", "--draws", 20]
-        tiny_world.run_main(lambda: eval_video_qa.main(), *words)
-
-    return {
-        "keys": keys,
-        "merge": merge,
-        "first stage": lambda: train("abd", stages[0]),
-        "second stage": lambda: train("chest", stages[1], stages[0]),
-        "answers": answer,
-        "scores": score,
-    }
-
-
 @pytest.fixture(scope="module")
 def pipeline(tmp_path_factory):
     """The undisturbed pipeline."""
@@ -123,10 +80,10 @@ def pipeline(tmp_path_factory):
     folder = tmp_path_factory.mktemp("faults")
     base = tiny_world.write_base(folder / "tiny-llava-base")
     world = tiny_world.World(folder, base, tiny_world.write_sequence(folder, TASKS), folder / "none.pth")
-    for step in steps_of(world, folder / "before").values():
+    for step in tiny_world.pipeline_steps(world, folder / "before").values():
         step()  # what is imported here is not imported anew in each child
     shutil.rmtree(folder / "before")
-    made = Pipeline(world, steps_of(world, folder / "out"), {}, {})
+    made = Pipeline(world, tiny_world.pipeline_steps(world, folder / "out"), {}, {})
     for name, step in made.steps.items():
         made.changes[name] = count_changes(step, made.out)
         made.after[name] = contents(made.out)
