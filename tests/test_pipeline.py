@@ -2,11 +2,9 @@
 
 import json
 import os
-import platform
 import re
 import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -174,8 +172,9 @@ def test_the_network_is_refused_indeed(pipeline, tmp_path, monkeypatch):
     program.write_text(ASKS)
     said = pipeline.run(warm_python(), program).splitlines()
     assert len(said) == 3 and all("the network is refused" in line for line in said[:2])
-    assert pipeline.network.read_text().count("refused socket.") == 2
-    if sys.platform == "linux" and platform.machine() in ("x86_64", "aarch64"):
+    noted = pipeline.network.read_text()
+    assert noted.count("refused socket.") == 2
+    if "began unfiltered" not in noted:  # the kernel knows filters
         assert said[2] == f"ended by {int(signal.SIGSYS)}"
 
 

@@ -1,13 +1,29 @@
 """The same commands with the same seed, given again: every file is the same to the byte, whatever came before."""
 
+import os
 import random
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy
 import pytest
 import torch
 from faults.disturb import comparable, contents
 from tiny_world import TASKS, World, pipeline_steps, write_sequence
+
+ROOT = Path(__file__).resolve().parents[1]
+PROGRAM = """
+import sys
+from pathlib import Path
+from tiny_world import World, pipeline_steps
+
+folder, base, sequence = map(Path, sys.argv[1:])
+world = World(folder, base, sequence, folder / "none.pth")
+for step in pipeline_steps(world, folder / "out", 3, sampled=True).values():
+    step()
+"""
 
 
 @pytest.fixture(scope="module")
@@ -39,3 +55,17 @@ def test_two_whole_runs_with_one_seed_leave_the_same_files(small):
     other = after(small, 4, 1, 3)
     decided = {name for name in made if name in other}
     assert len(decided) == 6 and all(first[name] != other[name] for name in decided)
+
+
+@pytest.mark.thorough
+def test_the_order_of_pythons_sets_decides_nothing(small):
+    """Nor anything else that differs between two processes."""
+    found = []
+    for seed in ("1", "2"):
+        shutil.rmtree(small.folder / "out", ignore_errors=True)
+        paths = os.pathsep.join(map(str, (ROOT, ROOT / "tests")))
+        words = [sys.executable, "-c", PROGRAM, small.folder, small.base, small.sequence]
+        subprocess.run(words, cwd=ROOT, env={**os.environ, "PYTHONPATH": paths, "PYTHONHASHSEED": seed}, check=True)
+        found.append(comparable(contents(small.folder / "out")))
+    assert found[0].keys() == found[1].keys() and len(found[0]) > 20
+    assert [name for name in found[0] if found[0][name] != found[1][name]] == []
