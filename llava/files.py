@@ -106,6 +106,21 @@ def atomic_folder(path: str | os.PathLike) -> Iterator[Path]:
     shutil.rmtree(before, ignore_errors=True)
 
 
+@contextlib.contextmanager
+def temporary_folder(beside: Path) -> Iterator[Path]:
+    """A private folder beside a path, for files on their way there; what a killed process leaves of it is swept."""
+    beside.parent.mkdir(parents=True, exist_ok=True)
+    sweep(beside.parent)
+    folder = _temporary(beside)
+    _OURS.add(folder.name)
+    try:
+        folder.mkdir(mode=0o700)
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        _OURS.discard(folder.name)
+
+
 def settle_folder(target: Path) -> None:
     """Clear away what a killed ``atomic_folder`` left: the unfinished folder; the one before, which goes back."""
     before = target.with_name(f".{target.name}.before")
@@ -116,7 +131,7 @@ def settle_folder(target: Path) -> None:
 
 
 def sweep(folder: Path) -> None:
-    """Remove temporary files that dead processes left in a folder; a process looks through each folder once."""
+    """Remove temporary files and folders that dead processes left in a folder; a process looks there once."""
     seen = os.getpid(), str(folder)
     if seen in _SWEPT or not folder.is_dir():
         return
@@ -124,7 +139,7 @@ def sweep(folder: Path) -> None:
     for name in os.listdir(folder):
         if (found := _TEMPORARY.match(name)) and name not in _OURS and _is_dead(folder / name, int(found[1]), found[2]):
             with contextlib.suppress(OSError):  # another process sweeps too, or may not be disturbed
-                (folder / name).unlink()
+                shutil.rmtree(folder / name) if (folder / name).is_dir() else (folder / name).unlink()
 
 
 def _temporary(target: Path) -> Path:

@@ -20,13 +20,14 @@ VERSION=${VERSION:-chatml_direct}                          # the language model'
 PROJECTOR_TYPE=${PROJECTOR_TYPE:-mlp2x_gelu} SELECT_LAYER=${SELECT_LAYER:--1}
 BASE_SEED=${BASE_SEED:-42} BASE_MAX_LENGTH=${BASE_MAX_LENGTH:-2048} WORKERS=${WORKERS:-2}
 DATA_ARGS=${DATA_ARGS:-}                                   # more flags for make_medical_data.py, e.g. "--views 8"
-ALIGN_EPOCHS=${ALIGN_EPOCHS:-0.5} ALIGN_BATCH=${ALIGN_BATCH:-16} ALIGN_RATE=${ALIGN_RATE:-1e-3}
+ALIGN_EPOCHS=${ALIGN_EPOCHS:-12} ALIGN_BATCH=${ALIGN_BATCH:-32} ALIGN_RATE=${ALIGN_RATE:-1e-3}
+ALIGN_ARGS=${ALIGN_ARGS:---method naming}                  # the words for what is seen; "--method align": captions
 INSTRUCT_EPOCHS=${INSTRUCT_EPOCHS:-1} INSTRUCT_BATCH=${INSTRUCT_BATCH:-5} INSTRUCT_RATE=${INSTRUCT_RATE:-4e-4}
 INSTRUCT_ACCUMULATION=${INSTRUCT_ACCUMULATION:-1}
 BASE_SAVE_STEPS=${BASE_SAVE_STEPS:-50}                     # steps between two checkpoints of 1.6 GB; two are kept
 TRAIN_ARGS=${TRAIN_ARGS:---bf16 auto --logging_steps 10}   # more flags for both stages
-INSTRUCT_ARGS=${INSTRUCT_ARGS:---turns_apart True --unfreeze_mm_vision_tower True --mm_projector_lr 1e-3 --mm_vision_tower_lr 3e-4}
-ALIGN_MINUTES=4 INSTRUCT_MINUTES=20                        # on two cores with bfloat16 units, for the time left
+INSTRUCT_ARGS=${INSTRUCT_ARGS:---turns_apart True --freeze_mm_mlp_adapter True}  # what learnt words stays as it is
+ALIGN_MINUTES=2 INSTRUCT_MINUTES=20                        # on two cores with bfloat16 units, for the time left
 # ----------------------------------------------------------------------------------------------------------------------
 
 export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
@@ -45,7 +46,7 @@ install() {
 # Everything that decides the weights; the base that it made is not looked into again.
 recipe=$(printf '%s\n' "language model: ${BASE_LM:-smollm2}" "tower: $VISION_TOWER" "template: $VERSION" \
     "projector: $PROJECTOR_TYPE, layer $SELECT_LAYER" "seed: $BASE_SEED" "longest: $BASE_MAX_LENGTH" "data: $DATA_ARGS" \
-    "alignment: $ALIGN_EPOCHS $ALIGN_BATCH $ALIGN_RATE $TRAIN_ARGS" \
+    "alignment: $ALIGN_EPOCHS $ALIGN_BATCH $ALIGN_RATE $TRAIN_ARGS $ALIGN_ARGS" \
     "tuning: $INSTRUCT_EPOCHS $INSTRUCT_BATCH $INSTRUCT_ACCUMULATION $INSTRUCT_RATE $TRAIN_ARGS $INSTRUCT_ARGS")
 
 made=$([ "$(cat "$OUTPUT_DIR/recipe.txt" 2>/dev/null)" = "$recipe" ] && echo yes || echo no)
@@ -64,7 +65,7 @@ if [ $made = yes ]; then
 fi
 
 say "1/4 rows and pictures; about $((2 + ALIGN_MINUTES + INSTRUCT_MINUTES)) min for the whole on two cores"
-# shellcheck disable=SC2086 # DATA_ARGS, TRAIN_ARGS and INSTRUCT_ARGS are lists of words
+# shellcheck disable=SC2086 # DATA_ARGS, TRAIN_ARGS, ALIGN_ARGS and INSTRUCT_ARGS are lists of words
 python "$root/scripts/make_medical_data.py" --slake_dir "$SLAKE_DIR" --output_dir "$PARTS_DIR/data" --seed "$BASE_SEED" \
     $DATA_ARGS
 
@@ -85,7 +86,7 @@ export MAX_LENGTH=$BASE_MAX_LENGTH SAVE_STEPS=$BASE_SAVE_STEPS GRADIENT_ACCUMULA
 say "3/4 alignment; its bar tells this step's time left, then about $INSTRUCT_MINUTES min"
 began=$SECONDS
 VERSION=plain DATA_PATH="$PARTS_DIR/data/align.json" OUTPUT_DIR="$PARTS_DIR/llava-align" EPOCHS=$ALIGN_EPOCHS \
-    BATCH_SIZE=$ALIGN_BATCH LEARNING_RATE=$ALIGN_RATE EXTRA_ARGS="$TRAIN_ARGS --seed $BASE_SEED" \
+    BATCH_SIZE=$ALIGN_BATCH LEARNING_RATE=$ALIGN_RATE EXTRA_ARGS="$TRAIN_ARGS $ALIGN_ARGS --seed $BASE_SEED" \
     bash "$root/scripts/pretrain.sh"
 took=$((SECONDS - began))
 # A step that took less had been finished, or nearly so, by an earlier call: it tells no pace.

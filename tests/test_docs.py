@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from llava.eval.result_pages import renewed
+
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "data" / "README.md", ROOT / "output" / "README.md"]
 PAGES += [ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
@@ -63,6 +65,13 @@ def test_flags_of_shown_commands_exist(page):
 def test_shell_scripts_that_are_shown_exist(page):
     shown = re.findall(r"\bbash ([\w./]+\.sh)", page.read_text(encoding="utf-8"))
     assert not [name for name in shown if not (ROOT / name).is_file()]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_tables_of_results_are_those_of_their_files(page):
+    """``python -m llava.eval.result_pages`` makes them so."""
+    text = page.read_text(encoding="utf-8")
+    assert renewed(text, page.parent) == text
 
 
 def test_the_thirty_failures_are_all_answered():

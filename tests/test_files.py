@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from llava import files
-from llava.files import atomic_folder, atomic_write, file_sha256, sweep, system_errors_named
+from llava.files import atomic_folder, atomic_write, file_sha256, sweep, system_errors_named, temporary_folder
 from llava.utils import run_cli
 
 
@@ -92,6 +92,20 @@ def test_the_next_run_removes_what_a_killed_writer_left(tmp_path, monkeypatch):
     files._SWEPT.clear()
     sweep(tmp_path)
     assert list(tmp_path.glob(".*")) == others[1:]
+
+
+def test_the_next_run_removes_a_folder_that_a_killed_process_left(tmp_path):
+    """Half-unpacked pictures stayed for good."""
+    child = os.fork()
+    if not child:
+        with temporary_folder(tmp_path / "images") as place:
+            (place / "half.png").write_text("")
+            os._exit(0)
+    os.waitpid(child, 0)
+    assert len(list(tmp_path.iterdir())) == 1
+    with temporary_folder(tmp_path / "images") as place:
+        assert list(tmp_path.iterdir()) == [place] and place.stat().st_mode & 0o777 == 0o700
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("place", ["os.replace", "os.fsync", "os.open"])

@@ -87,3 +87,9 @@ def in_processes(count, task):
                 os._exit(code)
         children.append(child)
     return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+
+
+def difference(one, other, target="o_proj"):
+    """How far the offsets of two pools' first tasks are apart: the larger relative norm of its two sides."""
+    sides = [(getattr(one.tasks[0], kind)[target], getattr(other.tasks[0], kind)[target]) for kind in ("A", "B")]
+    return max(float((a - b).norm() / b.norm()) for a, b in sides)

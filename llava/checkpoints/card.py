@@ -107,14 +107,14 @@ def licence_section(base: str, licence: str, data: str = "") -> str:
     return f"## Licence\n\n- Base `{base}`: {stated}.\n- Training data: {learned}.\n"
 
 
-def write_merged_card(folder: Path, source: Any, base: Any = None) -> None:
-    """The card of a checkpoint that was made whole from ``source``, over ``base`` where it needed one."""
+def write_merged_card(folder: Path, name: str, source: Any, base: Any = None) -> None:
+    """The card of a checkpoint, called ``name``, that was made whole of ``source``, over ``base`` if it needed one."""
     part, over = public_name(source), public_name(base)
     about = f"`{part}`{f' over `{over}`' if over else ''}, written as one checkpoint that needs no other."
     front = {"base_model": over or part, "library_name": "llava", "pipeline_tag": PIPELINE, "tags": list(TAGS)}
     place = Path(os.path.expanduser(base or source))
     licence = licence_section(over or part, licence_of(place))
-    known = {"about": f"# {folder.name}\n\n{about}\n\n{NOT_CLINICAL}", "licence": licence}
+    known = {"about": f"# {name}\n\n{about}\n\n{NOT_CLINICAL}", "licence": licence}
     write_card(folder, {**front, **licence_fields(place)}, known)
 
 

@@ -54,6 +54,7 @@ class TrainingSamples(Dataset):
 
     Attributes:
         named: samples also say which pictures they show: ``picture_names``, their files' names.
+        truths: ``[N, words]``, what each row says of some words (``llava.model.naming``); samples carry theirs.
 
     Raises:
         UserError: a missing picture, a row whose text and picture don't fit, too many rows without a label.
@@ -67,6 +68,7 @@ class TrainingSamples(Dataset):
         self.image_queries: torch.Tensor | None = None
         self.features: Features | None = None
         self.named = False
+        self.truths: torch.Tensor | None = None
         self._encoded: dict[int, tuple[list[int], ...]] = {}
         check_image_files(self.rows, encoder.image_folder)
         encoder.check(self.rows)
@@ -112,6 +114,8 @@ class TrainingSamples(Dataset):
         if self.named:
             sample["picture_names"] = names
         sample["image_size"] = one_or_all([size for _, size in seen])
+        if self.truths is not None:
+            sample["truths"] = self.truths[index]
         if self.text_queries is not None:
             sample["text_query"] = self.text_queries[index]
         if self.image_queries is not None:
@@ -229,9 +233,9 @@ class DataCollatorForSupervisedDataset:
     The batch holds ``input_ids``, ``labels`` and ``attention_mask`` ``[B, T]``; ``images`` ``[B, 3, H, W]`` when every
     sample has one picture of one shape, else a list with None for text-only rows and a list for several pictures;
     ``image_sizes`` (list of ``(width, height)``, None, or a list of them); where the samples carry one, ``text_query``
-    and ``image_query`` ``[B, d]`` and ``segments`` ``[B, T]``. Samples with ``image_features`` give a list per sample
-    of these instead of ``images``; ``picture_names`` are a list too. The mask comes from the lengths, never from the
-    padding id, which may be a real token.
+    and ``image_query`` ``[B, d]``, ``segments`` ``[B, T]`` and ``truths`` ``[B, words]``. Samples with
+    ``image_features`` give a list per sample of these instead of ``images``; ``picture_names`` are a list too. The mask
+    comes from the lengths, never from the padding id, which may be a real token.
 
     Args:
         hold_queries: give queries as ``OnHost``, so that no trainer moves or casts them.
@@ -258,6 +262,8 @@ class DataCollatorForSupervisedDataset:
         else:
             images = [sample.get("image") for sample in samples]
             batch["images"] = torch.stack(images) if _stackable(images) else images
+        if "truths" in samples[0]:
+            batch["truths"] = torch.stack([sample["truths"] for sample in samples])
         for name in ("text_query", "image_query"):
             if name in samples[0]:
                 queries = torch.stack([sample[name] for sample in samples])

@@ -30,7 +30,6 @@ def consolidate_ckpt(src_path: str, dst_path: str, model_base: str | None = None
     Raises:
         UserError: it cannot be loaded, or holds slots, which no plain checkpoint can; ``dst_path`` is there already.
     """
-    from llava.checkpoints.card import write_merged_card
     from llava.mm_utils import get_model_name_from_path
     from llava.model.builder import load_pretrained_model
     from llava.model.saving import save_whole_model
@@ -43,8 +42,8 @@ def consolidate_ckpt(src_path: str, dst_path: str, model_base: str | None = None
             f"{src_path} holds slots, which route each question; they cannot be merged into the weights (a stage that "
             "needs no base: model.save_pretrained)"
         )
-    save_whole_model(Path(dst_path), tokenizer, model, image_processor)
-    write_merged_card(Path(dst_path), src_path, model_base)
+    made_of = [src_path] if model_base is None else [src_path, model_base]
+    save_whole_model(Path(dst_path), tokenizer, model, image_processor, made_of=made_of)
 
 
 def main() -> None:

@@ -159,6 +159,7 @@ class LlavaMetaForCausalLM(Routed, SharedPrefixes, PicturedText):
         segments: torch.LongTensor | None = None,
         answers_only: bool = False,
         picture_names: Names | None = None,
+        truths: Tensor | None = None,
         **kwargs,
     ):
         """Next-token logits, and the cross-entropy on ``labels`` where given.
@@ -175,6 +176,7 @@ class LlavaMetaForCausalLM(Routed, SharedPrefixes, PicturedText):
             picture_names: tell each row's pictures apart. With them, ``labels`` and a store of prefixes
                 (``llava.model.prefixes``) only what stands behind the pictures is run, where that gives the same loss;
                 logits are then those of these positions.
+            truths: ``[batch, words]`` what is true of the pictures: the loss is ``naming``'s, without the decoder.
 
         Without a word of the question the prompt's own decides (see ``QuestionReader.read``). A step with a filled
         cache keeps the route of its prefill, and ``inputs_embeds`` that of ``prepare_inputs_labels_for_multimodal``.
@@ -195,6 +197,9 @@ class LlavaMetaForCausalLM(Routed, SharedPrefixes, PicturedText):
             images, image_sizes = self.hand_out(input_ids, attention_mask, images, image_sizes, modalities)
         if image_features is None and images is not None and self.get_vision_tower() is not None:
             image_features = self.vision_features(images)
+        if truths is not None:
+            projected = self.project_features(image_features or [], image_sizes)
+            return CausalLMOutputWithPast(self.naming.loss([torch.cat(row) for row in projected], truths))
         pictureless = labels is not None and not (embedded or length or any(image_features or ()))
         blank = blank_feature(self, not looked) if pictureless and blank_needed(self) else None
         given = route if slot_indices is None else Route(slot_indices, slot_weights)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import BaseImageProcessor, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
+from llava.checkpoints.card import write_merged_card
 from llava.checkpoints.checkpoint import Checkpoint
 from llava.checkpoints.kinds import ADAPTER_CONFIG, SLOTS_FILE
 from llava.checkpoints.manifest import CHECKSUMS_FILE, seal
@@ -154,8 +155,12 @@ def save_whole_model(
     model: PreTrainedModel,
     image_processor: BaseImageProcessor | None = None,
     max_shard_size: str = "5GB",
+    made_of: Sequence[str] = (),
 ) -> None:
     """Write ``model`` to the new ``folder``, which appears under its name only when it is whole.
+
+    Args:
+        made_of: for the card, the checkpoint that it was made of and the base that this one needed; without, no card.
 
     Raises:
         UserError: ``folder`` exists already.
@@ -167,6 +172,8 @@ def save_whole_model(
         tokenizer.save_pretrained(partial)
         if image_processor is not None:
             image_processor.save_pretrained(partial)
+        if made_of:
+            write_merged_card(partial, folder.name, *made_of)
         seal(partial)
     rank0_print(f"written to {folder}")
 

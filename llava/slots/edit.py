@@ -17,7 +17,7 @@ import torch
 from llava.checkpoints.checkpoint import Checkpoint
 from llava.checkpoints.kinds import SLOTS_FILE, TRAINING_FILE
 from llava.checkpoints.manifest import CHECKSUMS_FILE, check_seal, seal
-from llava.files import atomic_write
+from llava.files import atomic_folder, atomic_write
 from llava.slots.card import TRAINING, write_slots_card
 from llava.slots.merge import merge_pools, refuse_more_than_slots
 from llava.slots.names import check_task_name
@@ -61,15 +61,17 @@ def write_place(pool: Pool, output: str | Path, like: Sequence[str | Path], done
         raise UserError(f"--output {target}: give a .pth file, because none of the inputs is a stage checkpoint folder")
     if "llava" not in target.name.lower():
         raise UserError(f"--output {target}: the folder's name must contain 'llava' (or give a .pth file)")
-    target.mkdir(parents=True, exist_ok=True)
-    for file in sorted(folders[0].iterdir()):
-        if file.is_file() and file.name not in NOT_COPIED:
-            shutil.copyfile(file, target / file.name)
-    with atomic_write(target / TRAINING_FILE) as stream:
-        json.dump({"made_by": done, "tasks": pool.names}, stream, indent=1)
-    write_slots_card(target, pool, drop=[TRAINING])
-    pool.write(target / SLOTS_FILE)
-    seal(target)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise UserError(f"--output {target}: is there already and is no stage checkpoint; give a new folder")
+    with atomic_folder(target) as partial:
+        for file in sorted(folders[0].iterdir()):
+            if file.is_file() and file.name not in NOT_COPIED:
+                shutil.copyfile(file, partial / file.name)
+        with atomic_write(partial / TRAINING_FILE) as stream:
+            json.dump({"made_by": done, "tasks": pool.names}, stream, indent=1)
+        write_slots_card(partial, pool, target.name, drop=[TRAINING])
+        pool.write(partial / SLOTS_FILE)
+        seal(partial)
     return target / SLOTS_FILE
 
 

@@ -14,13 +14,14 @@ names in ``target_modules`` (SGLang takes each name's last part and knows no pat
 
 from __future__ import annotations
 
+import json
 import math
 import re
-import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save as safetensors_bytes
 from torch import Tensor
 
 from llava.checkpoints.hf_layout import HF_ARCHITECTURES
@@ -109,11 +110,10 @@ def export_peft(
         raise UserError(f"task {task_name!r} is not trained yet, so its adapter would change nothing; train it first")
     mixture = fixed_mixture(pool, task, weights)
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     rank = len(mixture) * pool.settings.rank
     targets = pool.settings.targets
     named = base or pool.base.get("path")
-    config = LoraConfig(
+    config: Any = LoraConfig(
         task_type="CAUSAL_LM" if layout == "llava" else None,
         auto_mapping=None if layout == "llava" else _hf_class(named, pool),
         base_model_name_or_path=named,
@@ -123,12 +123,10 @@ def export_peft(
         exclude_modules=None if layout == "llava" else NOT_DECODER,
         inference_mode=True,
     )
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".partial.") as partial:
-        save_file(adapter_tensors(pool, task, mixture, layout), Path(partial) / WEIGHTS, metadata={"format": "pt"})
-        config.save_pretrained(partial)
-        for name in (WEIGHTS, CONFIG):
-            with atomic_write(folder / name, "wb") as stream:
-                stream.write((Path(partial) / name).read_bytes())
+    with atomic_write(folder / WEIGHTS, "wb") as stream:
+        stream.write(safetensors_bytes(adapter_tensors(pool, task, mixture, layout), metadata={"format": "pt"}))
+    with atomic_write(folder / CONFIG) as stream:  # as PEFT writes it, but for sets, whose order there is chance
+        json.dump(config.to_dict(), stream, indent=2, sort_keys=True, default=sorted)
     return mixture
 
 

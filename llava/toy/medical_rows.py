@@ -28,8 +28,9 @@ from llava.image_io import load_image
 from llava.inside import inside
 from llava.mm_utils import expand2square
 from llava.outside import read_object
+from llava.toy.medical_facts import MODALITIES, Facts, asked_again, common_findings, facts_of, told, words_of
 from llava.toy.phantom_generic import draw_generic, random_scene
-from llava.toy.phantom_talk import ask_plainly
+from llava.toy.phantom_talk import ask_plainly, scene_words
 from llava.utils import UserError
 
 ALIGN, INSTRUCT, IMAGES, SETTINGS = "align.json", "instruct.json", "images", "settings.json"
@@ -38,6 +39,9 @@ MARGIN = 8 / 7
 
 ASKED = "Describe the picture."
 """In front of a caption; alignment (``--version plain``) reads the caption alone."""
+
+DRAWING = "drawing"
+"""The word for a phantom."""
 
 _SIDES = {"left": "right", "right": "left"}
 _SIDE = re.compile(r"\b(left|right)(?=\b|sided|most)", re.IGNORECASE)
@@ -53,6 +57,8 @@ class MedicalRows:
     Args:
         views: of each SLAKE picture. turns: questions of a view. side: pixels of a view along a side.
         mirrored: share of the views that are mirrored.
+        reworded: further questions of a view, in other words than SLAKE's (``llava.toy.medical_facts``).
+        told: facts in the caption of a view.
         valued: how much more often a question with several answers is chosen than one with a single answer.
         phantoms: generated pictures, each with ``phantom_turns`` questions.
     """
@@ -60,10 +66,12 @@ class MedicalRows:
     seed: int = 0
     side: int = 256
     views: int = 3
-    turns: int = 10
+    turns: int = 6
+    reworded: int = 5
+    told: int = 12
     mirrored: float = 0.3
     valued: float = 3.0
-    phantoms: int = 250
+    phantoms: int = 120
     phantom_turns: int = 6
 
 
@@ -74,6 +82,7 @@ class Sheet:
     image: str
     title: str
     pairs: list[Pair]
+    facts: Facts
 
 
 def mirrored_text(text: str) -> str:
@@ -91,13 +100,15 @@ def sheets(examples: Sequence[Example]) -> list[Sheet]:
     """The pictures of SLAKE's training and validation rows, in the order of the files; answers in lower case."""
     pairs: dict[str, list[Pair]] = defaultdict(list)
     titles: dict[str, str] = {}
+    taken: dict[str, tuple[str, str]] = {}
     for example in examples:
         if example.split == TEST:
             continue
         place = str(example.extra.get("location", "")).replace("_", " ").lower()
+        taken[example.image] = str(example.domain), place
         titles[example.image] = f"{_MODALITIES[str(example.domain)]} of the {place or 'body'}"
         pairs[example.image].append((example.question, example.answer.lower()))
-    return [Sheet(image, titles[image], found) for image, found in pairs.items()]
+    return [Sheet(image, titles[image], found, facts_of(*taken[image], found)) for image, found in pairs.items()]
 
 
 def question_weights(found: Sequence[Sheet], valued: float) -> dict[str, float]:
@@ -136,11 +147,14 @@ def instruct_row(name: str, pairs: Sequence[Pair]) -> dict[str, Any]:
     return {"id": Path(name).stem, "image": name, "conversations": turns}
 
 
-def align_row(name: str, title: str, pairs: Sequence[Pair]) -> dict[str, Any]:
-    """A caption of one picture: what it is, and what is seen on it, as question and answer."""
-    caption = " ".join([f"{title}.", *(f"{question} {answer}." for question, answer in pairs)])
+def align_row(name: str, told: str, pairs: Sequence[Pair], words: dict[str, bool]) -> dict[str, Any]:
+    """A caption of one picture: what is known of it, and some of what is asked about it with the answers.
+
+    ``words`` tells which words are true of the picture and which are not (``llava.train.naming``).
+    """
+    caption = " ".join([told, *(f"{question} {answer}." for question, answer in pairs)])
     turns = [{"from": HUMAN, "value": f"{DEFAULT_IMAGE_TOKEN}\n{ASKED}"}, {"from": GPT, "value": caption}]
-    return {"id": Path(name).stem, "image": name, "conversations": turns}
+    return {"id": Path(name).stem, "image": name, "conversations": turns, "words": words}
 
 
 def make_medical_rows(folder: Path, slake: Path, config: MedicalRows) -> bool:
@@ -180,17 +194,25 @@ def _real(
     folder: Path, pictures: Path, found: Sequence[Sheet], config: MedicalRows
 ) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
     weights = question_weights(found, config.valued)
+    common = common_findings([sheet.facts for sheet in found])
     for number, sheet in enumerate(found):
         picture = load_image(inside(pictures, sheet.image))
         for place in range(config.views):
             rng = np.random.default_rng([config.seed, 1, number, place])
             mirrored = bool(rng.random() < config.mirrored)
-            pairs = chosen(sheet.pairs, weights, config.turns, rng)
+            asked = chosen(sheet.pairs, weights, config.turns, rng)
+            asked += asked_again(sheet.facts, common, config.reworded, rng)
+            pairs = [asked[place] for place in rng.permutation(len(asked))]
             if mirrored:
                 pairs = [(mirrored_text(question), mirrored_text(answer)) for question, answer in pairs]
             name = f"slake-{number:04d}-{place}.jpg"
             view(picture, config.side, mirrored, rng).save(folder / IMAGES / name, quality=92)
-            yield align_row(name, sheet.title, pairs[:3]), instruct_row(name, pairs)
+            caption = told(sheet.facts, common, config.told, rng)
+            caption = mirrored_text(caption) if mirrored else caption
+            words = {DRAWING: False, **words_of(sheet.facts, common)}
+            if mirrored:
+                words = {mirrored_text(word): true for word, true in words.items()}
+            yield align_row(name, caption, pairs[:2], words), instruct_row(name, [*pairs, (ASKED, caption)])
 
 
 def _phantoms(folder: Path, config: MedicalRows) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
@@ -201,4 +223,5 @@ def _phantoms(folder: Path, config: MedicalRows) -> Iterator[tuple[dict[str, Any
         pairs = list(dict(ask_plainly(scene, rng) for _ in range(config.phantom_turns)).items())
         name = f"phantom-{number:05d}.jpg"
         Image.fromarray(pixels).convert("RGB").save(folder / IMAGES / name, quality=92)
-        yield align_row(name, "Drawing of a body", pairs[:3]), instruct_row(name, pairs)
+        words = {DRAWING: True, **dict.fromkeys(MODALITIES, False), **scene_words(scene)}
+        yield align_row(name, f"{DRAWING} of a body.", pairs[:3], words), instruct_row(name, pairs)

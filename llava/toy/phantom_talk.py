@@ -135,6 +135,18 @@ def ask_plainly(scene: GenericScene, rng: np.random.Generator) -> tuple[str, str
     return asked[int(rng.integers(len(asked)))]
 
 
+def scene_words(scene: GenericScene) -> dict[str, bool]:
+    """Words that are true of a generic picture, and those that are not."""
+    words = {"abnormal": scene.look is not None}
+    words |= {count: place == scene.count for place, count in enumerate(_COUNTS)}
+    words |= {word: look == scene.look for look, word in _LOOK_WORDS.items()}
+    if scene.look is not None:
+        words |= {"large": scene.large, "small": not scene.large, "right": scene.right, "left": not scene.right}
+    if scene.lower is not None:
+        words |= {"lower": scene.lower, "upper": not scene.lower}
+    return words
+
+
 def _about_body(scene: GenericScene, rng: np.random.Generator) -> list[tuple[str, str]]:
     organ = _ORGANS[int(rng.integers(len(_ORGANS)))]
     return [

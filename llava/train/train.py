@@ -41,7 +41,7 @@ from llava.slots.fit import seed_of
 from llava.slots.names import ALL
 from llava.slots.pool import Pool
 from llava.slots.settings import RetrieverSettings
-from llava.train import align, instruct  # noqa: F401 - they register LLaVA's own stages
+from llava.train import align, instruct, naming  # noqa: F401 - they register LLaVA's own stages
 from llava.train.arguments import (
     DataArguments,
     ModelArguments,
@@ -279,6 +279,8 @@ def prepare(
     if data_args.eval_data_path:
         asked = read_training_rows([data_args.eval_data_path], tasks_of(recipe, context.sequence, context.task))
         held_out = build(asked, apart=data_args.turns_apart)
+    for each in filter(None, (dataset, held_out)):
+        recipe.samples(context, each)
     share_prefixes(model, filter(None, (dataset, held_out)), settings, args)
     if args.checkpoint_if_needed:
         settle_checkpointing(model, max(dataset.lengths), args, zero_stage(args.deepspeed))

@@ -209,7 +209,7 @@ def test_a_licence_with_a_name_of_its_own_stays_one_that_the_hub_reads(tmp_path)
     fields = "license: other\nlicense_name: med-licence\nlicense_link: https://example.org"
     (tmp_path / "README.md").write_text(f"---\n{fields}\n---\n", encoding="utf-8-sig")
     assert licence_of(tmp_path) == "med-licence" and licence_fields(tmp_path) == yaml.safe_load(fields)
-    write_merged_card(tmp_path / "whole", tmp_path)
+    write_merged_card(tmp_path / "whole", "whole", tmp_path)
     text = card(tmp_path / "whole")
     assert ModelCard(text).data.license == "other" and ModelCard(text).data.license_name == "med-licence"
     assert "`med-licence`, as its card states" in text

@@ -8,6 +8,7 @@ from tiny_llava import GROUPS, HIDDEN, LAYERS, SLOTS, write_base, write_stage
 
 from llava.continual import slots as cli
 from llava.model.builder import load_pretrained_model
+from llava.slots import edit
 from llava.slots.edit import merge, read_place, remove
 from llava.slots.peft_export import export_peft, fixed_mixture
 from llava.slots.pool import Pool
@@ -108,6 +109,29 @@ def test_removal_leaves_the_bytes_of_a_file_that_never_had_the_task(run, stage, 
     assert [task.name for task in read_place(stage).tasks] == ["abd", "chest", "head"]  # the source is untouched
     run("remove", stage, "chest")  # in place
     same_slots(stage, never)
+
+
+def test_a_stage_that_is_written_elsewhere_appears_whole_or_not_at_all(run, stage, tmp_path, monkeypatch):
+    """Slots without their list of checksums were taken for the whole stage by the next run, which wrote no list."""
+
+    def fail(folder):
+        raise OSError("of the disk")
+
+    with monkeypatch.context() as broken, pytest.raises(OSError, match="of the disk"):
+        broken.setattr(edit, "seal", fail)
+        run("remove", stage, "chest", "--output", tmp_path / "llava-left")
+    assert sorted(tmp_path.iterdir()) == [stage]
+    run("remove", stage, "chest", "--output", tmp_path / "llava-left")
+    assert (tmp_path / "llava-left" / "checksums.json").is_file()
+    assert (tmp_path / "llava-left" / "README.md").read_text().count("# llava-left\n") == 1
+
+
+def test_a_stage_is_not_written_into_a_folder_of_other_things(run, stage, tmp_path):
+    (tmp_path / "llava-mine").mkdir()
+    (tmp_path / "llava-mine" / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match=r"llava-mine: is there already and is no stage checkpoint; give a new folder"):
+        run("remove", stage, "chest", "--output", tmp_path / "llava-mine")
+    assert [path.name for path in (tmp_path / "llava-mine").iterdir()] == ["notes.txt"]
 
 
 def test_removal_refuses_an_unknown_task_and_an_empty_result(run, stage):

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from tiny_llava import write_base, write_stage
 
-from llava.model import consolidate
+from llava.model import consolidate, saving
 from llava.model.builder import load_pretrained_model
 from llava.model.utils import auto_upgrade
 from llava.utils import UserError
@@ -36,6 +36,20 @@ def test_a_bin_checkpoint_becomes_one_of_safetensors(base, tmp_path, monkeypatch
     assert load_pretrained_model(str(target), None, device="cpu")[2] is not None
     with pytest.raises(UserError, match="is there already"):
         consolidate.consolidate_ckpt(str(source), str(target))
+
+
+def test_a_checkpoint_appears_with_its_card_or_not_at_all(base, tmp_path, monkeypatch):
+    """Killed between the two, the same command said that it was there already, without a card."""
+
+    def fail(*_):
+        raise OSError("of the disk")
+
+    with monkeypatch.context() as broken, pytest.raises(OSError, match="of the disk"):
+        broken.setattr(saving, "write_merged_card", fail)
+        consolidate.consolidate_ckpt(str(base), str(tmp_path / "whole"))
+    assert list(tmp_path.iterdir()) == []
+    consolidate.consolidate_ckpt(str(base), str(tmp_path / "whole"))
+    assert (tmp_path / "whole" / "README.md").read_text().count("# whole\n") == 1
 
 
 def test_slots_are_not_consolidated(base, tmp_path):

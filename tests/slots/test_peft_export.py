@@ -137,6 +137,18 @@ def test_projections_that_the_vision_tower_has_too_are_the_decoders_alone(made, 
     assert len(names) == 2 * LAYERS and all("language_model" in name for name in names)
 
 
+def test_projections_are_named_in_one_order(made, tmp_path):
+    """PEFT writes a set in the order of chance: two exports of one task had different files."""
+    slots, names = read_place(made["folder"] / "llava-stage"), ["k_proj", "o_proj", "q_proj", "v_proj"]
+    slots.settings.features = dict.fromkeys(reversed(names), (HIDDEN, HIDDEN))
+    for task in slots.tasks:
+        for offsets in (task.A, task.B):
+            offsets.update(dict.fromkeys(names, offsets["o_proj"]))
+    export_peft(slots, "abd", tmp_path, layout="hf")
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["target_modules"] == names
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+
+
 def test_the_command_writes_it_and_names_the_converted_base(made, tmp_path):
     words = ["export-peft", made["folder"] / "llava-stage", "abd", "--output", tmp_path / "abd", "--layout", "hf"]
     run_main(slots_command.main, *words, "--model-base", "llava-hf/llava-1.5-7b-hf")

@@ -146,3 +146,16 @@ def test_slake_without_pictures(slake, tmp_path):
     with pytest.raises(UserError, match="SLAKE's pictures not found"):
         make_medical_rows(tmp_path / "data", slake, SMALL)
     assert not (tmp_path / "data").exists()
+
+
+def test_the_words_of_a_mirrored_view_are_those_of_the_other_side(slake, tmp_path):
+    """Phantoms and pictures each say that the other kind is another word."""
+    for file in slake.glob("*.json"):
+        file.write_text(file.read_text().replace("Where is the lesion?", "Where is/are the abnormality located?"))
+    rows = made(tmp_path / "data", slake, MedicalRows(side=16, views=6, turns=3, mirrored=0.5, phantoms=3))
+    for row in rows[ALIGN]:
+        drawn = row["image"].startswith("phantom")
+        assert row["words"]["drawing"] is drawn and row["words"]["x-ray"] is not drawn
+        if not drawn:
+            pixels = np.asarray(Image.open(tmp_path / "data" / IMAGES / row["image"]).convert("L"), float)
+            assert row["words"]["left"] is bool(pixels[:, :5].mean() > pixels[:, -5:].mean())

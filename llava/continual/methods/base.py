@@ -5,6 +5,7 @@ The trainer's loop is the same for all (``llava.train.train``)::
     recipe.files, recipe.rows     what the stage learns from
     recipe.pool                   which slots are in memory, before the base is loaded
     recipe.begin                  attach an adapter to the frozen base, say what trains
+    recipe.samples                give the samples what else the loss needs
     recipe.start                  before the first step, with the rows one by one
     recipe.loss                   of every batch
     recipe.end                    after the last step, with the rows one by one
@@ -27,6 +28,7 @@ from torch import Tensor, nn
 from llava.continual.methods.context import Context
 from llava.continual.sequence import TaskSequence
 from llava.data.rows import Row
+from llava.data.samples import TrainingSamples
 from llava.model.language_model import retriever  # noqa: F401 - registers the adapter that ships
 from llava.slots.adapter import ADAPTERS, RETRIEVER
 from llava.slots.pool import Pool
@@ -46,6 +48,8 @@ class Recipe:
     name: ClassVar[str] = ""
     Options: ClassVar[type] = NoOptions
     needs_keys: ClassVar[bool] = True
+    answers: ClassVar[bool] = True
+    """Whether the loss is the answers' cross-entropy, with or without more; else it is the model's for a batch."""
     trains: ClassVar[bool] = True
     """Whether steps are taken; where none are, ``begin``, ``start``, ``loss`` and ``end`` aren't called."""
 
@@ -76,6 +80,9 @@ class Recipe:
         context.model.attach_adapter(adapter)
         parameters: list[nn.Parameter] = adapter.train_only(context.trained)
         return parameters
+
+    def samples(self, context: Context, dataset: TrainingSamples) -> None:
+        """Give the samples what the loss needs beside the answers; for the training rows and for those held out."""
 
     def start(self, context: Context, batches: Iterable[dict[str, Any]]) -> None:
         """Before the first step, and again where a killed run goes on: what is measured on the rows of the frozen

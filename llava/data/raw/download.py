@@ -10,12 +10,11 @@ import hashlib
 import re
 import shutil
 import sys
-import tempfile
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
-from llava.files import atomic_write, file_sha256
+from llava.files import atomic_write, file_sha256, temporary_folder
 from llava.targets import remove
 from llava.utils import UserError
 
@@ -82,9 +81,7 @@ def unpack_pictures(archive: Path, folder: Path, wanted: re.Pattern[str], accept
     Raises:
         UserError: no zip, a broken one, or not the expected pictures.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as temporary:
-        place = Path(temporary)
+    with temporary_folder(folder) as place:
         try:
             with zipfile.ZipFile(archive) as opened:
                 for member in opened.infolist():

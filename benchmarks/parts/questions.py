@@ -1,0 +1,84 @@
+"""An evaluation of a model in memory: pictures from files, questions in words, answers of a fixed length."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+from benchmarks.parts.contenders import Shape
+from llava.conversation import get_conversation
+from llava.data.prompt import Prompt
+from llava.data.rows import Row, question_row, read_rows, write_jsonl
+from llava.eval.answerer import Answerer
+from llava.eval.generation import Generation
+from llava.eval.loaded import Loaded
+
+WORDS = "is there a lesion in the lower left lung of this picture and what side does it lie on".split()
+SIDE = 512
+"""Of a picture in pixels."""
+
+
+class InMemory(Answerer):
+    """An answerer whose model is in memory already; it has seen no picture yet."""
+
+    def __init__(self, model: Any, tokenizer: Any, processor: Any):
+        super().__init__(None)
+        self._loaded = Loaded(("random", None), tokenizer, model, processor, model.retriever, {})
+        self._prompt = Prompt(model.config.conversation_version, aspect_ratio=model.config.image_aspect_ratio)
+        self._stop = get_conversation(self._prompt.conv_mode).sep2
+
+
+class Questions:
+    """A file of questions, two about each picture, and the pictures, in ``folder``."""
+
+    def __init__(self, folder: Path, shape: Shape, model: Any):
+        self.shape, self.folder = shape, folder
+        self.tokenizer = _tokenizer()
+        self.processor = model.get_vision_tower().default_processor(model.get_vision_tower().config)
+        self.rows = self._write()
+
+    def _write(self) -> list[Row]:
+        random, written = np.random.default_rng(0), []
+        for number in range(self.shape.rows):
+            name = f"{number // 2}.png"
+            if number % 2 == 0:
+                coarse = random.integers(0, 256, (SIDE // 16, SIDE // 16), dtype=np.uint8)
+                Image.fromarray(coarse).resize((SIDE, SIDE)).convert("RGB").save(self.folder / name)
+            words = [WORDS[(number + place) % len(WORDS)] for place in range(5 + number % 8)]
+            written.append(question_row(number, name, " ".join(words), "yes", "t0000", ["t0000"]))
+        write_jsonl(self.folder / "questions.jsonl", written)
+        return read_rows(self.folder / "questions.jsonl")
+
+    def ask(self, model: Any, batch_size: int) -> list[str]:
+        """The answers, every picture opened and looked at anew."""
+        model.generation_config.min_new_tokens = self.shape.answer
+        answerer = InMemory(model, self.tokenizer, self.processor)
+        generation = Generation(max_new_tokens=self.shape.answer, batch_size=batch_size, workers=4)
+        return [reply.text for reply in answerer.answer(self.rows, generation, str(self.folder))]
+
+    def ask_in_a_loop(self, model: Any) -> list[str]:
+        """The same as LLaVA's own evaluation asks: one question after the other, each with its picture anew."""
+        found = []
+        model.generation_config.min_new_tokens = self.shape.answer
+        generation = Generation(max_new_tokens=self.shape.answer, batch_size=1)
+        for row in self.rows:
+            answerer = InMemory(model, self.tokenizer, self.processor)
+            found += [reply.text for reply in answerer.answer([row], generation, str(self.folder))]
+        return found
+
+
+def _tokenizer() -> PreTrainedTokenizerFast:
+    """A token a word, so that a prompt has about as many as LLaVA's own; words that it does not know are one."""
+    special = ["<pad>", "<s>", "</s>", "<unk>"]
+    known = {word: number for number, word in enumerate([*special, *dict.fromkeys(WORDS)])}
+    backend = Tokenizer(models.WordLevel(known, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>"
+    )

@@ -1,0 +1,80 @@
+"""Which cells of a benchmark are whole, which have failed, and how long the rest will take: a small file in each.
+
+``cell.json`` says with which settings and results a cell was finished, and what it took; or what has stopped it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llava.continual.benchmark import Benchmark, Cell
+from llava.files import atomic_write, file_sha256
+from llava.outside import read_object
+
+MARK = "cell.json"
+
+
+@dataclass(frozen=True)
+class Marks:
+    """The marks of a benchmark's cells.
+
+    Attributes:
+        since: time in seconds; what failed earlier is tried again.
+    """
+
+    benchmark: Benchmark
+    since: float = 0.0
+
+    def done(self, cell: Cell, identity: str) -> bool:
+        """Whether the cell is there, whole, as it would be made now."""
+        return self.whole(cell) and self._mark(cell)["identity"] == identity
+
+    def whole(self, cell: Cell) -> bool:
+        """Whether the cell is there, with the results that it was finished with."""
+        found, matrix = self._mark(cell), self.benchmark.matrix(cell)
+        return "matrix" in found and matrix.is_file() and found["matrix"] == file_sha256(matrix)
+
+    def finish(self, cell: Cell, identity: str, seconds: float) -> None:
+        """Mark a cell as whole, with what it took."""
+        matrix = file_sha256(self.benchmark.matrix(cell))
+        self._write(cell, {"identity": identity, "matrix": matrix, "seconds": round(seconds, 1)})
+
+    def fail(self, cell: Cell, why: str) -> None:
+        """Mark a cell as failed, so that no other process tries it again before the command is given again."""
+        self._write(cell, {"failed": why})
+
+    def failed(self, cell: Cell) -> str | None:
+        """What has stopped a cell since this start."""
+        why = self._mark(cell).get("failed")
+        return None if why is None or self._path(cell).stat().st_mtime < self.since else str(why)
+
+    def blocked(self, cell: Cell) -> bool:
+        """Whether a cell's learning rate is not known yet."""
+        return not all(map(self.whole, self.benchmark.trials(cell)))
+
+    def time_left(self, todo: Sequence[Cell], workers: int = 1) -> float | None:
+        """Seconds that cells will take, by those of the same run that are done, else by any; ``None`` before one is."""
+        took = [(cell.run, self._mark(cell).get("seconds")) for cell in self.benchmark.cells]
+        known = [(run, seconds) for run, seconds in took if seconds is not None]
+        if not known:
+            return None
+
+        def mean(run: str) -> float:
+            mine = [seconds for name, seconds in known if name == run] or [seconds for _, seconds in known]
+            return float(sum(mine)) / len(mine)
+
+        return sum(mean(cell.run) for cell in todo) / max(1, min(workers, len(todo)))
+
+    def _path(self, cell: Cell) -> Path:
+        return self.benchmark.folder(cell) / MARK
+
+    def _mark(self, cell: Cell) -> dict[str, Any]:
+        return read_object(self._path(cell)) if self._path(cell).is_file() else {}
+
+    def _write(self, cell: Cell, found: dict[str, Any]) -> None:
+        with atomic_write(self._path(cell)) as stream:
+            json.dump(found, stream)

@@ -1,0 +1,254 @@
+"""Run the cells of a benchmark that are not done yet; started by ``run_benchmark.sh``.
+
+Each cell is the pipeline of the root scripts in one process: keys (once for all cells of an order and a seed), the
+stages one after the other, the evaluation. Whatever was finished before is skipped by each of them, and an interrupted
+stage goes on from its checkpoint, so a killed benchmark ends with the bytes of an undisturbed one.
+
+With several workers each is a process, and takes whatever cell no other one makes; a lock beside the cell's folder says
+which, and that of a dead process counts no more. A cell that fails stops no other.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import merge_prompt_key
+import train_prompt_key
+from llava.cli import flag, parse, word
+from llava.continual.benchmark import Benchmark, Cell
+from llava.continual.benchmark_marks import Marks
+from llava.continual.places import MERGED, Places
+from llava.continual.sequence import TaskSequence
+from llava.devices import has_accelerator, restricted_to, visible_devices
+from llava.eval import evaluate_sequence
+from llava.eval.evaluation import Evaluation
+from llava.files import atomic_folder, atomic_write
+from llava.locks import only_writer
+from llava.outside import read_text
+from llava.train.train import train
+from llava.utils import UserError, quiet_libraries, run_cli
+
+POLL = 2.0
+"""Seconds between two looks at what the others do."""
+MOST_READERS = 4
+MADE_OF = "made_of"
+"""File beside keys that says what they are made of."""
+
+
+@dataclass(kw_only=True)
+class Arguments:
+    """Flags."""
+
+    benchmark: str = word("file of the benchmark")
+    workers: str = flag("", "processes that share the cells (default: the file's, else one a device)")
+    worker_since: float | None = flag(None, "when the command was given, for its own use: this process is a worker")
+
+
+def main() -> None:
+    args = parse(Arguments, description=__doc__)
+    quiet_libraries()
+    benchmark = Benchmark.read(args.benchmark)
+    if args.worker_since is not None:
+        work(benchmark, int(args.workers), args.worker_since)
+        return
+    devices = visible_devices()
+    wanted = args.workers or str(benchmark.values.get("workers") or max(1, len(devices)))
+    if not wanted.isdigit() or int(wanted) < 1:
+        raise UserError(f"WORKERS is {wanted!r}; give a whole number of 1 or more, or leave it empty")
+    if wanted == "1":
+        work(benchmark, 1, time.time())
+    else:
+        work_together(args.benchmark, int(wanted), devices)
+
+
+def work_together(file: str, count: int, devices: list[str]) -> None:
+    """Start the workers, which take turns with the devices, and wait for them; none outlives this process.
+
+    Raises:
+        UserError: one of them failed, after it has said why.
+    """
+    threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // count))}
+    words = [sys.executable, __file__, file, "--workers", str(count), "--worker-since", str(time.time())]
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    workers: list[subprocess.Popen] = []
+    try:
+        for number in range(count):
+            own = restricted_to(devices[number % len(devices)]) if devices else {}
+            workers.append(subprocess.Popen(words, env={**threads, **os.environ, **own}))
+        failed = [worker for worker in workers if worker.wait() != 0]
+    finally:
+        for worker in workers:
+            worker.terminate()
+    if failed:
+        raise UserError(f"{len(failed)} of {count} processes failed (messages above); give the same command again")
+
+
+def work(benchmark: Benchmark, workers: int, since: float) -> None:
+    """Make cells until all are whole or have failed, whoever makes them.
+
+    Raises:
+        UserError: cells failed.
+    """
+    marks, started, waiting = Marks(benchmark, since), time.monotonic(), False
+    checked: set[Path] = set()
+
+    def left() -> list[Cell]:
+        return [cell for cell in benchmark.cells if cell.place not in checked and not marks.failed(cell)]
+
+    while todo := left():
+        taken = any(take(benchmark, marks, cell, checked, workers, started) for cell in todo)
+        if not taken and left():
+            if not waiting:
+                print("[benchmark] other processes make the rest; waiting for them", flush=True)
+            waiting = True
+            time.sleep(POLL)
+    print(progress(marks, workers, started), flush=True)
+    if failed := [(cell, why) for cell in benchmark.cells if (why := marks.failed(cell))]:
+        told = "; ".join(f"{cell.place}: {why.splitlines()[-1]}" for cell, why in failed)
+        raise UserError(f"{len(failed)} of {len(benchmark.cells)} cells failed ({told}); give the same command again")
+
+
+def take(benchmark: Benchmark, marks: Marks, cell: Cell, checked: set[Path], workers: int, started: float) -> bool:
+    """Make a cell whole, unless it is, or another process makes it, or its learning rate is not known yet.
+
+    Returns:
+        whether it took its time, and others may have gone on meanwhile.
+    """
+    if marks.blocked(cell):
+        if failed := next(filter(marks.failed, benchmark.trials(cell)), None):
+            marks.fail(cell, f"its learning rate is not known, as {failed.place} failed")
+        return False
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(only_writer(benchmark.folder(cell)))
+        except UserError:  # another process makes it
+            return False
+        begun = time.monotonic()
+        try:
+            sequence = benchmark.prepare(cell)
+            identity = benchmark.identity(cell, sequence)
+            if marks.done(cell, identity):
+                checked.add(cell.place)
+                return False
+            print(progress(marks, workers, started, cell), flush=True)
+            run_cell(benchmark, cell, sequence, workers)
+            marks.finish(cell, identity, time.monotonic() - begun)
+            checked.add(cell.place)
+        except (Exception, SystemExit) as error:
+            if not isinstance(error, UserError):
+                traceback.print_exc()
+            print(f"[benchmark] {cell.place} failed: {error}", flush=True)
+            marks.fail(cell, f"{type(error).__name__}: {error}")
+        gc.collect()  # a model of this cell goes before the next one is loaded
+        return True
+
+
+def progress(marks: Marks, workers: int, started: float, now: Cell | None = None) -> str:
+    """One line: how far the whole is, and how long the rest will take."""
+    cells = marks.benchmark.cells
+    todo = [cell for cell in cells if not marks.whole(cell)]
+    left = marks.time_left(todo, workers) if todo else None
+    took, rest = duration(time.monotonic() - started), "" if left is None else f", about {duration(left)} left"
+    doing = f"; now {now.place}" if now else ""
+    return f"[benchmark] {len(cells) - len(todo)} of {len(cells)} cells, {took} so far{rest}{doing}"
+
+
+def duration(seconds: float) -> str:
+    """``1 h 05 min`` or ``3 min 20 s``."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {seconds:02} s"
+
+
+def run_cell(benchmark: Benchmark, cell: Cell, sequence: TaskSequence, workers: int = 1) -> None:
+    """Keys, stages and evaluation of a cell."""
+    file = benchmark.folder(cell) / "sequence.json"
+    keys = fit_keys(benchmark, cell, sequence, file)
+    places = Places(benchmark.folder(cell), sequence, cell.method)
+    for task in sequence.task_names:
+        words = ["--model_name_or_path", benchmark.base, "--sequence", file, "--method", cell.method, "--task", task]
+        words += ["--retriever_state_dict", keys, "--output_dir", places.stage(task)]
+        if before := places.stage_before(task):
+            words += ["--previous_stage", before]
+        words += ["--query_cache", benchmark.query_cache, "--save_strategy", "steps", "--report_to", "none"]
+        words += [part for name, value in sequence.train.flags().items() for part in (f"--{name}", value)]
+        words += on_gpu(words, workers) if has_accelerator() else ["--use_cpu", "True"]
+        call(train, *words, "--disable_tqdm", "True", *cell.flags)
+    evaluate(benchmark, cell, file)
+
+
+def on_gpu(words: list[object], workers: int) -> list[str]:
+    """What ``finetune_continual.sh`` adds on a GPU, with as many readers of pictures as there are cores for."""
+    readers = min(MOST_READERS, (os.cpu_count() or 1) // workers)
+    found = ["--gradient_checkpointing", "auto", "--dataloader_num_workers", str(readers if readers > 1 else 0)]
+    return found if "--bf16" in words else [*found, "--bf16", "auto"]
+
+
+def fit_keys(benchmark: Benchmark, cell: Cell, sequence: TaskSequence, file: Path) -> Path:
+    """The merged keys of the cell's order and seed, which the first cell that needs them makes."""
+    folder, identity = benchmark.key_folder(cell), benchmark.key_identity(sequence)
+    mark = folder / MADE_OF
+    with only_writer(folder, wait=True):
+        if not mark.is_file() or read_text(mark) != identity:
+            shutil.rmtree(folder, ignore_errors=True)
+            with atomic_write(mark) as stream:
+                stream.write(identity)
+        if not (folder / MERGED).is_file():
+            for task in sequence.task_names:
+                words = ["--task", task, "--sequence", file, "--model-base", benchmark.base]
+                words += ["--save_path", folder / f"{task}.pth", "--cache_dir", benchmark.query_cache]
+                call(train_prompt_key.main, *words)
+            call(merge_prompt_key.main, "--sequence", file, "--key_dir", folder)
+    return folder / MERGED
+
+
+def evaluate(benchmark: Benchmark, cell: Cell, file: Path) -> None:
+    """The cell's answers and scores, with the base's answers as another cell made them."""
+    places = Places(benchmark.folder(cell), benchmark.sequence, cell.method)
+    mine = places.evaluation(cell.route or None) / Evaluation.ZERO_SHOT
+    shared = not cell.route and not cell.trial
+    words = ["--sequence", file, "--base_model", benchmark.base, "--method", cell.method, "--route", cell.route]
+    words += ["--output_dir", benchmark.folder(cell), "--zero_shot", not cell.trial]
+    words += ["--pictures", *cell.pictures] if cell.pictures else []
+    if shared:
+        take_over(benchmark.zero_shot, mine)
+    evaluate_sequence.main(list(map(str, words)))
+    if shared:
+        take_over(mine, benchmark.zero_shot)
+
+
+def take_over(source: Path, target: Path) -> None:
+    """Copy a folder to where there is none yet; it appears whole."""
+    if not source.is_dir() or target.is_dir():
+        return
+    with only_writer(target, wait=True):
+        if not target.is_dir():
+            with atomic_folder(target) as partial:
+                shutil.copytree(source, partial, dirs_exist_ok=True)
+
+
+def call(command: Callable[[], object], *words: object) -> None:
+    """A command in this process, by its command line."""
+    before, sys.argv = sys.argv, ["command", *map(str, words)]
+    try:
+        command()
+    finally:
+        sys.argv = before
+
+
+if __name__ == "__main__":
+    run_cli(main)
