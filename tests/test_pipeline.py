@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import signal
 import subprocess
 from pathlib import Path
 
@@ -20,6 +22,28 @@ TASKS = ("abd", "chest", "head")
 STAGES = ("llava-mini_abd", "llava-mini_abd_chest", "llava-mini_abd_chest_head")
 SETTINGS = {"ZERO": "none", "EPOCHS": "1", "BATCH_SIZE": "8", "LEARNING_RATE": "2e-2", "MAX_NEW_TOKENS": "4"}
 
+PLANTED = ("WANDB_API_KEY", "HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "LOGNAME", "SLURM_JOB_USER")
+"""What an environment holds that is nobody's business."""
+READ = ("SEQUENCE", "BASE_MODEL", "OUTPUT_DIR", "KEYS", *SETTINGS)
+"""What the scripts read of it, and may tell."""
+PATH = re.compile(rb"(?<![\w.~/-])/(?:[\w.@-]+/)+[\w.@-]*")
+"""An absolute path in a text: at least one folder, and no address of the web."""
+
+ASKS = """
+import ctypes, os, socket
+
+for ask in (lambda: socket.create_connection(("localhost", 9)), lambda: socket.socket().connect(("127.0.0.1", 9))):
+    try:
+        ask()
+    except OSError as error:
+        print(error)
+child = os.fork()
+if child == 0:
+    ctypes.CDLL(None).socket(socket.AF_INET, socket.SOCK_STREAM, 0)
+    os._exit(0)
+print("ended by", -os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
 pytestmark = pytest.mark.slow
 
 
@@ -30,6 +54,9 @@ class Pipeline:
         self.folder, self.output = folder, folder / "output"
         self.base, self.sequence = folder / "tiny-llava-base", folder / "mini.json"
         self.keys = self.output / "prompt-key"
+        self.network, self.home = folder / "network.log", folder.parent / f"home-of-{folder.name}"
+        self.home.mkdir()
+        self.said, self.warned, self.environment = {}, [], {}
 
     def run(self, *command) -> str:
         """Standard output of a command that must succeed."""
@@ -41,11 +68,16 @@ class Pipeline:
             "PYTHON": str(warm_python()),
         }
         environment["PATH"] = f"{warm_python().parent}{os.pathsep}{environment['PATH']}"
+        environment["PYTHONPATH"] = f"{ROOT / 'tests' / 'no_network'}{os.pathsep}{environment.get('PYTHONPATH', '')}"
+        environment |= {"NETWORK_LOG": str(self.network), "HOME": str(self.home)}
+        environment |= {name: f"the-{name.lower()}-of-this-machine" for name in PLANTED}
         environment |= {"SEQUENCE": str(self.sequence), "BASE_MODEL": str(self.base), "OUTPUT_DIR": str(self.output)}
         environment |= {"KEYS": str(self.keys / "merged_prompt_key.pth"), "CUDA_VISIBLE_DEVICES": ""}
         words = list(map(str, command))
         done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=500)
         assert done.returncode == 0, f"{words}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+        self.warned.append(done.stderr)
+        self.environment = environment
         return done.stdout
 
     def state(self) -> dict:
@@ -74,7 +106,6 @@ def pipeline(tmp_path_factory):
         "slots_per_task": 4,
     }
     made.sequence.write_text(json.dumps(values), encoding="utf-8")
-    made.said = {}
     for task in TASKS:
         target = made.keys / f"{task}.pth"
         data = folder / "data" / f"train_{task}.jsonl"
@@ -122,6 +153,43 @@ def test_scores_and_the_accuracy_matrix_are_written(pipeline):
     assert "provenance" in matrix and matrix["tasks"] == list(TASKS)
     for word in ("abd", "chest", "head", "BWT", "forgetting"):
         assert word.lower() in pipeline.said["evaluate"].lower()
+
+
+def test_no_step_asks_for_the_network(pipeline):
+    """It is refused to all of them, and one that swallowed the refusal would still be found.
+
+    A launcher is the one exception, and is not started here: its processes meet at an address of the machine's own.
+    """
+    programs = ("train_prompt_key.py", "merge_prompt_key.py", "llava.train", "llava.eval")
+    noted = pipeline.network.read_text()
+    assert all(name in noted for name in programs) and "refused" not in noted, noted
+
+
+def test_the_network_is_refused_indeed(pipeline, tmp_path, monkeypatch):
+    """A name, an address of this machine, and what asks the system itself, in a child that the caller started."""
+    monkeypatch.setattr(pipeline, "network", tmp_path / "network.log")
+    program = tmp_path / "asks.py"
+    program.write_text(ASKS)
+    said = pipeline.run(warm_python(), program).splitlines()
+    assert len(said) == 3 and all("the network is refused" in line for line in said[:2])
+    noted = pipeline.network.read_text()
+    assert noted.count("refused socket.") == 2
+    if "began unfiltered" not in noted:  # the kernel knows filters
+        assert said[2] == f"ended by {int(signal.SIGSYS)}"
+
+
+def test_what_is_written_and_said_tells_nothing_of_the_machine(pipeline):
+    """No value of the environment, no home folder; and no path outside the project's folders, whatever it leads to."""
+    own = (str(pipeline.folder), str(ROOT))
+    read = {value for name, value in pipeline.environment.items() if name in READ or value.startswith(own)}
+    hidden = {value.encode() for value in pipeline.environment.values() if len(value) > 7 and value not in read}
+    assert len(hidden) > len(PLANTED)
+    written = {str(path): path.read_bytes() for path in pipeline.output.rglob("*") if path.is_file()}
+    told = {name: text.encode() for name, text in [*pipeline.said.items(), *enumerate(pipeline.warned)]}
+    assert not [(name, value) for name, text in (written | told).items() for value in hidden if value in text]
+    texts = {name: text for name, text in (written | told).items() if b"\0" not in text}
+    found = {(name, path.decode()) for name, text in texts.items() for path in PATH.findall(text)}
+    assert not {(name, path) for name, path in found if not path.startswith(own)}
 
 
 def test_running_it_again_skips_everything(pipeline):

@@ -1,10 +1,12 @@
-"""Runs of stage 2 on the tiny world that are killed, each in a process of its own."""
+"""Runs on the tiny world in processes of their own: killed, several at a time, or in each other's way."""
 
 import os
 import signal
 import socket
 import traceback
+from contextlib import contextmanager
 
+from llava.locks import only_writer
 from llava.train.llava_trainer import LLaVATrainer
 
 EACH_STEP = ("--save_strategy", "steps", "--save_steps", "1", "--max_steps", "5", "--logging_steps", "3")
@@ -22,6 +24,30 @@ def in_a_process_of_its_own(task):
         finally:
             os._exit(code)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+@contextmanager
+def held_by_another(path):
+    """A forked child that writes ``path`` and gets nowhere; gives its number, and what kills it."""
+    told, tells = os.pipe()
+    child = os.fork()
+    if child == 0:
+        with only_writer(path):
+            os.write(tells, b".")
+            signal.pause()
+        os._exit(1)
+    os.read(told, 1)
+    ended = []
+
+    def kill():
+        if not ended:
+            os.kill(child, signal.SIGKILL)
+            ended.append(os.waitpid(child, 0))
+
+    try:
+        yield child, kill
+    finally:
+        kill()
 
 
 def kill_this_process():

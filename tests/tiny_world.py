@@ -5,6 +5,7 @@ The commands are the real ones; only their ``sys.argv`` is set, so that a stage 
 
 import json
 import sys
+from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -121,6 +122,55 @@ def merge(folder, sequence, *more) -> Path:
 
     run_main(merge_prompt_key.main, "--sequence", sequence, "--key_dir", folder / "keys", *more)
     return folder / "keys" / "merged_prompt_key.pth"
+
+
+def pipeline_steps(world, out, seed=42, sampled=False) -> dict[str, Callable[[], None]]:
+    """The whole pipeline as commands into ``out``, each after those before it, from the prompt keys to the scores.
+
+    Args:
+        seed: of the keys, the stages and the answers; by default what the commands take by themselves.
+        sampled: draw the answers instead of taking the likeliest words.
+    """
+    import merge_prompt_key
+    import train_prompt_key
+    from llava.eval import eval_video_qa, model_vqa_loader
+
+    stages = out / "llava-tiny_abd", out / "llava-tiny_abd_chest"
+    questions, answers = world.folder / "test.jsonl", out / "eval" / "answers.jsonl"
+
+    def keys():
+        words = ["--sequence", world.sequence, "--model-base", world.base, "--cache_dir", out / "cache"]
+        words += ["--top_k", TOP_K, "--rank", RANK, "--text_encoder", "base", "--seed", seed]
+        for task in ("abd", "chest"):
+            run_main(train_prompt_key.main, *words, "--task", task, "--save_path", out / "keys" / f"{task}.pth")
+
+    def merge():
+        run_main(merge_prompt_key.main, "--sequence", world.sequence, "--key_dir", out / "keys")
+
+    def train(task, stage, before=None):
+        more = ["--retriever_state_dict", out / "keys" / "merged_prompt_key.pth", "--query_cache", out / "cache"]
+        more += ["--save_strategy", "steps", "--save_steps", 1, "--logging_steps", 2, "--seed", seed]
+        world.train(task, stage, before, *more)
+
+    def answer():
+        words = ["--model-path", stages[1], "--model-base", world.base, "--question-file", questions]
+        words += ["--image-folder", world.folder / "images", "--answers-file", answers, "--device", "cpu"]
+        words += ["--max_new_tokens", 3, "--batch_size", 2]
+        words += ["--temperature", 1, "--seed", seed] if sampled else []
+        run_main(lambda: model_vqa_loader.main(), *words)
+
+    def score():
+        words = ["--question-file", questions, "--answers-file", answers, "--no-java", "--draws", 20]
+        run_main(lambda: eval_video_qa.main(), *words)
+
+    return {
+        "keys": keys,
+        "merge": merge,
+        "first stage": lambda: train("abd", stages[0]),
+        "second stage": lambda: train("chest", stages[1], stages[0]),
+        "answers": answer,
+        "scores": score,
+    }
 
 
 def same_slots(one, other) -> bool:

@@ -133,6 +133,9 @@ def become(words: list[str], folder: str, environment: dict[str, str], paths: li
         errors = "backslashreplace" if name == "stderr" else "strict"
         stream = open(number, "w" if number else "r", encoding="utf-8", errors=errors, closefd=False, buffering=1)
         setattr(sys, name, stream)
+    if any(Path(path, "sitecustomize.py").exists() for path in named):  # the server started without these folders
+        sys.modules.pop("sitecustomize", None)
+        importlib.import_module("sitecustomize")
     import numpy
 
     numpy.random.seed()

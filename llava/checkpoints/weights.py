@@ -30,6 +30,17 @@ FORMATS = (("model", "safetensors"), ("pytorch_model", "bin"))
 """Stem and ending of the two formats, the preferred one first."""
 HARMLESS = ("rotary_emb.inv_freq", "position_ids")
 """Endings of tensors that old checkpoints hold and the model computes, or the reverse."""
+UNREADABLE = (
+    pickle.UnpicklingError,
+    RuntimeError,
+    EOFError,
+    ValueError,
+    OSError,
+    LookupError,
+    AttributeError,
+    TypeError,
+)
+"""What ``torch.load`` raises for a cut or foreign file; it depends on where the cut is."""
 WORDS = words(empty=False)
 _EDGE = 1 << 16  # bytes read at each end of a weight file for the fingerprint
 
@@ -191,13 +202,15 @@ def load_tensors(file: Path, names: Iterable[str]) -> dict[str, Tensor]:
 def load_bin(file: Path) -> dict[str, Tensor]:
     """Tensors of a ``.bin`` file, tensors and plain containers only; ``UserError`` if it holds anything else."""
     try:
-        state: dict[str, Tensor] = torch.load(
-            file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file)
-        )
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        state = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+    except (FileNotFoundError, PermissionError):
+        raise
+    except UNREADABLE as error:
         raise UserError(
             f"{file}: cannot be read as a file of plain tensors ({first_line(error)}); copy it again"
         ) from error
+    if not isinstance(state, dict) or not all(isinstance(name, str) for name in state):
+        raise UserError(f"{file}: holds something else than tensors by name; copy it again")
     return state
 
 

@@ -22,9 +22,18 @@ from llava.eval.matrix_report import title_of
 from llava.eval.score_table import columns, span
 from llava.files import atomic_write, file_sha256
 from llava.outside import read_object
+from llava.schema import HUGE, Wanted, an_object, check_fields, list_of, number, words
 from llava.utils import UserError, require_file, run_cli
 
 FORMAT_VERSION = 1
+MATRIX: dict[str, Wanted] = {
+    "tasks": list_of(words(empty=False), empty=False),
+    "metrics": an_object(),
+    "provenance": an_object(),
+}
+"""What is read here of an ``accuracy_matrix.json``."""
+_QUESTIONS = {"sha256": words(empty=False)}
+_FIGURE = number(-HUGE, HUGE)
 # Student's t at 97.5 % for 1 to 30 degrees of freedom; beyond that the last, which is a little too wide.
 _T_TABLE = """
 12.706 4.303 3.182 2.776 2.571 2.447 2.365 2.306 2.262 2.228 2.201 2.179 2.160 2.145 2.131
@@ -62,16 +71,37 @@ def read_matrix(folder: str | Path) -> dict[str, Any]:
         UserError: there is none, or it is none.
     """
     file = require_file(Path(folder) / MATRIX_NAME, "accuracy matrix", "evaluate first: bash cv805.sh")
+    found = read_object(file)
     try:
-        found = read_object(file)
-        found["tasks"], found["metrics"], found["provenance"]["question_file"]["sha256"]
-        for values in found["metrics"].values():
-            values["learning_curve"], values["matrix"], values["summary"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{file}: not an accuracy matrix of this version ({type(error).__name__}: {error}); evaluate again"
-        ) from error
+        check_fields(found, MATRIX, str(file), False, tuple(MATRIX))
+        provenance = f"{file}: provenance"
+        check_fields(found["provenance"], {"question_file": an_object()}, provenance, False, ("question_file",))
+        check_fields(
+            found["provenance"]["question_file"], _QUESTIONS, f"{provenance}: question_file", False, ("sha256",)
+        )
+        for name, values in found["metrics"].items():
+            where = f"{file}: metrics: {name}"
+            an_object().check(values, where)
+            if values.get("summary", values) is not None:  # None: a score is missing, and so are the figures
+                _check_figures(values, len(found["tasks"]), where)
+    except UserError as error:
+        raise UserError(f"{error} (not an accuracy matrix of this version; evaluate again)") from error
     return found
+
+
+def _check_figures(values: Mapping[str, Any], tasks: int, where: str) -> None:
+    """One metric's figures, of a stage for each task."""
+    of_tasks = list_of(_FIGURE, tasks)
+    wanted = {
+        "matrix": list_of(of_tasks, tasks),
+        "learning_curve": an_object(),
+        "summary": an_object(),
+    }
+    check_fields(values, wanted, where, False, tuple(wanted))
+    check_fields(values["learning_curve"], {"value": of_tasks}, f"{where}: learning_curve", False, ("value",))
+    for name, figure in values["summary"].items():
+        an_object().check(figure, f"{where}: {name}")
+        check_fields(figure, {"value": _FIGURE}, f"{where}: {name}", False)
 
 
 def over_seeds(matrices: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -114,7 +144,7 @@ def _metric(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     tables = np.array([run["matrix"] for run in runs])  # [runs, stages, tasks]
     curves = np.array([run["learning_curve"]["value"] for run in runs])  # [runs, stages]
     names = [name for name in runs[0]["summary"] if all(name in run["summary"] for run in runs)]
-    values = {name: [run["summary"][name]["value"] for run in runs] for name in names}
+    values = {name: [run["summary"][name].get("value") for run in runs] for name in names}
     return {
         "matrix": [[spread(tables[:, i, j]) for j in range(tables.shape[2])] for i in range(tables.shape[1])],
         "learning_curve": [spread(curves[:, i]) for i in range(curves.shape[1])],

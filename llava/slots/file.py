@@ -22,7 +22,6 @@ prototype's bare ``{"keys": tensor}`` is read by ``llava.slots.prototype``.
 from __future__ import annotations
 
 import hashlib
-import pickle
 import sys
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,6 +30,7 @@ import torch
 from torch import Tensor
 
 from llava.checkpoints.manifest import changing
+from llava.checkpoints.weights import UNREADABLE
 from llava.files import atomic_write
 from llava.slots.key_scores import joined
 from llava.slots.queries import TaskStatistics
@@ -41,18 +41,6 @@ from llava.slots.unknown import TaskExtent
 from llava.utils import UserError
 
 FORMAT, VERSION = "llava-slots", 1
-
-UNREADABLE = (
-    pickle.UnpicklingError,
-    RuntimeError,
-    EOFError,
-    ValueError,
-    OSError,
-    LookupError,
-    AttributeError,
-    TypeError,
-)
-"""What ``torch.load`` raises for a cut or foreign file; it depends on where the cut is."""
 
 
 class SlotData(NamedTuple):

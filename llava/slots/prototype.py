@@ -8,8 +8,6 @@ weighs slots by ``cos / sum cos``, which is kept (``weighting: distance``) for c
 
 from __future__ import annotations
 
-import pickle
-import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +15,7 @@ import torch
 from torch import Tensor
 
 from llava.checkpoints.checkpoint import Checkpoint
+from llava.checkpoints.weights import load_bin
 from llava.slots.encoders import load_text_encoder
 from llava.slots.pool import Pool
 from llava.slots.settings import RetrieverSettings
@@ -95,14 +94,9 @@ def _read(source: Path) -> dict[str, Tensor]:
         return checkpoint.read_tensors(name for name in (KEYS, COMPONENTS) if name in checkpoint.tensor_files)
     if not source.is_file():
         raise UserError(f"prototype checkpoint not found: {source}")
-    try:
-        state = torch.load(source, map_location="cpu", weights_only=True, mmap=True)
-    except (pickle.UnpicklingError, zipfile.BadZipFile, RuntimeError, EOFError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{source}: cannot be read as a checkpoint of plain tensors ({reason})") from error
-    if not isinstance(state, dict):
-        raise UserError(f"{source}: holds a {type(state).__name__}, not named tensors")
-    return {names[name]: value for name, value in state.items() if name in names and isinstance(value, Tensor)}
+    return {
+        names[name]: value for name, value in load_bin(source).items() if name in names and isinstance(value, Tensor)
+    }
 
 
 def _check_ranges(source: str | Path, ranges: dict[str, tuple[int, int]], pool: int) -> None:

@@ -179,3 +179,18 @@ def test_what_a_model_config_completes_stays_out_of_the_checkpoint(saves):
     one, other = llava_config(checkpoint), llava_config(checkpoint)
     one.vision_config["hidden_size"] = one.rope_parameters["rope_theta"] = -1
     assert other.vision_config["hidden_size"] != -1 and json.dumps(checkpoint.config, sort_keys=True) == before
+
+
+@pytest.mark.parametrize("value", [["a"], 3, {1: torch.ones(1)}])
+def test_a_bin_file_of_something_else_than_named_tensors_is_refused(tmp_path, value):
+    torch.save(value, tmp_path / "mm_projector.bin")
+    with pytest.raises(UserError, match=r"mm_projector.bin: holds something else than tensors by name; copy it again"):
+        weights.load_bin(tmp_path / "mm_projector.bin")
+
+
+@pytest.mark.parametrize("data", [b"", b"\x80\x02}q\x01.", b"\x80\x02h\x05.", b"\x80\x02c\n\xff\n."])
+def test_no_pickle_of_a_bin_file_gets_past_the_reader(tmp_path, data):
+    """An empty file, a bare dictionary, one that asks for what it has not kept, one whose name is no text."""
+    (tmp_path / "mm_projector.bin").write_bytes(data)
+    with pytest.raises(UserError, match="mm_projector.bin: "):
+        weights.load_bin(tmp_path / "mm_projector.bin")

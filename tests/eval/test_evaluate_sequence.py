@@ -7,12 +7,11 @@ import re
 import pytest
 import torch
 from tiny_llava import write_base, write_images, write_stage
-from tiny_runs import in_processes
+from tiny_runs import held_by_another, in_processes
 
 from llava.data.rows import question_row, write_jsonl
 from llava.eval import answer_chunk, answerer, evaluate_sequence, loaded, model_vqa_loader
 from llava.eval.metrics import normalise
-from llava.locks import only_writer
 from llava.utils import UserError
 
 TASKS = ("abd", "chest")
@@ -61,12 +60,14 @@ def evaluate(place, tmp_path, monkeypatch):
     return run
 
 
-def test_a_second_evaluation_into_one_folder_is_told_who_holds_it(evaluate, tmp_path):
-    with (
-        only_writer(tmp_path / "eval" / "tiny"),
-        pytest.raises(UserError, match=r"tiny is being written by process \d+"),
-    ):
-        evaluate()
+def test_a_second_evaluation_into_one_folder_is_told_who_holds_it_and_takes_it_over_from_the_dead(evaluate, tmp_path):
+    with held_by_another(tmp_path / "eval" / "tiny") as (child, kill):
+        with pytest.raises(UserError, match=rf"tiny is being written by process {child} on \S+; wait until"):
+            evaluate()
+        kill()
+        assert [path.name for path in (tmp_path / "eval").iterdir()] == [".tiny.lock"]  # as it was left
+        assert (evaluate("--zero_shot", 0) / "accuracy_matrix.json").is_file()
+    assert [path.name for path in (tmp_path / "eval").iterdir()] == ["tiny"]
 
 
 def without_java(use_java=None):

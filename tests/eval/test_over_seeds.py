@@ -1,6 +1,7 @@
 """Runs that differ in their seed: mean, deviation and interval by hand, the command, the refusals."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -66,9 +67,14 @@ def test_runs_that_do_not_belong_together_are_refused(tmp_path):
         (write(tmp_path / "c", 0.5, questions="1" * 64), "differ in questions"),
         (str(tmp_path / "absent"), "accuracy matrix not found"),
     ]
-    (tmp_path / "d").mkdir()
-    (tmp_path / "d" / "accuracy_matrix.json").write_text("{}")
-    for other, message in [*cases, (str(tmp_path / "d"), "not an accuracy matrix of this version")]:
+    for name, metrics, message in (
+        ("d", None, "field 'metrics' is missing; .*not an accuracy matrix of this version"),
+        ("e", {"bleu_1": {"matrix": [[0.5]], "learning_curve": {}, "summary": {}}}, "bleu_1: matrix is .*a list of 2"),
+    ):
+        found = json.loads(Path(write(tmp_path / name, 0.5), "accuracy_matrix.json").read_text())
+        (tmp_path / name / "accuracy_matrix.json").write_text(json.dumps({**found, "metrics": metrics}))
+        cases.append((str(tmp_path / name), message))
+    for other, message in cases:
         with pytest.raises(UserError, match=message):
             over_seeds.main([first, other])
 

@@ -79,47 +79,8 @@ class Pipeline:
 
 
 def steps_of(world, out) -> dict[str, Callable[[], None]]:
-    import merge_prompt_key
-    import train_prompt_key
-    from llava.eval import eval_video_qa, model_vqa_loader
-
-    stages = out / "llava-tiny_abd", out / "llava-tiny_abd_chest"
-    questions, answers = world.folder / "test.jsonl", out / "eval" / "answers.jsonl"
-
-    def keys():
-        words = ["--sequence", world.sequence, "--model-base", world.base, "--cache_dir", out / "cache"]
-        for task in TASKS:
-            more = ["--task", task, "--save_path", out / "keys" / f"{task}.pth"]
-            tiny_world.run_main(
-                train_prompt_key.main, *words, *more, "--top_k", 2, "--rank", 2, "--text_encoder", "base"
-            )
-
-    def merge():
-        tiny_world.run_main(merge_prompt_key.main, "--sequence", world.sequence, "--key_dir", out / "keys")
-
-    def train(task, stage, before=None):
-        more = ["--retriever_state_dict", out / "keys" / "merged_prompt_key.pth", "--query_cache", out / "cache"]
-        more += ["--save_strategy", "steps", "--save_steps", 1, "--logging_steps", 2]
-        world.train(task, stage, before, *more)
-
-    def answer():
-        words = ["--model-path", stages[1], "--model-base", world.base, "--question-file", questions]
-        words += ["--image-folder", world.folder / "images", "--answers-file", answers, "--device", "cpu"]
-        tiny_world.run_main(lambda: model_vqa_loader.main(), *words, "--max_new_tokens", 3, "--batch_size", 2)
-
-    def score():
-        words = ["--question-file", questions, "--answers-file", answers, "--no-java", "--draws", 20]
-        tiny_world.run_main(lambda: eval_video_qa.main(), *words)
-
-    return {
-        "keys": keys,
-        "merge": merge,
-        "first stage": lambda: train("abd", stages[0]),
-        "second stage": lambda: train("chest", stages[1], stages[0]),
-        "answers": answer,
-        "scores": score,
-        **steps_beside(world, out, stages[1]),
-    }
+    """The pipeline's steps, and the commands beside it."""
+    return {**tiny_world.pipeline_steps(world, out), **steps_beside(world, out, out / "llava-tiny_abd_chest")}
 
 
 def steps_beside(world, out, stage) -> dict[str, Callable[[], None]]:

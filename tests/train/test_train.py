@@ -10,12 +10,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from tiny_runs import EACH_STEP, in_a_process_of_its_own, kill_this_process, kill_while_saving_step
+from tiny_runs import EACH_STEP, held_by_another, in_a_process_of_its_own, kill_this_process, kill_while_saving_step
 from tiny_world import RANK, SLOTS, refusal, same, write_sequence
 
 from llava.continual.record import checksums
 from llava.data.rows import write_jsonl
-from llava.locks import only_writer
 from llava.slots.pool import Pool
 from llava.train import llava_trainer
 from llava.train import train as train_module
@@ -226,10 +225,14 @@ def test_an_interrupted_run_is_not_continued_with_other_settings(world, tmp_path
     assert "learning_rate = 0.02, now it is 0.001" in line and "checkpoints/llava-x to start the task anew" in line
 
 
-def test_a_second_training_of_a_stage_is_told_who_holds_it(world, tmp_path, capsys):
-    with only_writer(tmp_path / "llava-x"):
+def test_a_second_training_of_a_stage_is_told_who_holds_it_and_takes_it_over_from_the_dead(world, tmp_path, capsys):
+    with held_by_another(tmp_path / "llava-x") as (child, kill):
         line = refusal(world, capsys, world.train_arguments("abd", tmp_path / "llava-x"))
-    assert f"llava-x is being written by process {os.getpid()} on " in line and list(tmp_path.iterdir()) == []
+        assert f"llava-x is being written by process {child} on " in line
+        kill()
+        assert [path.name for path in tmp_path.iterdir()] == [".llava-x.lock"]  # as it was left
+        assert list(world.train("abd", tmp_path / "llava-x").names) == ["abd"]
+    assert [path.name for path in tmp_path.glob(".*")] == []
 
 
 def test_a_run_that_ended_before_its_first_checkpoint_is_no_obstacle(world, tmp_path, monkeypatch):
