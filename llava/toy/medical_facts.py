@@ -12,7 +12,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -163,37 +163,17 @@ def asked_again(facts: Facts, common: dict[str, list[str]], count: int, rng: np.
     """``count`` questions on different facts, fewer where fewer are known; each in a form chosen at random."""
     said = [_about_modality(facts, rng), *_about_findings(facts, common, rng), *_about_states(facts, rng)]
     if facts.region:
-        said.append(
-            _one_of(REGIONS, facts.region, ("is this an image of {}?", "is {} shown?", "does this show {}?"), rng)
-        )
+        forms = ("is this an image of {}?", "is {} shown?", "does this show {}?")
+        said.append(_one_of(REGIONS, facts.region, forms, rng))
     if facts.plane:
-        forms = ("is this {}?", "is the image {}?") if rng.random() < 0.7 else ()
-        choice = ("is this an axial or a coronal image?", facts.plane) if facts.plane != "sagittal" else None
-        open_ = (
-            _any(("which plane is this?", "in what plane is the image?", "what is the plane of section?"), rng),
-            facts.plane,
-        )
-        said.append(_one_of(PLANES, facts.plane, forms, rng) if forms else _any([p for p in (choice, open_) if p], rng))
+        said.append(_about_plane(facts.plane, rng))
     if facts.weighting:
-        weighting = _any(("t1", "t2"), rng)
-        agreed = "yes" if weighting == facts.weighting else "no"
-        forms_ = ("is this a {} weighted image?", "is this {} weighted?", "is the image {} weighted?")
-        choice_ = ("is this a t1 or a t2 weighted image?", facts.weighting)
-        said.append((_any(forms_, rng).format(weighting), agreed) if rng.random() < 0.7 else choice_)
+        said.append(_about_weighting(facts.weighting, rng))
     for organ in _some(sorted(facts.organs), 2, rng):
-        said.append((_any(_VISIBLE, rng).format(organ), "yes" if facts.organs[organ] else "no"))
+        said.append((_any(_VISIBLE, rng).format(organ), _agreed(facts.organs[organ])))
     if facts.side:
-        what = "lung" if facts.region == "chest" else "hemisphere"
-        side = _any(("left", "right"), rng)
-        agreed = "yes" if side == facts.side else "no"
-        forms_ = ("is the {0} {1} abnormal?", "is the lesion in the {0} {1}?", "is the abnormality in the {0} {1}?")
-        which = (
-            _any((f"which {what} is abnormal?", f"which side is abnormal, left or right {what}?"), rng),
-            facts.side,
-        )
-        said.append((_any(forms_, rng).format(side, what), agreed) if rng.random() < 0.7 else which)
-    unlike = list(dict(said).items())
-    return _some(unlike, count, rng)
+        said.append(_about_side(facts.side, "lung" if facts.region == "chest" else "hemisphere", rng))
+    return _some(list(dict(said).items()), count, rng)
 
 
 def words_of(facts: Facts, common: dict[str, list[str]]) -> dict[str, bool]:
@@ -234,14 +214,44 @@ def told(facts: Facts, common: dict[str, list[str]], count: int, rng: np.random.
 def _about_modality(facts: Facts, rng: np.random.Generator) -> Pair:
     chance = rng.random()
     if chance < 0.6:
-        forms = ("is this {}?", "is this image {}?", "is {} shown?", "was this made by {}?")
-        return _one_of(MODALITIES, facts.modality, forms, rng)
+        agree = ("is this {}?", "is this image {}?", "is {} shown?", "was this made by {}?")
+        return _one_of(MODALITIES, facts.modality, agree, rng)
     if chance < 0.8:
         other = _any([name for name in MODALITIES if name != facts.modality], rng)
         first, second = _some([facts.modality, other], 2, rng)
         return f"is this {MODALITIES[first][0]} or {MODALITIES[second][0]}?", facts.modality
     forms = ("what kind of image is this?", "what imaging modality is this?", "which method of imaging was used?")
     return _any(forms, rng), facts.modality
+
+
+def _about_plane(plane: str, rng: np.random.Generator) -> Pair:
+    agree = rng.random() < 0.7
+    which = _any(("which plane is this?", "in what plane is the image?", "what is the plane of section?"), rng)
+    if agree:
+        return _one_of(PLANES, plane, ("is this {}?", "is the image {}?"), rng)
+    choice = [] if plane == "sagittal" else ["is this an axial or a coronal image?"]
+    return _any([*choice, which], rng), plane
+
+
+def _about_weighting(true: str, rng: np.random.Generator) -> Pair:
+    weighting = _any(("t1", "t2"), rng)
+    if rng.random() >= 0.7:
+        return "is this a t1 or a t2 weighted image?", true
+    forms = ("is this a {} weighted image?", "is this {} weighted?", "is the image {} weighted?")
+    return _any(forms, rng).format(weighting), _agreed(weighting == true)
+
+
+def _about_side(true: str, what: str, rng: np.random.Generator) -> Pair:
+    side = _any(("left", "right"), rng)
+    which = _any((f"which {what} is abnormal?", f"which side is abnormal, left or right {what}?"), rng)
+    if rng.random() >= 0.7:
+        return which, true
+    forms = ("is the {0} {1} abnormal?", "is the lesion in the {0} {1}?", "is the abnormality in the {0} {1}?")
+    return _any(forms, rng).format(side, what), _agreed(side == true)
+
+
+def _agreed(true: bool) -> str:
+    return "yes" if true else "no"
 
 
 def _about_findings(facts: Facts, common: dict[str, list[str]], rng: np.random.Generator) -> list[Pair]:
@@ -259,14 +269,14 @@ def _about_states(facts: Facts, rng: np.random.Generator) -> list[Pair]:
     for organ, normal in sorted(facts.normal.items()):
         asked_normal = bool(rng.random() < 0.5)
         form = _any(_NORMAL if asked_normal else _ABNORMAL, rng)
-        said.append((form.format(organ), "yes" if asked_normal == normal else "no"))
+        said.append((form.format(organ), _agreed(asked_normal == normal)))
     return said
 
 
-def _one_of(named: dict[str, tuple[str, ...]], true: str, forms: Sequence[str], rng: np.random.Generator) -> Pair:
+def _one_of(named: Mapping[str, tuple[str, ...]], true: str, forms: Sequence[str], rng: np.random.Generator) -> Pair:
     """A question about one of ``named``, the true one in half of them, and whether it is."""
     name = true if rng.random() < 0.5 else _any([other for other in named if other != true], rng)
-    return _any(forms, rng).format(_any(named[name], rng)), "yes" if name == true else "no"
+    return _any(forms, rng).format(_any(named[name], rng)), _agreed(name == true)
 
 
 def _any(values: Sequence[T], rng: np.random.Generator) -> T:
