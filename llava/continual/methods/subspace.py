@@ -50,5 +50,5 @@ def _fewest(energies: Tensor, held: float, share: float) -> int:
     total = held + float(energies.sum())
     if held >= share * total:
         return 0
-    reached = held + energies.double().cumsum(0) >= share * total
+    reached = held + energies.cpu().double().cumsum(0) >= share * total  # CUDA sums along a line in no fixed order
     return int(reached.int().argmax()) + 1 if bool(reached.any()) else len(energies)
