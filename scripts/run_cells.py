@@ -48,6 +48,9 @@ MOST_READERS = 4
 MADE_OF = "made_of"
 """File beside keys that says what they are made of."""
 
+FAILURES = (UserError, OSError, RuntimeError, ArithmeticError, ValueError, SystemExit)
+"""What a cell may end in without stopping the others: bad input, the machine, torch, numbers, a command's own exit."""
+
 
 @dataclass(kw_only=True)
 class Arguments:
@@ -155,7 +158,7 @@ def take(benchmark: Benchmark, marks: Marks, cell: Cell, checked: set[Path], wor
             run_cell(benchmark, cell, sequence, workers)
             marks.finish(cell, identity, time.monotonic() - begun)
             checked.add(cell.place)
-        except (Exception, SystemExit) as error:
+        except FAILURES as error:
             if not isinstance(error, UserError):
                 traceback.print_exc()
             print(f"[benchmark] {cell.place} failed: {error}", flush=True)

@@ -160,6 +160,6 @@ def test_what_a_recipe_adds_counts_once_a_step(monkeypatch, items, steps, wanted
     the sum by the parts."""
     monkeypatch.setattr(llava_trainer.Trainer, "compute_loss", lambda *_: (torch.ones(()), None))
     trainer = llava_trainer.LLaVATrainer.__new__(llava_trainer.LLaVATrainer)
-    trainer.recipe, trainer.context = SimpleNamespace(loss=lambda context, batch, out, loss: loss + 8), None
+    trainer.recipe, trainer.context = SimpleNamespace(answers=True, loss=lambda _c, _b, _o, loss: loss + 8), None
     trainer.current_gradient_accumulation_steps = steps
     assert trainer.compute_loss(SimpleNamespace(training=True), {}, num_items_in_batch=items).item() == wanted
