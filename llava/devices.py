@@ -7,6 +7,10 @@ tensors at hand.
 from __future__ import annotations
 
 import os
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -134,3 +138,22 @@ def visible_devices() -> list[str]:
 def restricted_to(device: str) -> dict[str, str]:
     """Variables that let a process see one of ``visible_devices`` alone."""
     return dict.fromkeys(VISIBLE, device)
+
+
+def run_together(commands: Sequence[tuple[Sequence[str], Mapping[str, str]]]) -> list[int]:
+    """Run commands at the same time, such as one a device, and tell which of them failed, by their places.
+
+    None outlives this process, which ends where it is told to end (SIGTERM).
+
+    Args:
+        commands: words of each, and what is added to this process's environment for it.
+    """
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    workers: list[subprocess.Popen] = []
+    try:
+        for words, own in commands:
+            workers.append(subprocess.Popen(words, env={**os.environ, **own}))
+        return [place for place, worker in enumerate(workers) if worker.wait() != 0]
+    finally:
+        for worker in workers:
+            worker.terminate()

@@ -13,8 +13,6 @@ from __future__ import annotations
 import gc
 import os
 import shutil
-import signal
-import subprocess
 import sys
 import time
 import traceback
@@ -33,7 +31,7 @@ from llava.continual.benchmark import Benchmark, Cell
 from llava.continual.benchmark_marks import Marks
 from llava.continual.places import MERGED, Places
 from llava.continual.sequence import TaskSequence
-from llava.devices import has_accelerator, restricted_to, visible_devices
+from llava.devices import has_accelerator, restricted_to, run_together, visible_devices
 from llava.eval import benchmark_table, evaluate_sequence
 from llava.eval.evaluation import Evaluation
 from llava.files import atomic_folder, atomic_write
@@ -91,18 +89,11 @@ def work_together(file: str, count: int, devices: list[str]) -> None:
     Raises:
         UserError: one of them failed, after it has said why.
     """
-    threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // count))}
+    threads = str(max(1, (os.cpu_count() or 1) // count))
+    own = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", threads)}
     words = [sys.executable, __file__, file, "--workers", str(count), "--worker-since", str(time.time())]
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    workers: list[subprocess.Popen] = []
-    try:
-        for number in range(count):
-            own = restricted_to(devices[number % len(devices)]) if devices else {}
-            workers.append(subprocess.Popen(words, env={**threads, **os.environ, **own}))
-        failed = [worker for worker in workers if worker.wait() != 0]
-    finally:
-        for worker in workers:
-            worker.terminate()
+    turns = [restricted_to(devices[number % len(devices)]) if devices else {} for number in range(count)]
+    failed = run_together([(words, {**own, **turn}) for turn in turns])
     if failed:
         raise UserError(f"{len(failed)} of {count} processes failed (messages above); give the same command again")
 

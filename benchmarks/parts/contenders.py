@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import CLIPVisionConfig
 
-from benchmarks.costs import SLOTS, TOP_K, route
+from benchmarks.costs import LAYERS, SHAPE, SLOTS, TOP_K, VOCABULARY, route
 from llava.model.decision import Decision
 from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
 from llava.model.language_model.retriever import Retriever
@@ -57,11 +57,9 @@ class Shape:
 
 SEVEN_BILLION = Shape(
     {
-        "vocab_size": 32000,
-        "num_hidden_layers": 32,
-        "hidden_size": 4096,
-        "intermediate_size": 11008,
-        "num_attention_heads": 32,
+        "vocab_size": VOCABULARY,
+        "num_hidden_layers": LAYERS,
+        **SHAPE,
     },
     {
         "hidden_size": 1024,

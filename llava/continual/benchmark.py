@@ -39,6 +39,7 @@ from llava.continual.methods import METHODS
 from llava.continual.places import Places
 from llava.continual.sequence import SEQUENCE_FOLDER, TaskSequence, load_sequence
 from llava.data.rows import Row, read_rows, write_jsonl
+from llava.data.samples import pictures_checksum
 from llava.files import atomic_write, file_sha256, values_sha256
 from llava.folds import held_out
 from llava.outside import read_object
@@ -270,13 +271,14 @@ class Benchmark:
         return str(target)
 
     def identity(self, cell: Cell, sequence: TaskSequence) -> str:
-        """A checksum over what decides the cell's results, wherever its files lie; pictures are not looked at."""
+        """A checksum over what decides the cell's results, wherever its files lie."""
         settings = sequence.slots_per_task, sequence.answer_suffix, sequence.answer_style, sequence.metrics
         parts = {
             "version": llava.__version__,
             "cell": [cell.method, cell.flags, cell.route, cell.pictures],
             "sequence": [sequence.name, sequence.task_names, settings, vars(sequence.keys), vars(sequence.train)],
             "files": checksums(sequence),
+            "pictures": pictures(sequence),
             "base": self.base_content,
         }
         return values_sha256(parts)
@@ -284,7 +286,7 @@ class Benchmark:
     def key_identity(self, sequence: TaskSequence) -> str:
         """The same of the cell's keys."""
         parts = [sequence.task_names, sequence.slots_per_task, vars(sequence.keys), sequence.train.seed]
-        return values_sha256([*parts, checksums(sequence)[:-1], self.base_content])
+        return values_sha256([*parts, checksums(sequence)[:-1], pictures(sequence), self.base_content])
 
     @cached_property
     def base_content(self) -> str:
@@ -292,9 +294,20 @@ class Benchmark:
         return content_of(Checkpoint.open(self.base).manifest)
 
 
+def files_of(sequence: TaskSequence) -> list[str]:
+    """The training files in the tasks' order, and the test file."""
+    return [*(file for task in sequence.tasks for file in task.files), sequence.test]
+
+
 def checksums(sequence: TaskSequence) -> list[str]:
-    """Of the training files in the tasks' order, and of the test file."""
-    return [file_sha256(file) for file in (*(file for task in sequence.tasks for file in task.files), sequence.test)]
+    """Of its files."""
+    return [file_sha256(file) for file in files_of(sequence)]
+
+
+def pictures(sequence: TaskSequence) -> str | None:
+    """A checksum over the contents of all its pictures."""
+    rows = [row for file in files_of(sequence) for row in read_rows(file)]
+    return pictures_checksum(rows, sequence.image_folder)
 
 
 def spread(total: int, count: int) -> list[int]:

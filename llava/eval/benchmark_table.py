@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from llava.cli import flag, parse, word
-from llava.continual.benchmark import Benchmark, Cell, checksums
+from llava.continual.benchmark import Benchmark, Cell, checksums, files_of
 from llava.continual.benchmark_marks import Marks
 from llava.continual.places import Places
 from llava.eval.eval_video_qa import SCORES_NAME, package_version
@@ -151,7 +151,6 @@ def result(benchmark: Benchmark, found: Mapping[str, Any], file: str, machine: s
     """The small file: what ran, on what, and the first metric's figures of ``table``."""
     sequence = benchmark.sequence
     metric = next((name for entry in found["runs"] for name in entry["metrics"]), "")
-    files = [*(name for task in sequence.tasks for name in task.files), sequence.test]
     return {
         "format_version": FORMAT_VERSION,
         "benchmark": benchmark.name,
@@ -159,7 +158,7 @@ def result(benchmark: Benchmark, found: Mapping[str, Any], file: str, machine: s
         "machine": machine,
         "versions": {"python": platform.python_version(), **{name: package_version(name) for name in PACKAGES}},
         "base": {"name": Path(benchmark.base).name, "content": benchmark.base_content},
-        "data": dict(zip((Path(name).name for name in files), checksums(sequence), strict=True)),
+        "data": dict(zip((Path(name).name for name in files_of(sequence)), checksums(sequence), strict=True)),
         "settings": dict(benchmark.values),
         "cells": found["cells"],
         "done": found["done"],

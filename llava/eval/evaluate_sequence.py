@@ -22,9 +22,6 @@ folders, each process answers chunks of its own on a device of its own; the firs
 from __future__ import annotations
 
 import functools
-import os
-import signal
-import subprocess
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -33,7 +30,7 @@ from pathlib import Path
 from llava.cli import parse
 from llava.continual.model_card import refresh_figures
 from llava.data.rows import write_jsonl
-from llava.devices import restricted_to, visible_devices
+from llava.devices import restricted_to, run_together, visible_devices
 from llava.eval import eval_video_qa
 from llava.eval.accuracy_matrix import DEFAULT_METRICS, fitting, write_matrix
 from llava.eval.answer_file import merge_answers
@@ -138,19 +135,16 @@ def answer_on(devices: Sequence[str], words: Sequence[str], first: int = 0, coun
         UserError: one of them failed, after it has said why.
     """
     command = [sys.executable, "-m", "llava.eval.evaluate_sequence", *words]
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    workers: list[subprocess.Popen] = []
-    try:
-        for number, device in enumerate(devices, first):
-            environment = {**os.environ, **restricted_to(device)}
-            own = [*command, "--worker", f"{number}/{count or len(devices)}"]
-            workers.append(subprocess.Popen(own, env=environment))
-        failed = [device for device, worker in zip(devices, workers, strict=True) if worker.wait() != 0]
-    finally:
-        for worker in workers:
-            worker.terminate()
+    all_of_them = count or len(devices)
+    failed = run_together(
+        [
+            ([*command, "--worker", f"{number}/{all_of_them}"], restricted_to(device))
+            for number, device in enumerate(devices, first)
+        ]
+    )
     if failed:
-        raise UserError(f"answering failed on device {', '.join(failed)} (message above); run the same command again")
+        named = ", ".join(devices[place] for place in failed)
+        raise UserError(f"answering failed on device {named} (message above); run the same command again")
 
 
 def merge(evaluation: Evaluation, name: str, pictures: str) -> Path:

@@ -59,6 +59,8 @@ class Naming(nn.Module):
         """
         scores = torch.stack([self.scores(picture) for picture in pictures])
         known = truths != UNKNOWN
-        told = F.binary_cross_entropy_with_logits(SLOPE * (scores - EDGE)[known], truths[known].float())
+        logits = SLOPE * (scores - EDGE)[known]
+        told = F.binary_cross_entropy_with_logits(logits, truths[known].float(), reduction="sum")
+        told = told / max(len(logits), 1)  # of a batch of which nothing is known 0
         length = torch.cat([(picture.float() - self.centre).norm(dim=-1) for picture in pictures])
         return told + ((length / self.reach - 1) ** 2).mean()

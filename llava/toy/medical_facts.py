@@ -187,8 +187,7 @@ def words_of(facts: Facts, common: dict[str, list[str]]) -> dict[str, bool]:
         if known:
             words |= {word: word == known for word in among}
     words |= facts.organs
-    if facts.findings is not None:
-        words |= {name: name in facts.findings for name in common.get(facts.region, [])}
+    words |= _found(facts, common)
     if facts.normal:
         words["abnormal"] = not all(facts.normal.values())
     if facts.side:
@@ -203,12 +202,16 @@ def told(facts: Facts, common: dict[str, list[str]], count: int, rng: np.random.
     """
     known = [facts.modality, *filter(None, (facts.region, facts.plane, facts.weighting))]
     agreed = dict(facts.organs) | {f"{organ} normal": normal for organ, normal in facts.normal.items()}
-    if facts.findings is not None:
-        agreed |= {name: name in facts.findings for name in common.get(facts.region, [])}
+    agreed |= _found(facts, common)
     if facts.side:
         agreed |= {f"{side} side abnormal": side == facts.side for side in ("left", "right")}
     known += [f"{thing}: {'yes' if true else 'no'}" for thing, true in agreed.items()]
     return ", ".join(_some(known, count, rng)) + "."
+
+
+def _found(facts: Facts, common: dict[str, list[str]]) -> dict[str, bool]:
+    """Which of its region's findings a picture has; empty where no answer lists them."""
+    return {} if facts.findings is None else {name: name in facts.findings for name in common.get(facts.region, [])}
 
 
 def _about_modality(facts: Facts, rng: np.random.Generator) -> Pair:

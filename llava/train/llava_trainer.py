@@ -104,10 +104,9 @@ class LLaVATrainer(Trainer):
         if model.training and self.recipe is not None:
             whole = self.recipe.loss(self.context, inputs, outputs, loss)
             parts = 1 if num_items_in_batch is None else self.current_gradient_accumulation_steps
-            if not self.recipe.answers:
-                loss = whole / parts
-            else:  # the cross-entropy is a step's share already; what the recipe adds to it counts once a step
-                loss = whole if parts == 1 else loss + (whole - loss) / parts
+            # A cross-entropy of answers is a step's share already; everything else of the loss counts once a step.
+            share = loss if self.recipe.answers else 0.0
+            loss = whole if parts == 1 else share + (whole - share) / parts
         return (loss, outputs) if return_outputs else loss
 
     def create_optimizer(self, model=None):

@@ -54,14 +54,9 @@ def words_of(rows: Sequence[Row]) -> list[str]:
     """
     found: dict[str, set[bool]] = defaultdict(set)
     for row in rows:
-        told = row.raw.get(FIELD, {})
-        if not isinstance(told, dict):
-            raise UserError(f"row {row.id!r}: '{FIELD}' is {kind_of(told)}; write words as {{\"liver\": true}}")
-        for word, true in told.items():
-            if not isinstance(true, bool) or not word.strip():
-                raise UserError(f"row {row.id!r}: '{FIELD}' says {true!r} of {word!r}; write true or false of a word")
+        for word, true in told(row).items():
             found[word].add(true)
-    words = [word for word, told in found.items() if len(told) == 2]
+    words = [word for word, values in found.items() if len(values) == 2]
     if not words:
         raise UserError(
             f"no word is true of one picture and false of another; rows for naming say so in '{FIELD}', such as "
@@ -70,10 +65,25 @@ def words_of(rows: Sequence[Row]) -> list[str]:
     return words
 
 
+def told(row: Row) -> dict[str, bool]:
+    """The words that a row says are true or false of its picture.
+
+    Raises:
+        UserError: they are none.
+    """
+    found = row.raw.get(FIELD, {})
+    if not isinstance(found, dict):
+        raise UserError(f"row {row.id!r}: '{FIELD}' is {kind_of(found)}; write words as {{\"liver\": true}}")
+    for word, true in found.items():
+        if not isinstance(true, bool) or not word.strip():
+            raise UserError(f"row {row.id!r}: '{FIELD}' says {true!r} of {word!r}; write true or false of a word")
+    return found
+
+
 def truths(row: Row, words: Sequence[str]) -> Tensor:
     """What a row says of the words, ``[words]``: 1, 0 or ``UNKNOWN``."""
-    told = row.raw.get(FIELD, {})
-    return torch.tensor([float(told[word]) if word in told else UNKNOWN for word in words])
+    known = told(row)
+    return torch.tensor([float(known[word]) if word in known else UNKNOWN for word in words])
 
 
 def naming_of(model: Any, tokenizer: Any, words: Sequence[str]) -> Naming:

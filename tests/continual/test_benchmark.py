@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -117,6 +118,19 @@ def test_a_cell_is_done_as_long_as_nothing_that_decides_it_changes(read):
     assert marks.time_left([second], workers=2) == 30.0  # one cell does not go faster
     matrix.write_text("[]")
     assert not marks.done(first, identity)
+
+
+def test_another_picture_under_the_same_name_is_another_cell(read, world, tmp_path):
+    found = read(runs=[{"method": "ewc"}])
+    (cell,) = found.cells
+    sequence = found.prepare(cell)
+    folder = shutil.copytree(sequence.image_folder, tmp_path / "pictures")
+    moved = replace(sequence, image_folder=str(folder))
+    assert found.identity(cell, moved) == found.identity(cell, sequence)
+    keys = found.key_identity(moved)
+    picture = next(iter(sorted(folder.iterdir())))
+    picture.write_bytes(picture.read_bytes() + b" ")
+    assert found.identity(cell, moved) != found.identity(cell, sequence) and found.key_identity(moved) != keys
 
 
 def test_what_failed_counts_until_the_next_start(read):

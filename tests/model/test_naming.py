@@ -32,6 +32,11 @@ def test_the_loss_is_over_what_is_known():
     assert float(known) == pytest.approx((told + denied) / 2, rel=1e-5)
 
 
+def test_a_batch_of_which_nothing_is_known_costs_its_lengths_alone():
+    unknown = naming().loss([PICTURE], torch.tensor([[UNKNOWN, UNKNOWN]]))
+    assert float(unknown) == pytest.approx(0.0, abs=1e-6)  # the picture is as far from the centre as words are
+
+
 def test_embeddings_are_kept_as_far_from_the_centre_as_words_are():
     sure = torch.tensor([[1.0, 0.0]])
     near, far = (float(naming(reach).loss([PICTURE], sure)) for reach in (3.0, 1.0))

@@ -16,6 +16,7 @@ import tiny_cells
 from tiny_world import run_main, write_sequence
 from warm_python import warm_python
 
+from llava import devices
 from llava.continual.benchmark import Benchmark
 from llava.continual.benchmark_marks import Marks
 from llava.eval import benchmark_table
@@ -232,8 +233,8 @@ def test_workers_take_turns_with_the_devices(tiny, monkeypatch):
         def terminate(self):
             pass
 
-    monkeypatch.setattr(run_cells.subprocess, "Popen", Process)
-    monkeypatch.setattr(run_cells.signal, "signal", lambda *rest: None)
+    monkeypatch.setattr(devices.subprocess, "Popen", Process)
+    monkeypatch.setattr(devices.signal, "signal", lambda *rest: None)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6")
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     values = json.loads(tiny.read_text())

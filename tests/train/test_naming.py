@@ -67,6 +67,11 @@ def test_words_that_cannot_be_learned_are_refused(words, message):
         words_of([row(words, 7)])
 
 
+def test_words_held_out_are_looked_at_too():
+    with pytest.raises(UserError, match="row 7: 'words' says 'yes' of 'liver'"):
+        truths(row({"liver": "yes"}, 7), ["liver"])
+
+
 def test_the_projector_alone_changes_and_learns_the_words(parts, tmp_path):
     stage = run(parts, tmp_path / "llava-named", "--max_steps", 60, "--learning_rate", "1e-2")
     log = json.loads((stage / "log_history.json").read_text())
