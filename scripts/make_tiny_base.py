@@ -43,7 +43,7 @@ from llava.toy.tiny_base import (
     train_tokenizer,
 )
 from llava.toy.tiny_tower import TowerTrainer, draw_pictures, tower_accuracy
-from llava.utils import UserError, run_cli
+from llava.utils import UserError, quiet_libraries, run_cli
 
 _SETTINGS = "settings.json"
 
@@ -59,6 +59,7 @@ class Arguments(flags_of(TinyBaseConfig)):
 def main() -> int:
     """Build the base unless it is there already."""
     args = parse(Arguments, description=__doc__)
+    quiet_libraries()
     target, config = Path(args.output_dir), TinyBaseConfig(**given(args, TinyBaseConfig))
     if is_finished(target, config):
         print(f"{target}: already made, nothing to do")

@@ -259,3 +259,9 @@ def test_constraints_hold_every_dependency_exactly():
     declared = re.findall(r'^ {4}"([A-Za-z0-9_.-]+?)[><=~]', (ROOT / "pyproject.toml").read_text(), re.M)
     assert declared and {name.lower() for name in declared} <= {name.lower() for name in pinned}
     assert pinned["torch"] == "2.13.0"
+
+
+def test_scripts_that_use_torch_keep_other_libraries_quiet():
+    """A newcomer reads this project's lines: DeepSpeed warned in the quick start that it finds no GPU."""
+    scripts = [path for path in sorted((ROOT / "scripts").glob("*.py")) if "torch" in imported_modules(path)]
+    assert scripts and all("    quiet_libraries()\n" in path.read_text(encoding="utf-8") for path in scripts)
