@@ -43,13 +43,23 @@ install() {
     [ ${#missing[@]} -eq 0 ] || python -m pip install -q -c "$root/constraints.txt" --no-deps "${missing[@]}"
 }
 
-# Everything that decides the weights; the base that it made is not looked into again.
+# Everything that decides the weights. Without SLAKE a base that is there is taken for what its recipe says.
+asked_lm=$BASE_LM
+contents() {
+    if [ ! -f "$SLAKE_DIR/train.json" ]; then
+        sed -n 's/^contents: //p' "$OUTPUT_DIR/recipe.txt" 2>/dev/null || true
+    else
+        python "$root/scripts/make_medical_data.py" --slake_dir "$SLAKE_DIR" --fingerprint ${asked_lm:+"$asked_lm"} \
+            "$VISION_TOWER"
+    fi
+}
 recipe=$(printf '%s\n' "language model: ${BASE_LM:-smollm2}" "tower: $VISION_TOWER" "template: $VERSION" \
     "projector: $PROJECTOR_TYPE, layer $SELECT_LAYER" "seed: $BASE_SEED" "longest: $BASE_MAX_LENGTH" "data: $DATA_ARGS" \
     "alignment: $ALIGN_EPOCHS $ALIGN_BATCH $ALIGN_RATE $TRAIN_ARGS $ALIGN_ARGS" \
     "tuning: $INSTRUCT_EPOCHS $INSTRUCT_BATCH $INSTRUCT_ACCUMULATION $INSTRUCT_RATE $TRAIN_ARGS $INSTRUCT_ARGS")
 
-made=$([ "$(cat "$OUTPUT_DIR/recipe.txt" 2>/dev/null)" = "$recipe" ] && echo yes || echo no)
+found=$(contents)
+made=$([ "$(cat "$OUTPUT_DIR/recipe.txt" 2>/dev/null)" = "$recipe"$'\n'"contents: $found" ] && echo yes || echo no)
 if [ $made = no ] && [ ! -f "$SLAKE_DIR/train.json" ]; then
     echo "error: SLAKE not found: $SLAKE_DIR (place it there as data/README.md says, set SLAKE_DIR, or give a" \
         "BASE_MODEL of your own)" >&2
@@ -97,5 +107,6 @@ VERSION=$VERSION DATA_PATH="$PARTS_DIR/data/instruct.json" PROJECTOR="$PARTS_DIR
     OUTPUT_DIR="$OUTPUT_DIR" EPOCHS=$INSTRUCT_EPOCHS BATCH_SIZE=$INSTRUCT_BATCH LEARNING_RATE=$INSTRUCT_RATE \
     GRADIENT_ACCUMULATION=$INSTRUCT_ACCUMULATION EXTRA_ARGS="$TRAIN_ARGS $INSTRUCT_ARGS --seed $BASE_SEED" \
     bash "$root/scripts/finetune.sh"
-echo "$recipe" >"$OUTPUT_DIR/recipe.txt"
+found=$(contents) # again: a model that the hub had lies here now
+printf '%s\ncontents: %s\n' "$recipe" "$found" >"$OUTPUT_DIR/recipe.txt"
 echo "== the medical base is in $OUTPUT_DIR, made in $((SECONDS / 60)) min: a BASE_MODEL"

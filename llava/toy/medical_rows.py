@@ -23,7 +23,7 @@ from llava.constants import DEFAULT_IMAGE_TOKEN
 from llava.data.raw.example import TEST, Example, Report
 from llava.data.raw.slake import IMAGE_FOLDERS, read_slake
 from llava.data.rows import GPT, HUMAN
-from llava.files import atomic_folder, file_sha256
+from llava.files import atomic_folder, file_sha256, values_sha256
 from llava.image_io import load_image
 from llava.inside import inside
 from llava.mm_utils import expand2square
@@ -157,15 +157,34 @@ def align_row(name: str, told: str, pairs: Sequence[Pair], words: dict[str, bool
     return {"id": Path(name).stem, "image": name, "conversations": turns, "words": words}
 
 
+def read_inputs(slake: Path) -> tuple[list[Sheet], dict[str, str]]:
+    """SLAKE's ``sheets``, and the checksums of its files and of their pictures.
+
+    Raises:
+        UserError: SLAKE cannot be read.
+    """
+    report = Report("slake")
+    found = sheets(read_slake(slake, report))
+    files = {Path(name).name: checksum for name, checksum in report.inputs.items()}
+    pictures = {sheet.image: file_sha256(inside(_pictures(slake), sheet.image)) for sheet in found}
+    return found, {**files, "pictures": values_sha256(pictures)}
+
+
+def _pictures(slake: Path) -> Path:
+    found = next((slake / name for name in IMAGE_FOLDERS if (slake / name).is_dir()), None)
+    if found is None:
+        raise UserError(f"SLAKE's pictures not found: {slake}/imgs (place them there)")
+    return found
+
+
 def make_medical_rows(folder: Path, slake: Path, config: MedicalRows) -> bool:
     """Write ``align.json``, ``instruct.json`` and ``images/`` to ``folder``; False where they are there already.
 
     Raises:
         UserError: SLAKE cannot be read, or ``folder`` holds something else.
     """
-    report = Report("slake")
-    found = sheets(read_slake(slake, report))
-    settings = {**asdict(config), "inputs": {Path(name).name: checksum for name, checksum in report.inputs.items()}}
+    found, inputs = read_inputs(slake)
+    settings = {**asdict(config), "inputs": inputs}
     if (folder / SETTINGS).is_file():
         kept = read_object(folder / SETTINGS)
         rows = {name: file_sha256(folder / name) for name in (ALIGN, INSTRUCT) if (folder / name).is_file()}
@@ -174,12 +193,9 @@ def make_medical_rows(folder: Path, slake: Path, config: MedicalRows) -> bool:
         raise UserError(f"{folder} holds rows made with other settings; remove it or choose another folder")
     if folder.exists() and any(folder.iterdir()):
         raise UserError(f"{folder} is not empty and holds no medical rows; choose another folder")
-    pictures = next((slake / name for name in IMAGE_FOLDERS if (slake / name).is_dir()), None)
-    if pictures is None:
-        raise UserError(f"SLAKE's pictures not found: {slake}/imgs (place them there)")
     with atomic_folder(folder) as partial:
         (partial / IMAGES).mkdir()
-        made = [*_real(partial, pictures, found, config), *_phantoms(partial, config)]
+        made = [*_real(partial, _pictures(slake), found, config), *_phantoms(partial, config)]
         order = np.random.default_rng([config.seed, 3]).permutation(len(made))
         rows = {}
         for name, column in ((ALIGN, 0), (INSTRUCT, 1)):

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import time
@@ -87,8 +88,21 @@ def test_the_base_is_a_llava_and_is_made_once(parts, made):
     kept = model.get_model().mm_projector.state_dict()
     assert all(same(kept[name.split("mm_projector.")[1]], value) for name, value in learned.items())
 
-    again = make(parts, folder, SLAKE_DIR="nowhere")
-    assert again == f"== the medical base is in {BASE} already\n"
+    already = f"== the medical base is in {BASE} already\n"
+    assert make(parts, folder, SLAKE_DIR="nowhere") == already == make(parts, folder)
+
+
+@pytest.mark.slow
+def test_a_base_of_another_slake_is_not_taken_for_this_one(parts, made, tmp_path):
+    """A picture that was exchanged under its name; nothing is made anew before its owner has seen to the old rows."""
+    folder, _ = made
+    slake = shutil.copytree(parts / "slake", tmp_path / "slake")
+    picture = sorted(slake.rglob("*.jpg"))[0]
+    picture.write_bytes(picture.read_bytes() + b" ")
+    done = subprocess.run(
+        SCRIPT, cwd=folder, env=settings(parts, SLAKE_DIR=slake), capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2 and "holds rows made with other settings; remove it" in done.stderr
 
 
 @pytest.mark.thorough
