@@ -35,6 +35,7 @@ from llava.eval import eval_video_qa
 from llava.eval.accuracy_matrix import DEFAULT_METRICS, fitting, write_matrix
 from llava.eval.answer_file import merge_answers
 from llava.eval.evaluation import Evaluation, Settings
+from llava.eval.evaluation_record import write_evaluation_record
 from llava.eval.ranks import Ranks
 from llava.eval.shown_pictures import REAL
 from llava.locks import only_writer
@@ -109,6 +110,7 @@ def score(evaluation: Evaluation) -> None:
     references = fitting(evaluation.references(eval_video_qa.SCORES_NAME), stages[-1], sequence.task_names, metrics)
     matrix = write_matrix(evaluation.folder, stages, sequence.task_names, metrics, zero_shot, references=references)
     refresh_figures(evaluation.places.stages, matrix, evaluation.folder.name)
+    write_evaluation_record(evaluation)
 
 
 def answer(evaluation: Evaluation, number: int = 0, count: int = 1) -> None:
