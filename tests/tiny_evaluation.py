@@ -17,12 +17,14 @@ ROWS = 8
 """Questions of a domain."""
 
 
-def make_evaluation(root, name="tiny", method="retrieval", seed=42, texts=None, pictures=True, routes=True):
+def make_evaluation(
+    root, name="tiny", method="retrieval", seed=42, texts=None, pictures=True, routes=True, metrics=METRICS
+):
     """An evaluation's folder under ``root``, its stages beside it; question file and pictures lie in ``root`` too.
 
     Args:
         texts: of questions, in place of harmless ones. pictures: whether other pictures were shown too.
-        routes: ``False``: the answers tell of none.
+        routes: ``False``: the answers tell of none. metrics: of the accuracy matrix.
     """
     root = Path(root)
     questions = root / "test.jsonl"
@@ -46,7 +48,7 @@ def make_evaluation(root, name="tiny", method="retrieval", seed=42, texts=None, 
     words = ["--question-file", str(questions), "--no-java", "--train-file", str(questions), "--draws", "50"]
     eval_video_qa.score_files(eval_video_qa.parse_arguments([*words, "--answers-file", *files]), shown)
     scores = [folder / model / "scores.json" for model in models]
-    write_matrix(folder, scores[1:], TASKS, METRICS, scores[0], draws=50)
+    write_matrix(folder, scores[1:], TASKS, metrics, scores[0], draws=50)
     about = {
         "format_version": 1,
         "sequence": name,

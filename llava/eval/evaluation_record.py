@@ -24,6 +24,8 @@ FORMAT_VERSION = 1
 PACKAGES = ("llava", "torch", "transformers", "numpy")
 _OWN = ("worker", "chunks")
 """Settings that spread the same answers over processes."""
+_NEEDED = ("sequence", "base_model")
+"""Settings whose defaults are the environment's."""
 _CPUS = Path("/proc/cpuinfo")
 
 RECORD: dict[str, Wanted] = {
@@ -51,7 +53,7 @@ def write_evaluation_record(evaluation: Evaluation) -> Path:
         "image_folder": str(sequence.image_folder),
         "follow_links": settings.follow_links,
         "pictures": list(settings.pictures),
-        "command": command_of(settings),
+        "command": command_of(dataclasses.replace(settings, base_model=evaluation.base)),
         "machine": machine_in_words(),
         "versions": {
             "python": platform.python_version(),
@@ -79,12 +81,12 @@ def read_evaluation_record(path: Path) -> dict[str, Any]:
 
 
 def command_of(settings: Settings) -> str:
-    """The command line that asks for these settings, without those that are the default's."""
+    """The command line that asks for these settings, without what goes without saying."""
     line = ["python", "-m", "llava.eval.evaluate_sequence"]
     for entry in dataclasses.fields(settings):
         value = getattr(settings, entry.name)
         default = entry.default if entry.default_factory is dataclasses.MISSING else entry.default_factory()
-        if entry.name not in _OWN and value != default:
+        if entry.name not in _OWN and (entry.name in _NEEDED or value != default):
             line += [f"--{entry.name}", *map(str, value if isinstance(value, list) else [value])]
     return shlex.join(line)
 

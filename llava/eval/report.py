@@ -46,9 +46,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Read, look, write."""
     arguments = parse(Arguments, argv, __doc__)
     quiet_libraries()
-    from llava.eval.report import pages
-    from llava.eval.report.results import Results, evaluations, labels
-    from llava.eval.report.sections import all_sections, title_of_page
+    from llava.eval.page import writing
+    from llava.eval.page.results import Results, evaluations, labels
+    from llava.eval.page.sections import all_sections, title_of_page
 
     outputs = arguments.outputs or [named_evaluation(arguments)]
     folders = list(dict.fromkeys(folder for output in outputs for folder in evaluations(output)))
@@ -59,9 +59,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     title = title_of_page(runs)
     target = Path(arguments.report_dir or (outputs[0] if len(outputs) == 1 else os.path.commonpath(outputs)))
     files = {
-        target / REPORT: pages.html(title, sections),
-        (target / REPORT).with_suffix(".md"): pages.markdown(title, sections),
-        (target / REPORT).with_suffix(".tex"): pages.latex(title, sections),
+        target / REPORT: writing.html(title, sections),
+        (target / REPORT).with_suffix(".md"): writing.markdown(title, sections),
+        (target / REPORT).with_suffix(".tex"): writing.latex(title, sections),
     }
     for file, text in files.items():
         with atomic_write(file) as stream:

@@ -11,13 +11,13 @@ from typing import Any
 from llava.continual.model_card import SETTINGS
 from llava.eval.matrix_report import SUMMARY_TITLES, metric_title, title_of
 from llava.eval.metrics.base import OVERALL
-from llava.eval.report import plots, tables
-from llava.eval.report.examples import Example, examples_of
-from llava.eval.report.plots import Plot
-from llava.eval.report.results import Results
-from llava.eval.report.routes import StageRoutes, routes_of
-from llava.eval.report.tables import MAIN, MISSING, Cell, Table, figure
-from llava.eval.report.versus import Difference, Seeds, detailed, differences, same_questions, seeds_of
+from llava.eval.page import plots, tables
+from llava.eval.page.examples import Example, examples_of
+from llava.eval.page.plots import Plot
+from llava.eval.page.results import Results
+from llava.eval.page.routes import StageRoutes, routes_of
+from llava.eval.page.tables import MAIN, MISSING, Cell, Table, figure
+from llava.eval.page.versus import Difference, Seeds, detailed, differences, same_questions, seeds_of
 from llava.eval.result_pages import score
 from llava.inside import Folder
 
@@ -183,7 +183,7 @@ def _no_route(run: Results) -> str:
         return "Each question’s task was given, so there is no route to judge."
     if not run.last.metadata:
         return "The answers are not beside the scores any more, and they are what tells of routes."
-    return "The answers tell of no route: the method decides none."
+    return "The answers tell of no route among tasks: the method decides none."
 
 
 def pictures(runs: Sequence[Results]) -> Section:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from llava.data.rows import Row
-from llava.eval.report.results import Results
+from llava.eval.page.results import Results
 from llava.image_io import load_image
 from llava.inside import Folder, inside
 from llava.utils import UserError, rank0_print
@@ -142,7 +142,8 @@ def _example(number: int, place: int, runs: Sequence[Results], asked: Row | None
 def _said(run: Results, place: int) -> Said:
     row = run.last.rows[place]
     route = run.last.metadata[place].get("route") if run.last.metadata else None
-    known = route if isinstance(route, Mapping) else None
+    among = set((route.get("task_posterior") or {}) if isinstance(route, Mapping) else ())
+    known = route if isinstance(route, Mapping) and (not among or among & set(run.tasks)) else None
     return Said(run.label, _short(str(row.get("prediction") or "")), is_right(row), known, run.slot_tasks)
 
 

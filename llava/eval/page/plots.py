@@ -16,9 +16,9 @@ import numpy as np
 
 from llava.continual.matrix import forgetting_by_task
 from llava.eval.matrix_report import labelled_rows, metric_title
-from llava.eval.report.results import Results
-from llava.eval.report.routes import StageRoutes
-from llava.eval.report.tables import heading
+from llava.eval.page.results import Results
+from llava.eval.page.routes import StageRoutes
+from llava.eval.page.tables import heading
 from llava.eval.result_pages import score
 
 SIZE = (4.6, 2.9)

@@ -11,9 +11,9 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from llava.eval.report.sections import Section
+from llava.eval.page.sections import Section
 
-_PLACES = PackageLoader("llava.eval.report", "templates")
+_PLACES = PackageLoader("llava.eval.page", "templates")
 _TEX = {
     **{letter: f"\\{letter}" for letter in "&%$#_{}"},
     **{"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "→": r"$\to$", "−": "$-$"},

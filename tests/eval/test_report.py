@@ -3,13 +3,24 @@
 import json
 import re
 import shutil
+from collections import Counter
 from html.parser import HTMLParser
+from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from tiny_evaluation import TASKS, make_evaluation
 
 from llava.continual.places import REPORT
-from llava.eval.report.__main__ import Arguments, main, named_evaluation
+from llava.eval import eval_video_qa
+from llava.eval.page import plots, versus
+from llava.eval.page.examples import chosen, is_closed, is_right
+from llava.eval.page.results import Results, evaluations, labels
+from llava.eval.page.tables import Cell, interval, number
+from llava.eval.page.writing import markdown_text
+from llava.eval.report import Arguments, main, named_evaluation
+from llava.eval.route_scores import expected_calibration_error, reliability
 from llava.utils import UserError
 
 HOSTILE = [
@@ -135,9 +146,9 @@ def test_the_tables_as_markdown_and_latex(made, page):
     )
 
 
-def test_the_same_run_makes_the_same_page(made, page, tmp_path):
-    main([str(made), "--report_dir", str(tmp_path)])
-    assert (tmp_path / REPORT).read_text(encoding="utf-8") == page
+def test_the_same_figures_make_the_same_drawing(made):
+    one, other = (plots.curves(Results.read(made), "exact_match") for _ in range(2))
+    assert one == other and "exact match" in one.svg and "abd: zero-shot .000, after abd" in one.words
 
 
 def test_what_a_run_lacks_is_left_out_with_a_word(tmp_path, capsys):
@@ -150,7 +161,7 @@ def test_what_a_run_lacks_is_left_out_with_a_word(tmp_path, capsys):
     seen = Seen((folder / REPORT).read_text(encoding="utf-8"))
     text = " ".join("".join(seen.text).split())
     for words in (
-        "The answers tell of no route",
+        "The answers tell of no route among tasks",
         "Not measured; PICTURES=",
         "no training log is left",
         "There is no evaluation.json",
@@ -171,3 +182,96 @@ def test_a_folder_without_results_is_named(tmp_path):
 def test_cv805_names_its_evaluation_by_its_settings(tmp_path):
     asked = Arguments(sequence="phantom", method="ewc", route="oracle", output_dir=str(tmp_path))
     assert named_evaluation(asked) == str(tmp_path / "eval" / "phantom-ewc-oracle")
+
+
+@pytest.fixture(scope="module")
+def several(tmp_path_factory):
+    """Two seeds of one method and one of another, of which no picture is looked at, and their page."""
+    root = tmp_path_factory.mktemp("several")
+    runs = {"first": ("retrieval", 1), "second": ("retrieval", 2), "other": ("ewc", 1)}
+    folders = [
+        str(make_evaluation(root, name, *kind, pictures=False, metrics=("exact_match",))) for name, kind in runs.items()
+    ]
+    main([*folders, "--examples", "2", "--no_java"])
+    return root / "eval"
+
+
+def test_several_runs_stand_side_by_side_with_their_paired_differences(several):
+    text = (several / REPORT).read_text(encoding="utf-8")
+    told = " ".join(" ".join(Seen(text).text).split())
+    assert "Evaluation of first, second, other, 3 runs" in told and "first is what the others are compared with" in told
+    assert "retrieval, abd → chest, over 2 seeds" in told
+    files = [str(several / name / f"llava-{name}_abd_chest" / "answers.jsonl") for name in ("first", "other")]
+    questions = str(several.parent / "test.jsonl")
+    words = ["--question-file", questions, "--no-java", "--compare", *files, "--output-dir", str(several / "compared")]
+    eval_video_qa.main(words)
+    groups = json.loads((several / "compared" / "comparison.json").read_text())["groups"]
+    found = groups["overall"]["figures"]["exact_match"]
+    cell = Cell(number(found["difference"], "+"), interval(found["ci95"], "+"))
+    lines = (several / "report.md").read_text(encoding="utf-8").split("**other minus first**")[1].splitlines()
+    assert next(line for line in lines if line.startswith("| exact match")).split(" | ")[1] == markdown_text(str(cell))
+
+
+def test_an_example_of_several_runs_shows_what_each_answered(several):
+    text = (several / REPORT).read_text(encoding="utf-8")
+    cards = text.split('<li class="example"')[1:]
+    assert len(cards) == 2
+    assert all(re.findall(r"<dt>(.*?)</dt>", card) == ["Reference", "first", "second", "other"] for card in cards)
+
+
+def test_of_many_runs_the_first_of_each_group_is_shown_in_full():
+    runs = [
+        SimpleNamespace(
+            label=f"{method} {seed}", method=method, route="", seed=seed, tasks=["abd"], matrix={"metrics": {}}
+        )
+        for method in ("retrieval", "ewc", "")
+        for seed in (0, 1, 2)
+    ]
+    for run in runs:
+        run.question_file = {"sha256": "0"}
+    assert [run.label for run in versus.detailed(runs)] == ["retrieval 0", "ewc 0", " 0", " 1", " 2"]
+    assert [run.label for run in versus.detailed(runs[:6])] == [run.label for run in runs[:6]]
+    assert [len(group) for group in versus.groups(runs)] == [3, 3, 1, 1, 1]
+
+
+@pytest.mark.parametrize(
+    "folders, found",
+    [
+        (["a/eval/vqa-rad"], [None]),
+        (["a/eval/vqa-rad", "a/eval/vqa-rad-ewc"], ["vqa-rad", "vqa-rad-ewc"]),
+        (["a/seed-1/eval/x", "a/seed-2/eval/x"], ["seed-1", "seed-2"]),
+        (["b/ewc/o/seed-0/eval/x", "b/lwf/p/seed-0/eval/x"], ["ewc/o", "lwf/p"]),
+    ],
+)
+def test_runs_are_called_by_what_tells_them_apart(folders, found):
+    assert labels(list(map(Path, folders))) == found
+
+
+def test_a_benchmarks_cells_are_its_runs_and_its_trials_are_none(tmp_path):
+    for cell in ("ewc/abd_chest/seed-0", "trials/ewc-0.1/abd_chest/seed-0"):
+        place = tmp_path / cell / "eval" / "tiny"
+        place.mkdir(parents=True)
+        (place / "accuracy_matrix.json").write_text("{}")
+    assert evaluations(tmp_path) == [tmp_path / "ewc/abd_chest/seed-0/eval/tiny"]
+
+
+def test_examples_are_chosen_evenly_and_the_same_again():
+    rows = [
+        {"domain": domain, "scores": {"exact_match": float(right), **({"closed_accuracy": 1.0} if closed else {})}}
+        for domain, count in (("abd", 40), ("chest", 3))
+        for right in (True, False)
+        for closed in (True, False)
+        for _ in range(count)
+    ]
+    places = chosen(rows, 24, 17)
+    counts = Counter((rows[p]["domain"], is_right(rows[p]), is_closed(rows[p])) for p in places)
+    assert len(set(places)) == 24 and set(counts.values()) == {3}
+    assert chosen(rows, 24, 17) == places != chosen(rows, 24, 18)
+    assert len(chosen(rows, 500, 17)) == len(rows)
+
+
+def test_reliability_is_what_the_calibration_error_is_made_of():
+    confidence, right = np.array([0.2, 0.95, 0.99, 1.0]), np.array([0.0, 1.0, 0.0, 1.0])
+    bins = reliability(confidence, right)
+    assert [rows for rows, _, _ in bins] == [1, 3] and bins[1][1] == pytest.approx(2 / 3)
+    assert expected_calibration_error(confidence, right) == pytest.approx((0.2 + 3 * abs(2 / 3 - 0.98)) / 4)

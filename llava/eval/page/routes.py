@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from llava.eval.report.results import Results, Scored
+from llava.eval.page.results import Results, Scored
 from llava.eval.route_scores import RoutedRows, reliability, score_routes
 
 
@@ -57,6 +57,8 @@ def _stage(stage: Scored, task: str, order: Sequence[str], slot_tasks: list[str]
         return None
     found = dict.fromkeys(name for _, route in told for name in route["task_posterior"])
     tasks = [*(name for name in order if name in found), *(name for name in found if name not in order)]
+    if not set(tasks) & set(order):  # one adapter for all tasks, under a name of its own
+        return None
     posterior = np.array([[float(route["task_posterior"].get(name, 0.0)) for name in tasks] for _, route in told])
     novelty = [route.get("novelty") for _, route in told]
     measured = None if None in novelty else np.array(novelty, dtype=float)

@@ -11,7 +11,7 @@ from llava.data.metric_names import metric_names
 from llava.eval.comparison import compare
 from llava.eval.metrics.scoring import Prepared
 from llava.eval.over_seeds import over_seeds
-from llava.eval.report.results import Results
+from llava.eval.page.results import Results
 from llava.eval.text_metrics import TextScorer
 
 DETAILED = 6

@@ -11,8 +11,8 @@ import numpy as np
 from llava.data.metric_names import metric_names
 from llava.eval.matrix_report import UNSIGNED, labelled_rows, metric_title, title_of
 from llava.eval.metrics.base import OVERALL
-from llava.eval.report.results import Results, Scored
-from llava.eval.report.routes import StageRoutes
+from llava.eval.page.results import Results, Scored
+from llava.eval.page.routes import StageRoutes
 from llava.eval.result_pages import score
 from llava.eval.score_table import BY_KIND, KINDS
 
