@@ -117,8 +117,9 @@ def answer(evaluation: Evaluation, number: int = 0, count: int = 1) -> None:
     @functools.cache
     def answerer():
         from llava.eval.answerer import Answerer
+        from llava.eval.question_cache import QuestionCache
 
-        return Answerer(evaluation.base, evaluation.loading)
+        return Answerer(evaluation.base, evaluation.loading, QuestionCache(folder=evaluation.query_cache))
 
     for name, kind in evaluation.passes:
         for index in range(number, evaluation.chunks, count):
