@@ -66,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for file, text in files.items():
         with atomic_write(file) as stream:
             stream.write(text)
-    print(f"wrote {', '.join(map(str, files))}")
+    print(f"the page: {target / REPORT}; its tables: report.md and report.tex beside it")
 
 
 def named_evaluation(arguments: Arguments) -> str:
