@@ -56,6 +56,8 @@ def test_a_reader_sorts_switches_and_filters(file):
         page.emulate_media(color_scheme="dark")
         assert not serious_findings(page)
         page.emulate_media(media="print")
+        page.set_viewport_size({"width": 720, "height": 1000})  # A4 between its margins
+        assert page.evaluate(WIDER) <= 0
         assert not page.locator("nav").is_visible() and not page.locator(".filters").is_visible()
         assert wrong == []
 
