@@ -32,15 +32,11 @@ if [ -n "${HIP_VISIBLE_DEVICES:-}" ] && [ -z "${CUDA_VISIBLE_DEVICES:-}" ]; then
     export CUDA_VISIBLE_DEVICES=$HIP_VISIBLE_DEVICES # PyTorch for ROCm reads either; DeepSpeed's launcher reads this one
 fi
 
-# Each is checked by its own line: a program that fails inside <(...) would go unnoticed.
-task_list=$(python -m llava.continual.tasks get "$SEQUENCE" tasks)
-stage_list=$(python -m llava.continual.tasks stages "$SEQUENCE" --method "$METHOD")
-flag_list=$(python -m llava.continual.tasks flags "$SEQUENCE")
-zero=$(python -m llava.continual.tasks get "$SEQUENCE" train.zero)
+# Checked by a line of its own: a program that fails inside <(...) would go unnoticed.
+of_sequence=$(python -m llava.continual.tasks variables "$SEQUENCE" tasks stages arguments=flags zero=train.zero \
+    --method "$METHOD")
+eval "$of_sequence"
 gpus=$(python -c "import torch; print(torch.cuda.device_count())")
-mapfile -t tasks <<<"$task_list"
-mapfile -t stages <<<"$stage_list"
-mapfile -t arguments <<<"$flag_list"
 if [ -z "$zero" ]; then
     processes=$gpus # one device has nothing to share out
     if [ "$gpus" -gt 0 ] && [ -n "$HOSTFILE$LAUNCHER" ]; then processes=2; fi
