@@ -23,6 +23,7 @@ export EPOCHS=${EPOCHS:-} LEARNING_RATE=${LEARNING_RATE:-} SEED=${SEED:-}
 export BATCH_SIZE=${BATCH_SIZE:-} GRADIENT_ACCUMULATION=${GRADIENT_ACCUMULATION:-}   # the batch is per device
 export MAX_LENGTH=${MAX_LENGTH:-} SAVE_STEPS=${SAVE_STEPS:-}
 FOLLOW_LINKS=${FOLLOW_LINKS:-0}                # 1: open pictures that are links out of their folder
+REPORT_TO=${REPORT_TO:-none}                   # tensorboard, wandb, ...: losses of every stage under its task's name
 MASTER_PORT=${MASTER_PORT:-29500}
 EXTRA_ARGS=${EXTRA_ARGS:-}                     # more flags for llava/train/train_mem.py, e.g. "--save_full_model True"
 # ----------------------------------------------------------------------------------------------------------------------
@@ -52,7 +53,7 @@ case " $EXTRA_ARGS " in
         ${links[@]+"${links[@]}"} ;;
 esac
 
-arguments+=(--sequence "$SEQUENCE" --method "$METHOD" --save_strategy steps --logging_steps 10 --report_to none
+arguments+=(--sequence "$SEQUENCE" --method "$METHOD" --save_strategy steps --logging_steps 10 --report_to "$REPORT_TO"
     --follow_links "$FOLLOW_LINKS")
 if [ -n "$KEYS" ]; then arguments+=(--retriever_state_dict "$KEYS"); fi
 if [ "$gpus" -gt 0 ]; then

@@ -37,6 +37,7 @@ from llava.eval.evaluation import Evaluation
 from llava.files import atomic_folder, atomic_write
 from llava.locks import only_writer
 from llava.outside import read_text
+from llava.progress import duration
 from llava.train.train import train
 from llava.utils import UserError, quiet_libraries, run_cli
 
@@ -169,13 +170,6 @@ def progress(marks: Marks, workers: int, started: float, now: Cell | None = None
     took, rest = duration(time.monotonic() - started), "" if left is None else f", about {duration(left)} left"
     doing = f"; now {now.place}" if now else ""
     return f"[benchmark] {len(cells) - len(todo)} of {len(cells)} cells, {took} so far{rest}{doing}"
-
-
-def duration(seconds: float) -> str:
-    """``1 h 05 min`` or ``3 min 20 s``."""
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {seconds:02} s"
 
 
 def run_cell(

@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import Tensor
-from tqdm import tqdm
 
 from llava.checkpoints.manifest import manifest, tower_manifest
 from llava.continual.query_cache import QueryCache
@@ -31,10 +30,10 @@ from llava.inside import Folder, inside
 from llava.model.configs import llava_config
 from llava.model.multimodal_encoder.tower import VisionTower
 from llava.model.vision.features import load_vision_tower, tower_features
+from llava.progress import Progress
 from llava.slots.encoders import TextEncoder, encoder_content, load_text_encoder
 from llava.slots.picture_query import image_queries, image_query_dim, joined_query
 from llava.slots.queries import Queries
-from llava.utils import is_main_process
 
 FEATURES_ON_DISK = 2**30
 """Bytes of picture features that one entry of the cache may hold; more are computed where they are needed."""
@@ -88,7 +87,7 @@ def text_queries(
     found: Tensor | None = cache.read("text", content)
     if found is None:
         encoder = load()
-        shown = tqdm(rows, desc="text queries", unit="question", disable=not is_main_process(), leave=False)
+        shown = Progress("text queries", "question", rows)
         found = torch.stack([encoder([row.question])[0] for row in shown])
         cache.write("text", content, found)
     return found

@@ -17,7 +17,6 @@ from typing import Any
 
 import transformers
 from transformers.hf_argparser import HfArgumentParser
-from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 
 from llava.cli import MANY, FieldsParser, spelled
 from llava.continual.chain import base_under, stage_given_as_base
@@ -26,9 +25,12 @@ from llava.continual.sequence import load_sequence, sequence_flag
 from llava.schema import number, whole
 from llava.train.ignored_flags import ignored_beside, say_ignored
 from llava.train.machine import settle_machine, without_auto
+from llava.train.trackers import trackers_here
 from llava.utils import UserError, rank0_print
 
 PROJECTOR_PART = "mm_mlp_adapter"
+_PUBLISHED = "__lazy_preprocess"
+"""Stands, without effect, in every command line of LLaVA's and the prototype's, and in none of this project's."""
 
 _LEAST = {
     "learning_rate": 0,
@@ -289,7 +291,8 @@ def parse_arguments(argv: Sequence[str], options: type | None = None, of_sequenc
     _check_numbers(namespace)
     check_packages(namespace)
     settle_machine(namespace)
-    namespace.report_to = reporters_here(namespace.report_to)
+    published = any(word.split("=")[0].replace("-", "_") == _PUBLISHED for word in argv)
+    namespace.report_to = trackers_here(namespace.report_to, published)
     try:
         *parsed, without_effect = (
             kind(**{entry.name: getattr(namespace, entry.name) for entry in dataclasses.fields(kind) if entry.init})
@@ -313,19 +316,6 @@ def _check_numbers(namespace: Any) -> None:
             raise UserError(f"--{name} is {value}; give {_RANGES[name].words}")
     if namespace.max_steps <= 0 and not namespace.num_train_epochs > 0:
         raise UserError(f"--num_train_epochs is {namespace.num_train_epochs}; give more than 0")
-
-
-def reporters_here(asked: str | Sequence[str]) -> list[str]:
-    """Where a run can report to, of what ``--report_to`` asks for: a tracker that is not installed is left out, said.
-
-    LLaVA's and the prototype's scripts all ask for wandb.
-    """
-    names = [asked] if isinstance(asked, str) else list(asked)
-    here = get_available_reporting_integrations()
-    lacking = [name for name in names if name in INTEGRATION_TO_CALLBACK and name not in here]
-    for name in lacking:
-        rank0_print(f"note: --report_to {name} is left out: {name} is not installed")
-    return [name for name in names if name not in lacking] or ["none"]
 
 
 def _nearest(flag: str, parser: TrainParser) -> str:

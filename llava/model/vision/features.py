@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator
 import torch
 from PIL import Image
 from torch import Tensor
-from tqdm import tqdm
 
 from llava.checkpoints.checkpoint import Checkpoint, Place
 from llava.checkpoints.kinds import TOWER_PREFIX
@@ -20,7 +19,8 @@ from llava.inside import Folder, inside
 from llava.model.configs import llava_config
 from llava.model.multimodal_encoder.builder import build_vision_tower
 from llava.model.multimodal_encoder.tower import VisionTower
-from llava.utils import UserError, is_main_process
+from llava.progress import Progress
+from llava.utils import UserError
 
 
 def load_vision_tower(place: Place, device: str = "cpu") -> VisionTower:
@@ -62,10 +62,9 @@ def tower_features(
 
     Args:
         tower: with its weights; it runs where it is and in the type it has.
-        preprocess: RGB pictures to pixels, ``[3, h, w]`` or ``[tiles, 3, h, w]`` each. purpose: of the progress bar.
+        preprocess: RGB pictures to pixels, ``[3, h, w]`` or ``[tiles, 3, h, w]`` each. purpose: in words.
     """
-    starts = range(0, len(names), batch_size)
-    for start in tqdm(starts, desc=purpose, unit="batch", disable=not is_main_process(), leave=False):
+    for start in Progress(purpose, "batch", range(0, len(names), batch_size)):
         batch = names[start : start + batch_size]
         pictures = [load_image(inside(image_folder, name)) for name in batch]
         tiles = [tile if tile.dim() == 4 else tile[None] for tile in preprocess(pictures)]
