@@ -231,7 +231,7 @@ class Answerer:
     ) -> Iterator[Reply]:
         self._still(choice)
         encoder = self.encoder(*pictures)
-        self.cache.look_with(self.model)
+        self.cache.look_with(self.model, *self._in_memory.key)
         tasks = given_tasks(rows, self._route, self._task)
         encoder.check(rows)
         with ThreadPoolExecutor(max(generation.workers, 1)) as readers:

@@ -44,6 +44,7 @@ from llava.eval.statistics import DRAWS, SEED
 from llava.eval.text_metrics import TextScorer
 from llava.files import atomic_write, file_sha256, values_sha256
 from llava.inside import check_file_name
+from llava.progress import Progress
 from llava.utils import UserError, require_file, run_cli
 
 FORMAT_VERSION = 2
@@ -92,12 +93,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     score_files(parse_arguments(argv))
 
 
-def score_files(arguments: Arguments, pictures: Mapping[str, Mapping[str, Path]] | None = None) -> None:
+def score_files(
+    arguments: Arguments, pictures: Mapping[str, Mapping[str, Path]] | None = None, tables: bool = True
+) -> None:
     """Score answers files and print their tables; Java starts once for all.
 
     Args:
         pictures: of an answers file by kind the file of the same model's answers to other pictures; its scores say what
             the pictures contribute.
+        tables: False prints none.
 
     Raises:
         UserError: a file is missing, or does not answer the questions (see ``match_answers``).
@@ -111,13 +115,16 @@ def score_files(arguments: Arguments, pictures: Mapping[str, Mapping[str, Path]]
         finished = [job.finished_scores(scorer.tokenizer) for job in jobs]
         left = [job for job, found in zip(jobs, finished, strict=True) if found is None]
         scorer.tokenize([text for job in left for part in (job, *job.pictures.values()) for text in part.texts()])
-        for job, scores in zip(jobs, finished, strict=True):
+        shown = Progress("scoring", "file", jobs, quiet=tables)  # tables show how far it is
+        for job, scores in zip(shown, finished, strict=True):
             if scores is None:
                 scores = job.score(train_rows, scorer)
             else:
                 print(f"{job.target} is up to date")
             if arguments.output_json:
                 write_caption_scores(Path(arguments.output_json), scores)
+            if not tables:
+                continue
             print(score_table(scores), flush=True)
             if scores.get("pictures"):
                 print(pictures_table(scores["pictures"]), flush=True)
