@@ -79,9 +79,9 @@ STYLE = """
 .pick input { position: absolute; opacity: 0; pointer-events: none; width: 1px; height: 1px; }
 .pick small, .panel .quiet { color: var(--quiet); }
 .prose .shown { display: flex; flex-wrap: wrap; gap: 0.7rem; margin: 0; padding: 0; list-style: none; }
-.prose .shown li { width: 124px; margin: 0; padding: 0; }
-.prose .shown img { width: 124px; height: 124px; border-radius: 8px; object-fit: contain; background: var(--dark);
-  margin: 0; }
+.prose .shown li { width: 168px; margin: 0; padding: 0; }
+.prose .shown img { width: 168px; height: 168px; border-radius: 8px; object-fit: contain; margin: 0;
+  background: var(--dark); }
 .shown span { display: block; font-size: 0.8rem; color: var(--quiet); overflow: hidden; text-overflow: ellipsis;
   white-space: nowrap; }
 .talk { display: flex; flex-direction: column; gap: 0.55rem; min-height: 5rem; }
@@ -101,8 +101,9 @@ STYLE = """
 .prose .panel tr { border: 0; }
 .prose .panel th, .prose .panel td { border: 0; padding: 0.22rem 0.4rem 0.22rem 0; font-weight: 400; text-align: left;
   font-size: 0.92rem; background: none; color: var(--body-text-color); overflow-wrap: anywhere; }
-.prose .panel th { width: 38%; }
-.prose .panel td.number { width: 21%; text-align: right; padding-right: 0; font-variant-numeric: tabular-nums; }
+.prose .panel th { width: 37%; }
+.prose .panel td.number { width: 23%; text-align: right; white-space: nowrap; padding-right: 0;
+  font-variant-numeric: tabular-nums; }
 .panel .bar i { display: block; height: 0.8rem; border-radius: 3px; background: var(--color-accent); min-width: 2px; }
 .mark { display: inline-block; padding: 0.1rem 0.6rem; border-radius: 99px; font-weight: 600; background: var(--soft);
   color: var(--body-text-color); }
@@ -120,6 +121,7 @@ STYLE = """
 .prose .examples img { width: 64px; height: 64px; border-radius: 6px; flex: none; margin: 0; object-fit: contain;
   background: var(--dark); }
 .examples small { display: block; color: var(--quiet); }
+button.lg { white-space: nowrap; padding-inline: 0.4rem; }
 footer { display: none !important; }
 """
 
@@ -143,7 +145,7 @@ def pictures_part(pictures: Sequence[Shown]) -> str:
 def talk_part(said: Sequence[Said]) -> str:
     """Questions and answers so far."""
     if not said:
-        words = "Add a picture and ask a question, or take an example."
+        words = "Nothing was asked yet. Add a picture and ask about it, or take an example."
         return f'<div class="talk" aria-live="polite"><p class="empty">{words}</p></div>'
     return f'<div class="talk" aria-live="polite">{"".join(map(_turn, said))}</div>'
 
