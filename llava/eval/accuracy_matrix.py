@@ -94,11 +94,13 @@ def write_matrix(
     draws: int = DRAWS,
     seed: int = SEED,
     references: Mapping[str, str | Path] | None = None,
+    tables: bool = True,
 ) -> dict[str, Any]:
     """Print the matrix of the stages' score files, and write it to ``folder`` as numbers and as a picture.
 
     Args:
         references: by name the last scores file of what the final scores are compared with.
+        tables: False prints no matrix.
 
     Returns:
         what ``accuracy_matrix.json`` holds.
@@ -110,7 +112,8 @@ def write_matrix(
     base = load_stage(zero_shot, tasks) if zero_shot else None
     goals = {name: load_stage(path, tasks) for name, path in (references or {}).items()}
     result = build(stages, tasks, metrics, base, draws, seed, goals)
-    print(matrix_text(result))
+    if tables:
+        print(matrix_text(result))
     with atomic_write(folder / MATRIX_NAME) as stream:
         json.dump(result, stream, indent=1, ensure_ascii=False, allow_nan=False)
         stream.write("\n")

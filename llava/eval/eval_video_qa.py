@@ -92,12 +92,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     score_files(parse_arguments(argv))
 
 
-def score_files(arguments: Arguments, pictures: Mapping[str, Mapping[str, Path]] | None = None) -> None:
+def score_files(
+    arguments: Arguments, pictures: Mapping[str, Mapping[str, Path]] | None = None, tables: bool = True
+) -> None:
     """Score answers files and print their tables; Java starts once for all.
 
     Args:
         pictures: of an answers file by kind the file of the same model's answers to other pictures; its scores say what
             the pictures contribute.
+        tables: False prints none.
 
     Raises:
         UserError: a file is missing, or does not answer the questions (see ``match_answers``).
@@ -118,6 +121,8 @@ def score_files(arguments: Arguments, pictures: Mapping[str, Mapping[str, Path]]
                 print(f"{job.target} is up to date")
             if arguments.output_json:
                 write_caption_scores(Path(arguments.output_json), scores)
+            if not tables:
+                continue
             print(score_table(scores), flush=True)
             if scores.get("pictures"):
                 print(pictures_table(scores["pictures"]), flush=True)

@@ -32,10 +32,13 @@ from llava.continual.model_card import refresh_figures
 from llava.data.rows import write_jsonl
 from llava.devices import restricted_to, run_together, visible_devices
 from llava.eval import eval_video_qa
-from llava.eval.accuracy_matrix import DEFAULT_METRICS, fitting, write_matrix
+from llava.eval.accuracy_matrix import DEFAULT_METRICS, MATRIX_NAME, fitting, write_matrix
 from llava.eval.answer_file import merge_answers
 from llava.eval.evaluation import Evaluation, Settings
+from llava.eval.evaluation_record import write_evaluation_record
 from llava.eval.ranks import Ranks
+from llava.eval.score_schema import read_scores
+from llava.eval.screen import screen
 from llava.eval.shown_pictures import REAL
 from llava.locks import only_writer
 from llava.utils import UserError, quiet_libraries, run_cli
@@ -89,7 +92,7 @@ def _evaluate_together(evaluation: Evaluation, devices: Sequence[str], words: Se
 
 
 def score(evaluation: Evaluation) -> None:
-    """Join the chunks of every model, score them and draw the accuracy matrix."""
+    """Join the chunks of every model, score them, draw the accuracy matrix and print the screen of the last stage."""
     answered = {found: str(merge(evaluation, *found)) for found in evaluation.passes}
     say(f"scoring {len(answered)} answer files")
     sequence = evaluation.sequence
@@ -100,15 +103,33 @@ def score(evaluation: Evaluation) -> None:
             pictures[answered[name, REAL]][kind] = Path(file)
     files = list(answered.values())
     eval_video_qa.score_files(
-        eval_video_qa.Arguments(question_file=sequence.test, answers_file=files, train_file=train_files), pictures
+        eval_video_qa.Arguments(question_file=sequence.test, answers_file=files, train_file=train_files),
+        pictures,
+        tables=False,
     )
     scores = {name: evaluation.folder / name / eval_video_qa.SCORES_NAME for name, _ in evaluation.models}
     zero_shot = scores.pop(evaluation.ZERO_SHOT, None)
     metrics = sequence.metrics or DEFAULT_METRICS
     stages = list(scores.values())
     references = fitting(evaluation.references(eval_video_qa.SCORES_NAME), stages[-1], sequence.task_names, metrics)
-    matrix = write_matrix(evaluation.folder, stages, sequence.task_names, metrics, zero_shot, references=references)
+    matrix = write_matrix(
+        evaluation.folder, stages, sequence.task_names, metrics, zero_shot, references=references, tables=False
+    )
     refresh_figures(evaluation.places.stages, matrix, evaluation.folder.name)
+    write_evaluation_record(evaluation)
+    print(screen(title(evaluation), read_scores(stages[-1])[0], matrix, where(evaluation)), flush=True)
+
+
+def title(evaluation: Evaluation) -> str:
+    """What was evaluated, in words."""
+    settings = evaluation.settings
+    route = f", route {settings.route}" if settings.route else ""
+    return f"{settings.method} on {evaluation.sequence.name}{route}"
+
+
+def where(evaluation: Evaluation) -> list[str]:
+    """Where everything else lies."""
+    return [f"every figure: {evaluation.folder / MATRIX_NAME} and */{eval_video_qa.SCORES_NAME} beside it"]
 
 
 def answer(evaluation: Evaluation, number: int = 0, count: int = 1) -> None:

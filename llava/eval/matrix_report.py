@@ -31,7 +31,7 @@ def matrix_text(result: Mapping[str, Any]) -> str:
 
 
 def _metric_text(name: str, found: Mapping[str, Any], result: Mapping[str, Any]) -> str:
-    rows = _labelled_rows(found, result)
+    rows = labelled_rows(found, result)
     wide = max(len(label) for label, _ in rows)
     curve = found["learning_curve"]
     seen = dict(zip([f"after {task}" for task in result["tasks"]], curve["value"], strict=True)) if curve else {}
@@ -53,7 +53,13 @@ def title_of(key: str) -> str:
     return f"gap to {key.removeprefix(GAP)}" if key.startswith(GAP) else SUMMARY_TITLES[key]
 
 
-def _labelled_rows(found: Mapping[str, Any], result: Mapping[str, Any]) -> list[tuple[str, Sequence[float | None]]]:
+def metric_title(name: str) -> str:
+    """A metric's name in print."""
+    return METRIC_TITLES.get(name, name.replace("_", " "))
+
+
+def labelled_rows(found: Mapping[str, Any], result: Mapping[str, Any]) -> list[tuple[str, Sequence[float | None]]]:
+    """Rows of a metric's matrix with their labels, the base's first where it was asked."""
     rows = [(f"after {task}", values) for task, values in zip(result["tasks"], found["matrix"], strict=True)]
     return [("zero-shot", found["zero_shot"]), *rows] if found["zero_shot"] else rows
 
@@ -92,7 +98,7 @@ def draw(result: Mapping[str, Any], path: Path) -> bool:
 
 
 def _draw_panel(panel: Any, name: str, found: Mapping[str, Any], result: Mapping[str, Any]) -> None:
-    rows = _labelled_rows(found, result)
+    rows = labelled_rows(found, result)
     table = np.array([values for _, values in rows], dtype=float)
     top = max(1.0, float(table.max()))
     panel.imshow(table, cmap="Blues", vmin=0, vmax=top, aspect="auto")
@@ -110,7 +116,7 @@ def _draw_panel(panel: Any, name: str, found: Mapping[str, Any], result: Mapping
         for key in ("average_final", "bwt", "forgetting")
         if found["summary"][key]["value"] is not None
     ]
-    panel.set_title(METRIC_TITLES.get(name, name.replace("_", " ")), fontsize=11)
+    panel.set_title(metric_title(name), fontsize=11)
     panel.set_xlabel("\n".join([", ".join(caption[:1]), ", ".join(caption[1:])]), fontsize=8)
 
 
