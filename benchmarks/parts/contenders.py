@@ -120,9 +120,9 @@ TINY = Shape(
 """Runs anywhere in seconds: its figures say nothing."""
 
 
-def random_model(shape: Shape, device: torch.device) -> Any:
-    """A frozen LLaVA with random weights, made where it stays."""
-    config = LlavaConfig(
+def config_of(shape: Shape) -> LlavaConfig:
+    """Of a LLaVA that has its tower's weights with it."""
+    return LlavaConfig(
         **shape.decoder,
         max_position_embeddings=4096,
         attn_implementation="sdpa",
@@ -139,6 +139,11 @@ def random_model(shape: Shape, device: torch.device) -> Any:
         image_aspect_ratio="pad",
         conversation_version="vicuna_v1",
     )
+
+
+def random_model(shape: Shape, device: torch.device) -> Any:
+    """A frozen LLaVA with random weights, made where it stays."""
+    config = config_of(shape)
     before = torch.get_default_dtype()
     torch.set_default_dtype(shape.dtype)
     try:

@@ -40,7 +40,7 @@ class Questions:
 
     def __init__(self, folder: Path, shape: Shape, model: Any):
         self.shape, self.folder = shape, folder
-        self.tokenizer = _tokenizer()
+        self.tokenizer = word_tokenizer()
         tower = model.get_vision_tower()
         self.processor = tower.image_processor or tower.default_processor(tower.config)
         self.rows = self._write()
@@ -75,7 +75,7 @@ class Questions:
         return found
 
 
-def _tokenizer() -> PreTrainedTokenizerFast:
+def word_tokenizer() -> PreTrainedTokenizerFast:
     """A token a word, so that a prompt has about as many as LLaVA's own; words that it does not know are one."""
     special = ["<pad>", "<s>", "</s>", "<unk>"]
     known = {word: number for number, word in enumerate([*special, *dict.fromkeys(WORDS)])}

@@ -12,7 +12,7 @@ import pytest
 import torch
 from tiny_world import run_main
 
-from benchmarks import decode, eval_loop, pipeline, pool_growth, startup, train_step
+from benchmarks import decode, eval_loop, pipeline, pool_growth, seven_billion, startup, train_step
 from benchmarks.parts import bench
 from benchmarks.parts.contenders import TINY, DenseTraining, random_model
 from benchmarks.parts.timing import AGAIN, BASE
@@ -96,3 +96,14 @@ def test_a_command_is_run_with_each_tree_into_a_fresh_folder(tmp_path, monkeypat
     assert sum(line.startswith(str(other)) for line in said) == 2
     with pytest.raises(UserError, match="failed: .*SystemExit|failed: "):
         pipeline.run([sys.executable, "-c", "raise SystemExit(3)"], other, output)
+
+
+def test_a_base_is_written_in_shards_loaded_trained_and_asked(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(seven_billion, "SHARD", 10**5)
+    words = ("--shape", "tiny", "--folder", tmp_path / "base", "--json", tmp_path / "figures.json")
+    assert run_main(seven_billion.main, *words) == 0
+    written = json.loads((tmp_path / "figures.json").read_text())
+    assert [step["name"].split()[0] for step in written["steps"]] == ["write", "load", "attach", "a", "answer"]
+    shards = list(tmp_path.rglob("model-*.safetensors"))
+    assert len(shards) > 1 and sum(shard.stat().st_size for shard in shards) >= written["bytes"]
+    assert "a training step of a sample" in capsys.readouterr().out
