@@ -92,9 +92,9 @@ def build_dataset(
     dataset, cache = TrainingSamples(rows, encoder, apart), QueryCache(args.query_cache)
     texts = None
     if settings.uses_text and settings.encoder:
-        texts = text_queries(
-            rows, settings.encoder, source.base, lambda: encoder_from_identity(settings.encoder, source.base), cache
-        )
+        identity, device = settings.encoder, source.pictures.device
+        load = functools.partial(encoder_from_identity, identity, source.base)
+        texts = text_queries(rows, identity, source.base, load, cache, device)
     kind = settings.image_query if settings.uses_images else None
     room = 0 if source.trains else args.feature_cache_mb * 2**20
     shown = len(picture_names(rows))
