@@ -13,7 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
-from llava.cli import MANY, SEEDS, flag, flags_of, given, parse
+from llava.cli import SEEDS, flag, flags_of, given, parse
 from llava.continual.sequence import sequence_flag
 from llava.continual.settings import KeySettings
 from llava.devices import default_device
@@ -35,6 +35,7 @@ class WithoutEffect:
     epochs: str | None = ignored(NO_GRADIENTS)
     lr: str | None = ignored(NO_GRADIENTS)
     lr_step_size: str | None = ignored(NO_GRADIENTS)
+    batch_size: str | None = ignored("pictures are encoded one at a time, so that keys depend on no neighbours")
     log_interval: str | None = ignored("the fit is reported once, at its end")
     num_workers: str | None = ignored("rows and pictures are read in this process")
     checkpoint: str | None = ignored("keys are fitted anew from the task's rows")
@@ -56,7 +57,6 @@ class Arguments(flags_of(KeySettings, default="the sequence's"), WithoutEffect):
         None, "pixels that a picture may have (default: LLAVA_MAX_PIXELS or 100 million)", least=1
     )
     seed: int | None = flag(None, "default: the sequence's", **SEEDS)
-    batch_size: int = flag(16, "pictures encoded at a time", least=1, most=MANY)
     device: str | None = flag(None, "cpu or cuda (default: cuda where there is one)")
     cache_dir: str | None = flag(None, "keeps queries and picture features, for stage 2 too (default: cache/queries)")
     config_path: str | None = flag(None, "the prototype's JSON: its weight_topk, low_rank and groups; flags go before")
@@ -88,7 +88,6 @@ def main() -> None:
     options = KeyOptions(
         **vars(keys),
         seed=sequence.train.seed if args.seed is None else args.seed,
-        batch_size=args.batch_size,
         device=default_device(args.device),
     )
     base = places.base_model(args.model_base)

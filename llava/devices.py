@@ -75,6 +75,32 @@ def tf32_is_on() -> bool:
     return bool(matmul.fp32_precision == "tf32" if hasattr(matmul, "fp32_precision") else matmul.allow_tf32)
 
 
+def arithmetic(device: Any) -> list[str]:
+    """What decides the last bits of a product on a device: the GPU's kind, or the CPU's instructions and threads."""
+    import torch
+
+    kind = torch.device(device).type
+    if kind == "cpu":
+        return [kind, torch.backends.cpu.get_cpu_capability(), f"{torch.get_num_threads()} threads"]
+    return [kind, torch.cuda.get_device_name(device) if kind == "cuda" and torch.cuda.is_available() else ""]
+
+
+def moved(tensor: Any, device: Any) -> Any:
+    """``tensor`` on a device; to a GPU over pinned memory, so that the host goes on meanwhile."""
+    import torch
+
+    if torch.device(device).type == "cuda" and torch.cuda.is_available() and tensor.device.type == "cpu":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
+
+
+def readers(device: Any) -> int:
+    """Threads that it pays to read pictures ahead with: none beside a model that has the CPU itself to run on."""
+    import torch
+
+    return 0 if torch.device(device).type == "cpu" else min(4, os.cpu_count() or 1)
+
+
 def free_memory() -> int | None:
     """Bytes that are free on this process's accelerator; ``None`` without one."""
     import torch

@@ -37,11 +37,14 @@ SETTLED = 2 * 10**9
 
 
 @contextlib.contextmanager
-def atomic_write(path: str | os.PathLike, mode: str = "w") -> Iterator[IO[Any]]:
+def atomic_write(path: str | os.PathLike, mode: str = "w", lasting: bool = True) -> Iterator[IO[Any]]:
     """Open a temporary file beside ``path`` that replaces it only when the block ends without an error.
 
     A killed or failed writer leaves the old file as it was. Missing parent folders are made. What is no file, such as
     ``/dev/null`` or a pipe, is written to and stays; so does a link, whose file is replaced.
+
+    Args:
+        lasting: wait until the disk has it; not for one of many files whose readers notice what a crash left of it.
 
     Raises:
         OSError: what the system refuses, with the file's name, also where torch or safetensors hide it.
@@ -62,10 +65,12 @@ def atomic_write(path: str | os.PathLike, mode: str = "w") -> Iterator[IO[Any]]:
             with os.fdopen(handle, mode, encoding=encoding) as stream:
                 yield stream
                 stream.flush()
-                os.fsync(stream.fileno())
+                if lasting:
+                    os.fsync(stream.fileno())
             share([temporary])
             os.replace(temporary, target)
-            _sync(target.parent)
+            if lasting:
+                _sync(target.parent)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise

@@ -383,14 +383,16 @@ def test_a_damaged_entry_is_computed_again(world, tmp_path, capsys):
     expected = world.train("abd", tmp_path / "llava-0").tasks[0].checksum()
     cache, words = tmp_path / "cache", ("--query_cache", tmp_path / "cache")
     world.train("abd", tmp_path / "llava-1", None, *words)
-    whole = {path: path.read_bytes() for path in cache.iterdir()}
-    assert sorted(path.name.split("-")[0] for path in whole) == ["features", "image", "text"]
+    whole = {path: path.read_bytes() for path in cache.rglob("*.*")}
+    assert Counter(path.suffix for path in whole) == {".safetensors": PICTURES, ".pt": 1}
     for number, (path, data) in enumerate(whole.items()):
         path.write_bytes(data[: len(data) // 2] if number % 2 else b"")
     capsys.readouterr()
     assert world.train("abd", tmp_path / "llava-2", None, *words).tasks[0].checksum() == expected
-    assert capsys.readouterr().out.count("is damaged; its contents are computed again") == 3
-    assert {path.name for path in cache.iterdir()} == {path.name for path in whole}
+    said = capsys.readouterr().out
+    assert said.count("is damaged; its contents are computed again") == 1
+    assert said.count("is damaged; its picture is looked at again") == PICTURES
+    assert set(cache.rglob("*.*")) == set(whole)
     assert world.train("abd", tmp_path / "llava-3", None, *words).tasks[0].checksum() == expected
 
 
@@ -404,12 +406,12 @@ def test_another_mode_another_picture_and_another_question_are_other_entries(wor
 
     def entries(*more):
         world.train("abd", tmp_path / f"llava-{len(list(tmp_path.iterdir()))}", None, *words, *more)
-        return Counter(path.name.split("-")[0] for path in cache.iterdir())
+        return Counter(path.suffix for path in cache.rglob("*.*"))
 
-    assert entries() == {"text": 1, "image": 1, "features": 1}
-    assert entries("--image_aspect_ratio", "square") == {"text": 1, "image": 2, "features": 2}
-    (folder / "abd0.png").write_bytes((folder / "abd1.png").read_bytes())
-    assert entries() == {"text": 1, "image": 3, "features": 3}
+    assert entries() == {".pt": 1, ".safetensors": PICTURES}
+    assert entries("--image_aspect_ratio", "square") == {".pt": 1, ".safetensors": 2 * PICTURES}
+    (folder / "abd0.png").write_bytes((folder / "abd1.png").read_bytes() + b" ")  # another file, though alike
+    assert entries() == {".pt": 1, ".safetensors": 2 * PICTURES + 1}
     rows[0]["text"] = "another question?\n<image>"
     write_jsonl(tmp_path / "rows.jsonl", rows)
-    assert entries() == {"text": 2, "image": 3, "features": 3}
+    assert entries() == {".pt": 2, ".safetensors": 2 * PICTURES + 1}

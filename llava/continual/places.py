@@ -7,7 +7,7 @@
     output/llava-<sequence>[-<method>]_<task>_<task>      a stage
     output/checkpoints/<stage>                            its work in progress
     output/runs/<sequence>[-<method>]/<task>              what a stage reports to TensorBoard
-    output/eval/<sequence>[-<method>][-<route>]           answers, scores, accuracy matrix
+    output/eval/<sequence>[-<method>][-<route>]           answers, scores, accuracy matrix, report.html
     output/tiny-base, output/llava-medical-base           bases that are made here
     output/cache/queries                                  queries and picture features of both stages
 """
@@ -23,6 +23,8 @@ from llava.continual.sequence import TaskSequence, load_sequence
 from llava.utils import UserError
 
 MERGED = "merged_prompt_key.pth"
+REPORT = "report.html"
+"""The page about what a folder of results holds: an evaluation's, a benchmark's."""
 _SEQUENCE_AT_THE_TOP = "vqa-rad"
 MADE_BASES = {
     "phantom": ("tiny-base", "python scripts/make_tiny_base.py"),
@@ -88,6 +90,10 @@ class Places:
             *([route] if route else []),
         ]
         return self.root / "eval" / "-".join(marks)
+
+    def report(self, route: str | None = None) -> Path:
+        """The page about an evaluation (``llava.eval.report``)."""
+        return self.evaluation(route) / REPORT
 
     @property
     def made_base(self) -> Path | None:

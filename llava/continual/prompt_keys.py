@@ -33,7 +33,6 @@ class KeyOptions(KeySettings):
     """Settings of stage 1: a sequence's ``keys`` block, and how it is computed."""
 
     seed: int = 42
-    batch_size: int = 16
     device: str = "cpu"
 
 
@@ -62,7 +61,6 @@ def fit_task(
         image_folder,
         options.query_mode,
         options.text_encoder,
-        options.batch_size,
         options.device,
         cache_dir,
         options.image_query,

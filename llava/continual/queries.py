@@ -2,45 +2,42 @@
 
 The text query is the encoded question; the image query is the mean of the vision tower's features, which the answer
 needs anyway. A row without a picture has zeros for its image query. One pass over the pictures gives their queries and
-the features that training reuses: each picture is opened once and goes through the tower once.
+the features that training reuses: each picture is opened once and goes through the tower once, for all stages and
+evaluations that share a folder (``llava.model.vision.sights``).
 """
 
 from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor
 
-from llava.checkpoints.manifest import manifest, tower_manifest
+from llava.checkpoints.manifest import manifest
 from llava.continual.query_cache import QueryCache
 from llava.data.prompt import Picture, check_aspect_ratio, pixels_of
 from llava.data.rows import Row
 from llava.data.samples import Features, check_image_files, picture_names
-from llava.devices import tf32_is_on
+from llava.devices import readers
 from llava.files import file_sha256
+from llava.image_io import load_image
 from llava.inside import Folder, inside
 from llava.model.configs import llava_config
 from llava.model.multimodal_encoder.tower import VisionTower
-from llava.model.vision.features import load_vision_tower, tower_features
+from llava.model.vision.features import ahead, load_vision_tower
+from llava.model.vision.sights import LIBRARIES, MEGABYTES, Sight, SightStore, eye_of, see
 from llava.progress import Progress
 from llava.slots.encoders import TextEncoder, encoder_content, load_text_encoder
-from llava.slots.picture_query import image_queries, image_query_dim, joined_query
+from llava.slots.picture_query import image_query_dim, joined_query
 from llava.slots.queries import Queries
 
-FEATURES_ON_DISK = 2**30
-"""Bytes of picture features that one entry of the cache may hold; more are computed where they are needed."""
-
-_TOWER_FIELDS = ("mm_vision_tower", "mm_vision_select_layer", "mm_vision_select_feature", "image_grid_pinpoints")
-LIBRARIES = {"libraries": {name: version(name) for name in ("torch", "transformers", "tokenizers", "pillow", "numpy")}}
-"""What computes: another version may give other numbers."""
+SIGHTS = "sights"
+"""Folder of what towers saw, beside the queries."""
 
 
 def compute_queries(
@@ -49,7 +46,6 @@ def compute_queries(
     image_folder: Folder,
     query_mode: str,
     text_encoder: str,
-    batch_size: int = 16,
     device: str = "cpu",
     cache_dir: str | os.PathLike[str] | None = None,
     image_query: str = "tower",
@@ -71,8 +67,8 @@ def compute_queries(
         queries.text = text_queries(rows, encoder.identity, base, lambda: encoder, cache)
     if "image" in query_mode:
         check_image_files(rows, image_folder)
-        source = PictureSource.standalone(base, image_folder, aspect_ratio, device, batch_size=batch_size)
-        queries.image, _ = look_at_pictures(rows, source, image_query, cache, FEATURES_ON_DISK if cache else 0)
+        source = PictureSource.standalone(base, image_folder, aspect_ratio, device)
+        queries.image, _ = look_at_pictures(rows, source, image_query, source.store(cache_dir), 0)
     return queries
 
 
@@ -100,6 +96,7 @@ class PictureSource:
     Args:
         base: checkpoint folder that names or ships the tower. config: its LLaVA config.
         load_tower: gives the tower, on ``device`` and in ``dtype``; called only where pictures must be looked at.
+        attention: the implementation that the tower has.
     """
 
     base: Path
@@ -109,7 +106,7 @@ class PictureSource:
     load_tower: Callable[[], VisionTower]
     device: str
     dtype: torch.dtype
-    batch_size: int = 16
+    attention: str = "sdpa"
 
     @classmethod
     def standalone(
@@ -119,7 +116,6 @@ class PictureSource:
         aspect_ratio: str | None,
         device: str,
         dtype: torch.dtype = torch.float32,
-        batch_size: int = 16,
     ) -> PictureSource:
         """With a tower of its own, read from the base without its language model, at most once.
 
@@ -130,90 +126,80 @@ class PictureSource:
         mode = aspect_ratio or getattr(config, "image_aspect_ratio", None) or "square"
         check_aspect_ratio(mode, config)
         load = functools.cache(lambda: load_vision_tower(base, device).to(dtype))
-        return cls(base, config, image_folder, mode, load, device, dtype, batch_size)
+        return cls(base, config, image_folder, mode, load, device, dtype)
 
-    def content(self, names: list[str]) -> dict[str, Any]:
-        """What decides the features of these pictures."""
-        return {
-            "base": manifest(self.base),
-            "tower": {name: getattr(self.config, name, None) for name in _TOWER_FIELDS},
-            "tower_files": tower_manifest(vars(self.config)),
-            "aspect_ratio": self.aspect_ratio,
-            "run": [self.device, str(self.dtype), self.batch_size, *(["tf32"] if tf32_is_on() else [])],
-            **LIBRARIES,
-            "pictures": [file_sha256(inside(self.image_folder, name)) for name in names],
-        }
+    def store(self, folder: str | os.PathLike[str] | None, megabytes: int = MEGABYTES) -> SightStore | None:
+        """Where this source's sights are kept in a folder of queries; ``None`` without one."""
+        if not folder:
+            return None
+        models = {"base": manifest(self.base)}
+        eye = eye_of(models, self.config, self.aspect_ratio, self.device, self.dtype, self.attention)
+        return SightStore(Path(folder) / SIGHTS, eye, megabytes)
 
-    def look(self, names: list[str]) -> Iterator[tuple[str, Tensor, Tensor, tuple[int, int]]]:
-        """One pass over the files, see ``tower_features``; nothing is loaded where there are none."""
-        if not names:
-            return iter(())
-        tower = self.load_tower()
+    def sights(self, names: Sequence[str], store: SightStore | None, whole: bool) -> Iterator[tuple[str, Sight]]:
+        """Each picture as the tower sees it: from the store, else opened, looked at and put there.
 
-        def preprocess(pictures: list[Image.Image]) -> Tensor | list[Tensor]:
-            return pixels_of(pictures, tower.image_processor, self.config, self.aspect_ratio)
+        The processes of a distributed run begin at different pictures, so that they share the work over the store.
 
-        return tower_features(names, tower, self.image_folder, preprocess, self.batch_size)
+        Args:
+            whole: with the tower's features; else queries alone may come from the store.
+        """
+        sums = {name: file_sha256(inside(self.image_folder, name)) for name in names} if store else {}
+        missing = [name for name in names if store is None or not store.holds(sums[name])]
+        if store is not None and missing:
+            tower = self.load_tower()
+            store.expect(len(missing) * tower.num_patches * tower.hidden_size * self.dtype.itemsize)
+
+        def open_one(name: str) -> Sight | Picture:
+            found = store.get(sums[name], whole) if store else None
+            if found is not None:
+                return found
+            picture = load_image(inside(self.image_folder, name))
+            (pixels,) = pixels_of([picture], self.load_tower().image_processor, self.config, self.aspect_ratio)
+            return pixels, picture.size
+
+        number, count = (int(os.environ.get(name) or default) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
+        first = number * len(names) // count if store else 0
+        turn = [*names[first:], *names[:first]]
+        opened = zip(turn, ahead(open_one, turn, readers(self.device) if missing else 0), strict=True)
+        for name, found in Progress("pictures", "picture", opened, total=len(turn)):
+            if isinstance(found, Sight):
+                yield name, found
+                continue
+            pixels, size = found
+            seen = see(self.load_tower(), pixels, size, self.dtype)
+            yield name, seen if store is None else store.put(sums[name], seen)
 
 
 def look_at_pictures(
-    rows: list[Row], source: PictureSource, kind: str | None, cache: QueryCache, feature_bytes: int
+    rows: list[Row], source: PictureSource, kind: str | None, store: SightStore | None, feature_bytes: int
 ) -> tuple[Tensor | None, Features | None]:
-    """Image queries and tower features of the rows' pictures, from the cache or from one pass.
+    """Image queries and tower features of the rows' pictures, from the store or from one pass.
 
     Args:
         kind: of the image queries; None for none.
-        feature_bytes: memory that the features may take; 0 for none.
+        feature_bytes: that the features may take; 0 for none.
 
     Returns:
         queries ``[rows, image_dim]`` or None, and the features by file name, or None where they would take more.
     """
     names = picture_names(rows)
-    content = source.content(names) if cache else {}
-    queries: Any = cache.read("image", {**content, "query": kind}) if kind else None
-    features = _kept_features(cache, content, names, feature_bytes) if feature_bytes else None
-    missing = kind if queries is None else None
-    if missing or (feature_bytes and features is None):
-        fresh, features = _look_once(names, source, missing, feature_bytes)
-        if missing:
-            queries = fresh
-            cache.write("image", {**content, "query": kind}, queries)
-        if features is not None and _size(features.values()) <= FEATURES_ON_DISK:
-            cache.write("features", content, list(features.values()))
-    if kind is None:
-        return None, features
-    return _by_row(rows, dict(zip(names, queries or [], strict=True)), source, kind), features
-
-
-def _look_once(
-    names: list[str], source: PictureSource, kind: str | None, feature_bytes: int
-) -> tuple[list[Tensor], Features | None]:
-    """Image queries (where ``kind`` asks for some) and features (as far as they fit) from one pass over the files."""
-    dim = image_query_dim(kind, source.config.mm_hidden_size) if kind else 0
-    queries: list[Tensor] = []
+    queries: dict[str, Tensor] = {}
     features: Features = {}
     taken = 0
-    for name, feature, pixels, size in source.look(names):
-        taken += feature.nbytes
+    for name, sight in source.sights(names, store, feature_bytes > 0):
+        taken += sight.features.nbytes
         if kind:
-            queries.append(image_queries(kind, [[feature]], [[pixels]], dim)[0].cpu())
+            queries[name] = sight.queries[kind]
         elif taken > feature_bytes:
-            return queries, None
+            return None, None
         if taken <= feature_bytes:
-            features[name] = feature.cpu().clone(), size
-    return queries, features if feature_bytes and taken <= feature_bytes else None
-
-
-def _kept_features(cache: QueryCache, content: dict[str, Any], names: list[str], limit: int) -> Features | None:
-    """Features from the cache, where they are there and within the limit."""
-    kept = cache.read("features", content)
-    if kept is None or _size(kept) > limit:
-        return None
-    return {name: (feature, tuple(size)) for name, (feature, size) in zip(names, kept, strict=True)}
-
-
-def _size(pictures: Iterable[Picture]) -> int:
-    return sum(feature.nbytes for feature, _ in pictures)
+            features[name] = sight.features, sight.size
+        else:
+            features.clear()
+    by_row = _by_row(rows, queries, source, kind) if kind else None
+    fits = feature_bytes and taken <= feature_bytes
+    return by_row, {name: features[name] for name in names} if fits else None
 
 
 def _by_row(rows: list[Row], by_name: dict[str, Tensor], source: PictureSource, kind: str) -> Tensor:

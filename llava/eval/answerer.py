@@ -231,7 +231,7 @@ class Answerer:
     ) -> Iterator[Reply]:
         self._still(choice)
         encoder = self.encoder(*pictures)
-        self.cache.look_with(self.model)
+        self.cache.look_with(self.model, *self._in_memory.key)
         tasks = given_tasks(rows, self._route, self._task)
         encoder.check(rows)
         with ThreadPoolExecutor(max(generation.workers, 1)) as readers:
@@ -270,16 +270,22 @@ class Answerer:
         return 1 if ROUTERS.get(adapter.router_name).depends_on_batch else WINDOW
 
     def ask(
-        self, turns: Sequence[tuple[str, str]], pictures: Sequence[Any], generation: Generation, **options: Any
+        self,
+        turns: Sequence[tuple[str, str]],
+        pictures: Sequence[Any],
+        generation: Generation,
+        system: str | None = None,
+        **options: Any,
     ) -> Reply:
         """The answer to the last human turn of a conversation about ``pictures`` (RGB, opened).
 
         Args:
             turns: ``("human", text)``, ``("gpt", text)``, …; the first human turn holds the ``<image>`` marks.
+            system: replaces the template's system text.
             options: further arguments for ``generate``, such as a streamer.
         """
         encoder = self.encoder()
-        ids, _ = encoder.conversation(turns, len(pictures))
+        ids, _ = encoder.conversation(turns, len(pictures), system)
         question = plain_question(turns[-1][1])
         inputs = {
             **self._padded([ids]),
@@ -331,7 +337,8 @@ class Answerer:
         if any(given):
             more["tasks"] = given
         if self._stop and self._stop.strip() and self._stop != self.tokenizer.eos_token:
-            more["stopping_criteria"] = [KeywordsStoppingCriteria([self._stop], self.tokenizer, inputs["input_ids"])]
+            end = KeywordsStoppingCriteria([self._stop], self.tokenizer, inputs["input_ids"])
+            more["stopping_criteria"] = [*options.get("stopping_criteria", ()), end]
         if generation.temperature > 0:
             more |= {"temperature": generation.temperature, "top_p": generation.top_p}
         output = model.generate(
@@ -349,12 +356,12 @@ class Answerer:
         return [
             Reply(
                 row,
-                REFUSAL if generation.refuse_unknown and found and found.get("unknown") else self._clean(text),
+                REFUSAL if generation.refuse_unknown and found and found.get("unknown") else self.clean(text),
                 found,
             )
             for row, text, found in zip(rows, texts, routes, strict=True)
         ]
 
-    def _clean(self, text: str) -> str:
+    def clean(self, text: str) -> str:
         """The answer without the template's end mark and what a model says after it."""
         return (text.split(self._stop)[0] if self._stop and self._stop.strip() else text).strip()

@@ -127,7 +127,9 @@ def title(evaluation: Evaluation) -> str:
 
 def where(evaluation: Evaluation) -> list[str]:
     """Where everything else lies."""
-    return [f"every figure: {evaluation.folder / MATRIX_NAME} and */{eval_video_qa.SCORES_NAME} beside it"]
+    report = evaluation.places.report(evaluation.settings.route or None)
+    figures = f"every figure: {evaluation.folder / MATRIX_NAME} and */{eval_video_qa.SCORES_NAME} beside it"
+    return [figures, f"as a page (python -m llava.eval.report): {report}"]
 
 
 def answer(evaluation: Evaluation, number: int = 0, count: int = 1) -> None:
@@ -136,8 +138,9 @@ def answer(evaluation: Evaluation, number: int = 0, count: int = 1) -> None:
     @functools.cache
     def answerer():
         from llava.eval.answerer import Answerer
+        from llava.eval.question_cache import QuestionCache
 
-        return Answerer(evaluation.base, evaluation.loading)
+        return Answerer(evaluation.base, evaluation.loading, QuestionCache(folder=evaluation.query_cache))
 
     for name, kind in evaluation.passes:
         for index in range(number, evaluation.chunks, count):

@@ -17,6 +17,7 @@ from llava.conversation import get_conversation
 from llava.data.prompt import check_aspect_ratio
 from llava.data.rows import Row, read_rows
 from llava.data.samples import check_image_files
+from llava.devices import default_device, readers
 from llava.eval.answer_chunk import Chunk
 from llava.eval.generation import ORACLE, Generation, Loading, check_route, given_tasks
 from llava.eval.loading_flags import asked_prompt
@@ -41,7 +42,12 @@ class Settings:
     chunks: str = flag("", "parts of the question file (default: one for each device)")
     batch_size: int = flag(16, "questions answered at a time", least=1, most=MANY)
     max_new_tokens: int = flag(64, "longest answer, in tokens", least=1, most=MANY)
-    num_workers: int = flag(0, "threads that read pictures ahead", least=0, most=1024)
+    num_workers: int | None = flag(
+        None, "threads that read pictures ahead (default: 4 beside a GPU)", least=0, most=1024
+    )
+    query_cache: str | None = flag(
+        None, "keeps queries and picture features, which training left there (default: cache/queries; '' for none)"
+    )
     conv_mode: str = flag("", "conversation template (default: the stage's own)")
     follow_links: bool = flag(False, "open pictures that are links out of their folder")
     tf32: bool | None = flag(None, "products of float32 matrices in TF32, on NVIDIA GPUs since Ampere (default: no)")
@@ -134,6 +140,12 @@ class Evaluation:
         return opened_to_links(self.sequence.image_folder, self.settings.follow_links) or ""
 
     @property
+    def query_cache(self) -> str:
+        """Folder of what was computed of questions and pictures; empty: none."""
+        asked = self.settings.query_cache
+        return str(self.places.query_cache) if asked is None else asked
+
+    @property
     def loading(self) -> Loading:
         """The accelerator of this process, unquantised."""
         return Loading(tf32=self.settings.tf32)
@@ -152,7 +164,7 @@ class Evaluation:
             generation=Generation(
                 max_new_tokens=settings.max_new_tokens,
                 batch_size=settings.batch_size,
-                workers=settings.num_workers,
+                workers=readers(default_device()) if settings.num_workers is None else settings.num_workers,
                 seed=settings.picture_seed if pictures.startswith(SHUFFLED) else 0,
             ),
             route=settings.route or None,

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from llava.cli import flag
-from llava.devices import check_device
+from llava.devices import check_device, default_device, readers
 from llava.eval.generation import Generation, Loading
 from llava.image_io import allow_pixels
 
@@ -62,7 +62,10 @@ def loading_of(arguments: Any) -> Loading:
 
 def generation_of(arguments: Any) -> Generation:
     """How a command line wants answers generated."""
-    return Generation(**_given(arguments, GENERATION), workers=getattr(arguments, "num_workers", 0))
+    workers = getattr(arguments, "num_workers", 0)
+    if workers is None:
+        workers = readers(default_device(arguments.device))
+    return Generation(**_given(arguments, GENERATION), workers=workers)
 
 
 def asked_prompt(arguments: Any) -> dict[str, Any]:

@@ -48,7 +48,8 @@ class Arguments(PromptFlags, LoadingFlags):
     num_beams: int = flag(1, least=1, most=MANY)
     max_new_tokens: int = flag(128, least=1, most=MANY)
     batch_size: int = flag(8, least=1, most=MANY)
-    num_workers: int = flag(0, "threads that read images ahead", least=0, most=1024)
+    num_workers: int | None = flag(None, "threads that read images ahead (default: 4 beside a GPU)", least=0, most=1024)
+    query_cache: str = flag("", "keeps queries and picture features for other processes, as training does")
     task_id: str | None = flag(None, "route every question to this task's slots")
     route: str | None = flag(None, f"router to use; {ORACLE!r}: the row's own domain, {NO_ROUTE!r}: no slots")
     refuse_unknown: bool = flag(
@@ -82,14 +83,16 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def eval_model(args: Any) -> None:
     """The same from Python: ``args`` is any object with some of the flags as attributes."""
-    write(chunk_of(filled(Arguments, args)))
+    arguments = filled(Arguments, args)
+    write(chunk_of(arguments), arguments.query_cache)
 
 
-def write(chunk: Chunk) -> None:
+def write(chunk: Chunk, query_cache: str = "") -> None:
     """Answer what the chunk asks for; the model is loaded only where answers are missing."""
     from llava.eval.answerer import Answerer
+    from llava.eval.question_cache import QuestionCache
 
-    chunk.write(lambda: Answerer(chunk.base, chunk.loading))
+    chunk.write(lambda: Answerer(chunk.base, chunk.loading, QuestionCache(folder=query_cache)))
 
 
 def chunk_of(arguments: Arguments) -> Chunk:

@@ -2,49 +2,40 @@
 
 All stages over one base share its vision tower and their text encoder: each picture is opened once and goes through the
 tower once, by itself, so that nothing depends on which questions are answered together; each question is encoded once.
+With a folder what was seen is kept for other processes too, and found where the training of stages left it.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor
 
+from llava.checkpoints.manifest import manifest_of
+from llava.continual.queries import SIGHTS
 from llava.data.prompt import Picture, PromptEncoder
 from llava.data.rows import Row
+from llava.files import file_sha256
+from llava.inside import inside
+from llava.model.vision.sights import Sight, SightStore, eye_of, see
 from llava.slots.encoders import TextEncoder, encoder_from_identity
-from llava.slots.names import KINDS
-from llava.slots.picture_query import image_queries, image_query_dim
 
 MEGABYTES = 2048
 """Memory for features, about 1700 pictures of LLaVA-1.5 in half precision; as much again for a model's prefixes."""
 
 RECENT = 64
 """Pictures beyond that memory that are kept while their neighbours are asked about."""
-
-
-@dataclass(frozen=True)
-class Sight:
-    """A picture as the tower saw it, on the CPU.
-
-    Attributes:
-        features: ``[tiles, patches, mm_hidden_size]``.
-        queries: by kind the image query ``[image_dim]``.
-        size: ``(width, height)`` of the file.
-    """
-
-    features: Tensor
-    queries: dict[str, Tensor]
-    size: tuple[int, int]
 
 
 class BlankEncoder(PromptEncoder):
@@ -65,23 +56,31 @@ class QuestionCache:
 
     Args:
         megabytes: memory for pictures; those that find no room are looked at again for each stage.
+        folder: of queries and sights on the disk (``llava.continual.queries``); empty: none.
     """
 
-    def __init__(self, megabytes: int = MEGABYTES) -> None:
+    def __init__(self, megabytes: int = MEGABYTES, folder: str | os.PathLike[str] | None = None) -> None:
         self.limit, self.used = megabytes * 2**20, 0
+        self.folder = Path(folder) if folder else None
+        self.stores: dict[str, SightStore | None] = {}
         self.sights: dict[tuple, Sight] = {}
         self.recent: OrderedDict[tuple, Sight] = OrderedDict()
         self.blanks: dict[bytes, Sight] = {}
-        self.coming: dict[tuple, Future[Picture]] = {}
+        self.coming: dict[tuple, Future[Sight | Picture]] = {}
         self.encoders: dict[str, TextEncoder] = {}
         self.model: Callable[[], Any] = lambda: None
+        self.places: tuple[str, str | None] = ("", None)
 
-    def look_with(self, model: Any) -> None:
-        """Look with this model's tower from now on; what another one saw is forgotten."""
+    def look_with(self, model: Any, place: str = "", base: str | None = None) -> None:
+        """Look with this model's tower from now on; what another one saw is forgotten.
+
+        Args:
+            place, base: where it was loaded from, and over which; nothing is kept on the disk where that is not known.
+        """
         if self.model() is not model:
-            for kept in (self.sights, self.recent, self.blanks, self.coming):
+            for kept in (self.sights, self.recent, self.blanks, self.coming, self.stores):
                 kept.clear()
-            self.used, self.model = 0, weakref.ref(model)
+            self.used, self.model, self.places = 0, weakref.ref(model), (place, base)
 
     def encoder(self, identity: dict[str, Any], base: Any) -> TextEncoder:
         """The text encoder of this identity; it remembers the questions it has encoded."""
@@ -96,7 +95,7 @@ class QuestionCache:
             for name in row.shown:
                 key = _key(name, encoder)
                 if self._known(key) is None and key not in self.coming:
-                    self.coming[key] = pool.submit(encoder.open_picture, row, name)
+                    self.coming[key] = pool.submit(self._open, row, name, encoder, self._store(encoder))
 
     @staticmethod
     def names(row: Row, encoder: PromptEncoder) -> list[tuple]:
@@ -116,10 +115,14 @@ class QuestionCache:
         key = _key(name, encoder)
         if (found := self._known(key)) is not None:
             return found
-        ahead = self.coming.pop(key, None)
-        pixels, size = encoder.open_picture(row, name) if ahead is None else ahead.result()
+        coming, store = self.coming.pop(key, None), self._store(encoder)
+        opened = self._open(row, name, encoder, store) if coming is None else coming.result()
+        if isinstance(opened, Sight):
+            return self._keep(key, opened)
+        pixels, size = opened
         if not isinstance(encoder, BlankEncoder):
-            return self._keep(key, self._seen(pixels, size, model))
+            seen = self._seen(pixels, size, model)
+            return self._keep(key, seen if store is None else store.put(_checksum(name, encoder), seen))
         alike = hashlib.sha256(str(pixels.shape).encode() + pixels.numpy().tobytes()).digest()
         if alike not in self.blanks:  # most blanks have the same pixels
             self.blanks[alike] = self._seen(pixels, size, model)
@@ -127,15 +130,32 @@ class QuestionCache:
         return self.sights[key]
 
     @staticmethod
+    def _open(row: Row, name: str, encoder: PromptEncoder, store: SightStore | None) -> Sight | Picture:
+        """A picture's sight from the disk, else its pixels and size; safe to call from several threads."""
+        found = store.get(_checksum(name, encoder)) if store else None
+        return encoder.open_picture(row, name) if found is None else found
+
+    @staticmethod
     def _seen(pixels: Tensor, size: tuple[int, int], model: Any) -> Sight:
-        pixels = pixels.to(model.device)
-        features = model.vision_features([pixels])[0][0]
-        tiles = pixels if pixels.dim() == 4 else pixels[None]
-        queries = {
-            kind: image_queries(kind, [[features]], [[tiles]], image_query_dim(kind, features.shape[-1]))[0].cpu()
-            for kind in KINDS
-        }
-        return Sight(features.cpu(), queries, size)
+        return see(model.get_vision_tower(), pixels, size, model.get_model().embed_tokens.weight.dtype)
+
+    def _store(self, encoder: PromptEncoder) -> SightStore | None:
+        """Where sights are kept on the disk; blanks are too few to be worth it."""
+        place, base = self.places
+        if self.folder is None or not place or isinstance(encoder, BlankEncoder):
+            return None
+        mode, model = encoder.prompt.aspect_ratio, self.model()
+        if mode not in self.stores:
+            tower, dtype = model.get_vision_tower(), model.get_model().embed_tokens.weight.dtype
+            models = (
+                {"base": manifest_of(place)}
+                if base is None
+                else {"base": manifest_of(base), "over": manifest_of(place)}
+            )
+            attention = str(getattr(tower.config, "_attn_implementation", "sdpa"))
+            eye = eye_of(models, model.config, mode, tower.device, dtype, attention)
+            self.stores[mode] = SightStore(self.folder / SIGHTS, eye)
+        return self.stores[mode]
 
     def _known(self, key: tuple) -> Sight | None:
         return self.sights.get(key) or self.recent.get(key)
@@ -154,3 +174,7 @@ class QuestionCache:
 
 def _key(name: str, encoder: PromptEncoder) -> tuple:
     return str(encoder.image_folder), name, encoder.prompt.aspect_ratio, isinstance(encoder, BlankEncoder)
+
+
+def _checksum(name: str, encoder: PromptEncoder) -> str:
+    return file_sha256(inside(encoder.image_folder or "", name))

@@ -99,9 +99,10 @@ def build_dataset(
     room = 0 if source.trains else args.feature_cache_mb * 2**20
     shown = len(picture_names(rows))
     once = args.num_train_epochs <= 1 and args.max_steps <= 0 and shown == sum(len(row.images) for row in rows)
-    if kind is None and (once or shown * source.least_bytes > room):
+    if shown * source.least_bytes > room or (kind is None and once):
         room = 0  # known before any picture is looked at: they don't fit, or each is needed once
-    images, features = look_at_pictures(rows, source.pictures, kind, cache, room) if kind or room else (None, None)
+    store = source.pictures.store(None if source.trains else args.query_cache, args.feature_cache_mb)
+    images, features = look_at_pictures(rows, source.pictures, kind, store, room) if kind or room else (None, None)
     if features is None and not source.trains and not once:
         rank0_print("note: the pictures' features exceed --feature_cache_mb; the tower runs every step")
     return dataset.add(texts, images, features)
@@ -158,7 +159,8 @@ def picture_source(
 
     parted = args.bits < 16 or any(hasattr(weight, "ds_id") for weight in tower.parameters())
     load = functools.cache(alone) if parted else (lambda: tower.to(device))
-    found = PictureSource(base.folder, config, image_folder, prompt.aspect_ratio, load, device, dtype)
+    kind = "sdpa" if parted else str(getattr(tower.config, "_attn_implementation", "sdpa"))
+    found = PictureSource(base.folder, config, image_folder, prompt.aspect_ratio, load, device, dtype, kind)
     return Looks(found, tower.trains, tower.num_patches * tower.hidden_size * dtype.itemsize)
 
 

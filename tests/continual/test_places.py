@@ -36,6 +36,7 @@ def test_evaluation_names_what_is_not_usual():
     assert str(Places(Path("out"), sequence).evaluation()) == "out/eval/slake"
     assert str(Places(Path("out"), sequence).evaluation("oracle")) == "out/eval/slake-oracle"
     assert str(Places(Path("out"), sequence, "joint").evaluation("keys")) == "out/eval/slake-joint-keys"
+    assert str(Places(Path("out"), sequence).report("oracle")) == "out/eval/slake-oracle/report.html"
 
 
 @pytest.mark.parametrize(

@@ -290,18 +290,17 @@ def test_the_scripts_exit_with_code_2_and_one_line():
 # -- the prototype's command line --------------------------------------------------------------------------------------
 
 PROTOTYPE = "-g 8 --epochs 3 --lr_step_size 1 --log_interval 50 --lr 1e-3 --num_workers 4 --master_port 8889"
-PROTOTYPE += " --local-rank -1 --checkpoint old.pth"
+PROTOTYPE += " --local-rank -1 --checkpoint old.pth --batch_size 128"
 
 
 def test_the_prototypes_flags_give_the_same_file_and_one_line_each(words, capsys):
     run_main(train_prompt_key.main, *command_line(words))
     own = Path(words["--save_path"]).read_bytes()
     capsys.readouterr()
-    more = {**words, "--batch_size": 128}
-    run_main(train_prompt_key.main, *command_line(more), *PROTOTYPE.split())
+    run_main(train_prompt_key.main, *command_line(words), *PROTOTYPE.split())
     assert Path(words["--save_path"]).read_bytes() == own
     notes = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note:")]
-    names = "gpus epochs lr lr_step_size log_interval num_workers master_port local_rank checkpoint".split()
+    names = "gpus epochs lr lr_step_size log_interval num_workers master_port local_rank checkpoint batch_size".split()
     assert sorted(note.split()[1] for note in notes) == sorted(f"--{name}" for name in names)
     assert "note: --lr is accepted and ignored: keys are fitted by clustering, without gradients" in "\n".join(notes)
     assert "--gpus is accepted and ignored: stage 1 runs in one process" in "\n".join(notes)

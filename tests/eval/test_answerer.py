@@ -8,6 +8,7 @@ import torch
 from tiny_llava import HIDDEN, write_base, write_images, write_stage
 
 from llava.continual.methods import l2p, moelora
+from llava.continual.queries import PictureSource, look_at_pictures
 from llava.data import prompt as prompt_module
 from llava.data.labels import prompt_ids
 from llava.data.rows import question_row, read_rows, write_jsonl
@@ -16,6 +17,7 @@ from llava.eval.answerer import Answerer
 from llava.eval.generation import Generation, Loading
 from llava.eval.question_cache import QuestionCache
 from llava.model.builder import load_pretrained_model
+from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower
 from llava.slots.adapter import MEMORY_FILE
 from llava.slots.pool import Pool
 from llava.utils import UserError
@@ -189,6 +191,29 @@ def test_each_picture_is_opened_and_looked_at_once_for_all_stages(place, rows, m
     assert len(opened) == len(set(opened)) == 5 and looked == [1] * 5
     told(answerer.use(None, aspect_ratio="square"), place, rows, Generation(max_new_tokens=2))
     assert len(opened) == 10  # other pixels
+
+
+def test_pictures_go_through_the_tower_once_for_all_processes(place, rows, tmp_path, monkeypatch, capsys):
+    through, forward = [], CLIPVisionTower.forward
+    monkeypatch.setattr(CLIPVisionTower, "forward", lambda self, x: through.append(len(x)) or forward(self, x))
+    source = PictureSource.standalone(place / "tiny-base", str(place / "images"), None, "cpu")
+    seen = [row for row in rows if row.images != ("4.png",)]  # in training: all pictures but one
+    look_at_pictures(seen, source, "tower+picture", source.store(tmp_path), 0)
+
+    def answers(folder):
+        through.clear()
+        found = Answerer(str(place / "tiny-base"), CPU, QuestionCache(folder=folder))
+        short = Generation(max_new_tokens=2, batch_size=4, workers=2)
+        return [told(found.use(stage and str(place / stage)), place, rows[:8], short) for stage in STAGES]
+
+    assert through == [1] * 4
+    expected = answers(None)
+    assert through == [1] * 5
+    for calls in (1, 0, 1):
+        assert answers(tmp_path) == expected and len(through) == calls
+        if not calls:
+            next(tmp_path.rglob("*.safetensors")).write_bytes(b"damaged")
+    assert capsys.readouterr().out.count("is damaged") == 1
 
 
 def test_a_memory_that_is_too_small_changes_no_answer(place, rows, monkeypatch):

@@ -91,6 +91,7 @@ def contents(folder):
 def test_one_load_answers_with_the_base_and_every_stage(place, evaluate, loads, tmp_path):
     folder = evaluate("--chunks", 2)
     assert loads == [str(place / "tiny-base")]
+    assert len(list((tmp_path / "cache" / "queries").rglob("*.safetensors"))) == 4  # of four pictures
     names = ["zero-shot", "llava-tiny_abd", "llava-tiny_abd_chest"]
     assert sorted(path.name for path in folder.iterdir() if path.is_dir()) == sorted(names)
     for name in names:

@@ -1,26 +1,29 @@
 """Features of picture files by the frozen vision tower alone, without the language model.
 
 Used where the same pictures are needed many times: queries of a data file, and training, where every epoch would run
-the frozen tower again.
+the frozen tower again (``llava.model.vision.sights``).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TypeVar
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from llava.checkpoints.checkpoint import Checkpoint, Place
 from llava.checkpoints.kinds import TOWER_PREFIX
-from llava.image_io import load_image
-from llava.inside import Folder, inside
+from llava.devices import moved
 from llava.model.configs import llava_config
 from llava.model.multimodal_encoder.builder import build_vision_tower
 from llava.model.multimodal_encoder.tower import VisionTower
-from llava.progress import Progress
 from llava.utils import UserError
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 def load_vision_tower(place: Place, device: str = "cpu") -> VisionTower:
@@ -48,30 +51,19 @@ def load_vision_tower(place: Place, device: str = "cpu") -> VisionTower:
     return tower.to(device).eval()
 
 
-@torch.no_grad()
-def tower_features(
-    names: list[str],
-    tower: VisionTower,
-    image_folder: Folder,
-    preprocess: Callable[[list[Image.Image]], Tensor | list[Tensor]],
-    batch_size: int = 16,
-    purpose: str = "pictures",
-) -> Iterator[tuple[str, Tensor, Tensor, tuple[int, int]]]:
-    """For each picture file: its name, features ``[tiles, patches, mm_hidden_size]``, pixels ``[tiles, 3, h, w]`` and
-    ``(width, height)``.
-
-    Args:
-        tower: with its weights; it runs where it is and in the type it has.
-        preprocess: RGB pictures to pixels, ``[3, h, w]`` or ``[tiles, 3, h, w]`` each. purpose: in words.
-    """
-    for start in Progress(purpose, "batch", range(0, len(names), batch_size)):
-        batch = names[start : start + batch_size]
-        pictures = [load_image(inside(image_folder, name)) for name in batch]
-        tiles = [tile if tile.dim() == 4 else tile[None] for tile in preprocess(pictures)]
-        pixels = torch.cat(tiles).to(device=tower.device, dtype=tower.dtype)
-        features = tower(pixels).split([len(tile) for tile in tiles])
-        for name, picture, feature, tile in zip(batch, pictures, features, tiles, strict=True):
-            yield name, feature, tile, picture.size
+def ahead(function: Callable[[Item], Result], items: Sequence[Item], workers: int) -> Iterator[Result]:
+    """``function`` of each item, in order, worked out by so many threads while others are used; 0: when it is asked."""
+    if not workers:
+        yield from map(function, items)
+        return
+    with ThreadPoolExecutor(workers) as pool:
+        coming: deque[Future[Result]] = deque()
+        for item in items:
+            coming.append(pool.submit(function, item))
+            if len(coming) > 2 * workers:
+                yield coming.popleft().result()
+        while coming:
+            yield coming.popleft().result()
 
 
 def on_device(features: list[list[Tensor]], device: torch.device) -> list[list[Tensor]]:
@@ -79,5 +71,5 @@ def on_device(features: list[list[Tensor]], device: torch.device) -> list[list[T
     flat = [picture for row in features for picture in row]
     if not flat:
         return features
-    moved = iter(torch.cat(flat).to(device).split(list(map(len, flat))))
-    return [[next(moved) for _ in row] for row in features]
+    there = iter(moved(torch.cat(flat), device).split(list(map(len, flat))))
+    return [[next(there) for _ in row] for row in features]
