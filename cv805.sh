@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Evaluates a task sequence: answers the test set with the base model and with every stage's checkpoint, scores all
-# of them per domain, and ends with the accuracy matrix (BWT, forgetting, FWT).
+# of them per domain, and ends with the accuracy matrix (BWT, forgetting, FWT) and a page about everything, report.html.
 #     bash cv805.sh
 #     SEQUENCE=phantom BASE_MODEL=output/tiny-base bash cv805.sh
 #     CUDA_VISIBLE_DEVICES=0,1,2,3 BASE_MODEL=liuhaotian/llava-v1.5-7b bash cv805.sh
@@ -39,9 +39,12 @@ if [ -n "$HOSTFILE$LAUNCHER" ]; then
     source "$root/scripts/launchers.sh"
     launch_with llava.eval.evaluate_sequence
 fi
-exec "${launcher[@]}" --sequence "$SEQUENCE" --base_model "$BASE_MODEL" \
+"${launcher[@]}" --sequence "$SEQUENCE" --base_model "$BASE_MODEL" \
     --output_dir "$OUTPUT_DIR" --method "$METHOD" --route "$ROUTE" --zero_shot "$ZERO_SHOT" --chunks "$CHUNKS" \
     --batch_size "$EVAL_BATCH_SIZE" --max_new_tokens "$MAX_NEW_TOKENS" --conv_mode "$CONV_MODE" \
     --image_aspect_ratio "$IMAGE_ASPECT_RATIO" --follow_links "$FOLLOW_LINKS" \
     ${ANSWER_SUFFIX+--answer_suffix "$ANSWER_SUFFIX"} --stale "$STALE" \
     ${TF32:+--tf32 "$TF32"} --pictures $PICTURES --picture_seed "$PICTURE_SEED"
+
+page=(python -m llava.eval.report --sequence "$SEQUENCE" --output_dir "$OUTPUT_DIR" --method "$METHOD" --route "$ROUTE")
+"${page[@]}" || echo "no page, for the reason above; the results are whole. Again: ${page[*]}" >&2

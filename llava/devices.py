@@ -161,6 +161,14 @@ def visible_devices() -> list[str]:
     return [str(number) for number in range(torch.cuda.device_count())]
 
 
+def accelerator_names() -> list[str]:
+    """Models of the accelerators that this process sees, each once, with their number: ``2 x NVIDIA H100``."""
+    import torch
+
+    names = [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
+    return [f"{names.count(name)} x {name}" for name in dict.fromkeys(names)]
+
+
 def restricted_to(device: str) -> dict[str, str]:
     """Variables that let a process see one of ``visible_devices`` alone."""
     return dict.fromkeys(VISIBLE, device)

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# A benchmark: methods x orders x seeds over one task sequence, then a table.
+# A benchmark: methods x orders x seeds over one task sequence, then a table and a page, report.html.
 #
 #   bash scripts/run_benchmark.sh scripts/benchmarks/phantom.json
 #
@@ -20,4 +20,7 @@ WORKERS=${WORKERS:-}                       # processes that share the cells; emp
 
 export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}" TOKENIZERS_PARALLELISM=false
 python=$(command -v python || command -v python3)
-exec "$python" "$root/scripts/run_cells.py" "$BENCHMARK" --workers "$WORKERS"
+"$python" "$root/scripts/run_cells.py" "$BENCHMARK" --workers "$WORKERS"
+
+page=("$python" -m llava.eval.report "$OUTPUT_DIR/benchmarks/$(basename "$BENCHMARK" .json)")
+"${page[@]}" || echo "no page, for the reason above; the results are whole. Again: ${page[*]}" >&2

@@ -22,10 +22,14 @@ def test_every_module_is_in_a_package_that_is_found(settings):
     assert {".".join(file.parent.relative_to(ROOT).parts) for file in SOURCES} == found
 
 
-def test_a_file_that_is_no_module_lies_where_it_ships():
-    """None lies among the modules, where only a list of package data would take it along."""
+def test_a_file_that_is_no_module_lies_where_it_ships(settings):
+    """Among the modules only what the list of package data takes along."""
     others = {file for file in (ROOT / "llava").rglob("*") if file.is_file() and "__pycache__" not in file.parts}
-    assert not others - set(SOURCES)
+    listed = [
+        (Path(*name.split(".")), pattern) for name, all_of in settings["package-data"].items() for pattern in all_of
+    ]
+    shipped = [set((ROOT / place).glob(pattern)) for place, pattern in listed]
+    assert all(shipped) and others - set(SOURCES) == set().union(*shipped)
 
 
 def test_what_the_package_reads_beside_itself_ships(settings):

@@ -92,10 +92,16 @@ def backward_transfer(matrix: np.ndarray) -> np.ndarray:
 
 def forgetting(matrix: np.ndarray) -> np.ndarray:
     """Loss from each task's best earlier stage to the last, ``[..., T, T] -> [...]``; below 0 is a gain."""
+    return _mean(forgetting_by_task(matrix))
+
+
+def forgetting_by_task(matrix: np.ndarray) -> np.ndarray:
+    """The same of each task but the last, ``[..., T, T] -> [..., T - 1]``."""
     found = check_matrix(matrix)
     if found.shape[-1] < 2:
-        return np.full(found.shape[:-2], np.nan)
-    return _mean(found[..., :-1, :-1].max(-2) - found[..., -1, :-1])
+        return found[..., -1, :-1]
+    lost: np.ndarray = found[..., :-1, :-1].max(-2) - found[..., -1, :-1]
+    return lost
 
 
 def forward_transfer(matrix: np.ndarray, zero_shot: np.ndarray) -> np.ndarray:

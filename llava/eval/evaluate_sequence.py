@@ -35,6 +35,7 @@ from llava.eval import eval_video_qa
 from llava.eval.accuracy_matrix import DEFAULT_METRICS, MATRIX_NAME, fitting, write_matrix
 from llava.eval.answer_file import merge_answers
 from llava.eval.evaluation import Evaluation, Settings
+from llava.eval.evaluation_record import write_evaluation_record
 from llava.eval.ranks import Ranks
 from llava.eval.score_schema import read_scores
 from llava.eval.screen import screen
@@ -115,6 +116,7 @@ def score(evaluation: Evaluation) -> None:
         evaluation.folder, stages, sequence.task_names, metrics, zero_shot, references=references, tables=False
     )
     refresh_figures(evaluation.places.stages, matrix, evaluation.folder.name)
+    write_evaluation_record(evaluation)
     print(screen(title(evaluation), read_scores(stages[-1])[0], matrix, where(evaluation)), flush=True)
 
 
@@ -127,9 +129,7 @@ def title(evaluation: Evaluation) -> str:
 
 def where(evaluation: Evaluation) -> list[str]:
     """Where everything else lies."""
-    report = evaluation.places.report(evaluation.settings.route or None)
-    figures = f"every figure: {evaluation.folder / MATRIX_NAME} and */{eval_video_qa.SCORES_NAME} beside it"
-    return [figures, f"as a page (python -m llava.eval.report): {report}"]
+    return [f"every figure: {evaluation.folder / MATRIX_NAME} and */{eval_video_qa.SCORES_NAME} beside it"]
 
 
 def answer(evaluation: Evaluation, number: int = 0, count: int = 1) -> None:

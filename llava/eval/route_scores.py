@@ -54,11 +54,15 @@ def expected_calibration_error(confidence: np.ndarray, right: np.ndarray, bins: 
     """Mean over rows of ``|accuracy - confidence|`` of the row's confidence bin; None for no rows."""
     if not len(confidence):
         return None
-    place = np.minimum((confidence * bins).astype(int), bins - 1)
-    gaps = [
-        (place == b).sum() * abs(right[place == b].mean() - confidence[place == b].mean()) for b in np.unique(place)
-    ]
+    gaps = [rows * abs(accuracy - mean) for rows, accuracy, mean in reliability(confidence, right, bins)]
     return float(sum(gaps) / len(confidence))
+
+
+def reliability(confidence: np.ndarray, right: np.ndarray, bins: int = BINS) -> list[tuple[int, float, float]]:
+    """Rows, accuracy and mean confidence of every confidence bin that has rows, from the least confident on."""
+    place = np.minimum((confidence * bins).astype(int), bins - 1)
+    parts = [place == b for b in np.unique(place)]
+    return [(int(part.sum()), right[part].mean(), confidence[part].mean()) for part in parts]
 
 
 def auroc(known: Sequence[float], unknown: Sequence[float]) -> float | None:

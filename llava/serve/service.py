@@ -326,17 +326,24 @@ def check(question: Question, limits: Limits) -> None:
     if DEFAULT_IMAGE_TOKEN in (question.system or ""):
         raise Refused(f"the system text names {DEFAULT_IMAGE_TOKEN}; put pictures into a user's turn")
     count, named = len(question.pictures), sum(text.count(DEFAULT_IMAGE_TOKEN) for text in said)
-    if count > limits.pictures:
-        raise Refused(f"the conversation has {count} pictures; {limits.pictures} may be shown")
     if named not in (0, count):
         raise Refused(f"the question holds {wrong_count(named, count)}")
-    pixels = sum(picture.width * picture.height for picture in question.pictures)
-    if pixels > limits.pixels:
-        raise Refused(
-            f"the pictures have {pixels:,} pixels together; {limits.pixels:,} may be shown (make them smaller)"
-        )
+    check_pictures(question.pictures, limits)
     if question.generation.max_new_tokens > limits.new_tokens:
         raise Refused(f"an answer may have {limits.new_tokens} tokens, not more", "max_tokens")
+
+
+def check_pictures(pictures: Sequence[Image], limits: Limits) -> None:
+    """Refuse more pictures, or more pixels in all of them, than may be shown.
+
+    Raises:
+        Refused: which limit is passed.
+    """
+    if len(pictures) > limits.pictures:
+        raise Refused(f"the conversation has {len(pictures)} pictures; {limits.pictures} may be shown")
+    pixels = sum(picture.width * picture.height for picture in pictures)
+    if pixels > limits.pixels:
+        raise Refused(f"the pictures have {pixels:,} pixels together; {limits.pixels:,} may be shown (shrink them)")
 
 
 def _before(text: str, stops: Sequence[str]) -> str:
