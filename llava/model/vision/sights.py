@@ -119,12 +119,12 @@ class SightStore:
 
     Args:
         root: of all eyes. eye: of ``eye_of``. megabytes: that ``root`` may take, as far as one process knows: what
-            others write meanwhile is seen by the next.
+            others write meanwhile is seen by the next; 0: queries alone are kept.
     """
 
     def __init__(self, root: str | os.PathLike[str], eye: str, megabytes: int = MEGABYTES) -> None:
         self.root, self.folder, self.limit = Path(root), Path(root) / eye, megabytes * 2**20
-        self.full = self.refused = False
+        self.full, self.refused = not self.limit, False
         self._used: int | None = None
         with contextlib.suppress(OSError):  # it is not there yet, or is another user's
             os.utime(self.folder)  # used now
