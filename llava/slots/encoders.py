@@ -73,6 +73,10 @@ class TextEncoder:
             self._cache[question] = query
         return query
 
+    def forget(self) -> None:
+        """Keep none of the questions that were encoded so far."""
+        self._cache.clear()
+
     def encode_one(self, question: str) -> Tensor:
         """Query ``[dim]`` of one question."""
         raise NotImplementedError(f"{type(self).__name__} must define encode_one")
