@@ -62,14 +62,14 @@ def build(service: Service, examples: Sequence[Example] = ()) -> tuple[Any, dict
             return [*found, gr.Button(interactive=not view.busy), gr.Button(interactive=view.busy)]
 
         def on_ask(text: str, with_base: bool, request: gr.Request) -> Iterator[list[Any]]:
-            for view in desk.ask(request.session_hash or "", text or "", bool(with_base)):
+            for view in desk.ask(request.session_hash or "", str(text or ""), bool(with_base)):
                 yield shown(view)
 
         def on_pictures(request: gr.Request, event: gr.EventData) -> list[Any]:
-            return shown(desk.show(request.session_hash or "", event._data.get("files")))
+            return shown(desk.show(request.session_hash or "", _told(event, "files")))
 
         def on_example(request: gr.Request, event: gr.EventData) -> list[Any]:
-            return shown(desk.example(request.session_hash or "", event._data.get("number")))
+            return shown(desk.example(request.session_hash or "", _told(event, "number")))
 
         def on_over(request: gr.Request) -> list[Any]:
             return shown(desk.start_over(request.session_hash or ""))
@@ -79,6 +79,7 @@ def build(service: Service, examples: Sequence[Example] = ()) -> tuple[Any, dict
 
         def on_closed(request: gr.Request) -> None:
             desk.forget(request.session_hash or "")
+            blocks.state_holder.session_data.pop(request.session_hash or "", None)  # the values of its components
 
         quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
         each = {**quiet, "inputs": [box, compare], "outputs": parts, "concurrency_limit": 2 * limits.at_once}
@@ -101,6 +102,11 @@ def build(service: Service, examples: Sequence[Example] = ()) -> tuple[Any, dict
         input_placeholder_color="*neutral_500",
     )
     return blocks, {"theme": theme, "css": page.STYLE}
+
+
+def _told(event: gr.EventData, name: str) -> Any:
+    """What a script of the page says with an event, or ``None``."""
+    return event._data.get(name) if isinstance(event._data, dict) else None
 
 
 def _filled(text: str, numbers: dict[str, str]) -> str:

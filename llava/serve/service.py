@@ -33,6 +33,7 @@ from llava.data.rows import HUMAN, wrong_count
 from llava.eval.answerer import Answerer
 from llava.eval.generation import NO_ROUTE, Generation
 from llava.mm_utils import KeywordsStoppingCriteria
+from llava.slots.encoders import TextEncoder
 from llava.utils import UserError
 
 LOGGER = logging.getLogger(__name__)
@@ -253,9 +254,18 @@ class Service:
         options: dict[str, Any] = {"streamer": said, "stopping_criteria": ends}
         if question.base:
             options["route"] = NO_ROUTE
-        reply = answerer.ask(question.turns, question.pictures, generation, question.system, **options)
+        try:
+            reply = answerer.ask(question.turns, question.pictures, generation, question.system, **options)
+        finally:
+            self._forget()
         text = _before(reply.text, question.stop)
         return Answer(text, reply.route, said.finish(generation, answering), length, len(said.tokens))
+
+    def _forget(self) -> None:
+        """Let the encoder of questions keep none: they are their askers' alone."""
+        encoder = getattr(self._answerer.model.retriever, "encode_text", None)
+        if isinstance(encoder, TextEncoder):
+            encoder.forget()
 
     def cleaned(self, tokens: Sequence[int], stop: Sequence[str]) -> str:
         """The answer that some tokens are, as it is handed out."""

@@ -16,8 +16,12 @@ playwright = pytest.importorskip("playwright.sync_api", reason="a browser is dri
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 from llava.data.rows import question_row, write_jsonl  # noqa: E402
+from llava.serve import app as app_module  # noqa: E402
+from llava.serve import demo as demo_module  # noqa: E402
 from llava.serve import service as service_module  # noqa: E402
 from llava.serve.app import make_app  # noqa: E402
+from llava.serve.demo import build  # noqa: E402
+from llava.serve.desk import Desk  # noqa: E402
 from llava.serve.examples import read_examples  # noqa: E402
 from llava.serve.service import Service  # noqa: E402
 
@@ -85,6 +89,15 @@ def test_users_of_the_demo(place, tmp_path, monkeypatch):
         (tmp_path / name).write_bytes(data)
     write_jsonl(tmp_path / "q.jsonl", [question_row(1, "2.png", "what side?", "<left>", "abd", ("abd", "chest"))])
     service = Service(place.service._answerer, NAME, place.service.generation)
+    built = {}
+
+    class KnownDesk(Desk):
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            built["desk"] = self
+
+    monkeypatch.setattr(demo_module, "Desk", KnownDesk)
+    monkeypatch.setattr(app_module, "build", lambda *arguments: built.setdefault("page", build(*arguments)))
     app = make_app(service, read_examples(str(tmp_path / "q.jsonl"), str(place.images), 3, service.limits))
     with running(app) as address, playwright.sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
@@ -145,6 +158,12 @@ def test_users_of_the_demo(place, tmp_path, monkeypatch):
             assert user.complaints == []
             wide = user.page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
             assert wide, "the page must not scroll sideways"
+        talks, sessions = built["desk"].talks, built["page"][0].state_holder.session_data
+        assert len(talks) == 2 and "onerror" in str([vars(session) for session in sessions.values()])
         browser.close()
+        end = time.monotonic() + 15
+        while (len(talks) or sessions) and time.monotonic() < end:
+            time.sleep(0.05)
+        assert not len(talks) and "onerror" not in str([vars(session) for session in sessions.values()])
     service.close()
     assert [file for folder in places for file in folder.rglob("*")] == []
