@@ -39,6 +39,7 @@ class Arguments:
     image_folder: str = flag("", "pictures of the test questions (default: where the evaluation took them)")
     examples: int = flag(24, "how many questions are shown with their pictures", least=0, most=200)
     seed: int = flag(17, "which they are", **SEEDS)
+    route_report: str = flag("", "route_report.json of llava.eval.route_report: its routers are shown too")
     no_java: bool = flag(False, "compare several runs with the plain tokenizer, without METEOR")
 
 
@@ -48,6 +49,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     quiet_libraries()
     from llava.eval.page import writing
     from llava.eval.page.results import Results, evaluations, labels
+    from llava.eval.page.routes import read_route_report
     from llava.eval.page.sections import all_sections, title_of_page
 
     outputs = arguments.outputs or [named_evaluation(arguments)]
@@ -55,7 +57,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     folders = list(found.values())
     runs = [Results.read(folder, label) for folder, label in zip(folders, labels(folders), strict=True)]
     sections = all_sections(
-        runs, arguments.examples, arguments.seed, arguments.image_folder or None, False if arguments.no_java else None
+        runs,
+        arguments.examples,
+        arguments.seed,
+        arguments.image_folder or None,
+        False if arguments.no_java else None,
+        read_route_report(arguments.route_report) if arguments.route_report else None,
     )
     title = title_of_page(runs)
     target = Path(arguments.report_dir or (outputs[0] if len(outputs) == 1 else os.path.commonpath(outputs)))

@@ -26,14 +26,15 @@ from llava.eval.evaluation_record import EVALUATION_NAME, read_evaluation_record
 from llava.eval.over_seeds import read_matrix
 from llava.eval.score_schema import read_scores
 from llava.files import file_sha256
-from llava.inside import Folder, opened_to_links
+from llava.inside import Folder, inside, opened_to_links
 from llava.outside import read_json
-from llava.schema import number, whole
+from llava.schema import an_object, check_fields, list_of, number, whole, words
 from llava.slots.pool import Pool
 from llava.utils import UserError
 
 ANSWERS_NAME = "answers.jsonl"
 _PLACE, _VALUE = whole(0), number()
+_MATRIX = {"stages": list_of(words(empty=False)), "provenance": an_object({"question_file": an_object()})}
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,8 @@ class Results:
         """
         place = Path(folder)
         matrix = read_matrix(place)
-        stages = [Scored.read(place / str(name) / SCORES_NAME) for name in matrix.get("stages") or ()]
+        check_fields(matrix, _MATRIX, str(place / MATRIX_NAME), False, tuple(_MATRIX))
+        stages = [Scored.read(inside(place, f"{name}/{SCORES_NAME}", MATRIX_NAME)) for name in matrix["stages"]]
         if len(stages) != len(matrix["tasks"]):
             raise UserError(f"{place / MATRIX_NAME}: {len(stages)} stages for {len(matrix['tasks'])} tasks")
         base = place / Evaluation.ZERO_SHOT / SCORES_NAME

@@ -112,10 +112,10 @@ def matrices(runs: Sequence[Results]) -> Section:
     )
 
 
-def routes(runs: Sequence[Results]) -> Section:
-    """Confusion, reliability, slots, novelty."""
+def routes(runs: Sequence[Results], report: Mapping[str, Any] | None) -> Section:
+    """Confusion, reliability, slots, novelty; and the routers of a route report."""
     said: list[str] = []
-    shown: list[Table] = []
+    shown: list[Table] = [tables.routers(report)] if report else []
     drawn: list[Plot | None] = []
     for run in runs:
         stages = routes_of(run)
@@ -265,11 +265,13 @@ def all_sections(
     seed: int,
     image_folder: Folder | None = None,
     use_java: bool | None = None,
+    route_report: Mapping[str, Any] | None = None,
 ) -> list[Section]:
     """The whole page.
 
     Args:
         examples, seed: how many questions are shown, and which. image_folder: of their pictures; default: as recorded.
+        route_report: what ``llava.eval.route_report`` wrote, where it is to be shown too.
         use_java: for the metrics in which several runs are compared (see ``TextScorer``).
     """
     shown = detailed(runs)
@@ -279,7 +281,7 @@ def all_sections(
         *found,
         summary(runs, shown),
         matrices(shown),
-        routes(shown),
+        routes(shown, route_report),
         pictures(shown),
         some(examples_of(alike, examples, seed, image_folder), alike),
         training(shown),
