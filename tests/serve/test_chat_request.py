@@ -10,7 +10,7 @@ from serve.room import NAME, data_url
 from llava.eval.generation import Generation
 from llava.outside import parsed
 from llava.serve.chat_request import read_request
-from llava.serve.service import Limits, Refused
+from llava.serve.question import Limits, Refused
 from llava.utils import UserError
 
 MODELS = (NAME, f"{NAME}-base")

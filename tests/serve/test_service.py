@@ -12,7 +12,8 @@ import torch
 from llava.eval.answerer import Answerer
 from llava.eval.generation import Generation
 from llava.serve import service as service_module
-from llava.serve.service import Busy, Limits, Question, Refused, Service, check
+from llava.serve.question import Busy, Limits, Question, Refused, check
+from llava.serve.service import Service
 from llava.utils import UserError
 
 ASKED = "is there a lesion"
