@@ -50,7 +50,7 @@ class Answering:
     def start(self, worker: ThreadPoolExecutor, work: Any) -> None:
         """Let ``work(self)`` be done by the worker when those before are through; then the place is free again."""
         self._future = worker.submit(self._do, work)
-        self._future.add_done_callback(lambda _: self._place.release())
+        self._future.add_done_callback(self._done)
 
     def _do(self, work: Any) -> None:
         try:
@@ -60,6 +60,11 @@ class Answering:
                 LOGGER.exception("a question could not be answered")
             self._coming.put(error)
 
+    def _done(self, future: Future[None]) -> None:
+        if future.cancelled():
+            self._coming.put(_STOPPED_BEFORE)
+        self._place.release()
+
     def say(self, text: str) -> None:
         """Hand on the answer so far."""
         self._coming.put(text)
@@ -67,8 +72,8 @@ class Answering:
     def stop(self) -> None:
         """End the answer with what was said so far; one that waits ends at once. Later calls do nothing."""
         self.stopped.set()
-        if self._future is not None and self._future.cancel():
-            self._coming.put(_STOPPED_BEFORE)
+        if self._future is not None:
+            self._future.cancel()
 
     def next(self) -> str | None:
         """The answer so far, as soon as there is more of it; ``None`` when ``answer`` holds it whole.
@@ -124,6 +129,7 @@ class Service:
         self._answerer = answerer
         self._worker = ThreadPoolExecutor(1, "model")
         self._places = threading.BoundedSemaphore(self.limits.at_once)
+        self._closing = threading.Event()
 
     @property
     def slot_tasks(self) -> dict[int, str]:
@@ -152,7 +158,8 @@ class Service:
         return answering
 
     def close(self) -> None:
-        """Take no more questions; the one that is being answered is waited for."""
+        """Take no more questions, and stop those that are being answered or wait."""
+        self._closing.set()
         self._worker.shutdown(cancel_futures=True)
 
     def _answer(self, question: Question, answering: Answering) -> Answer:
@@ -170,7 +177,7 @@ class Service:
             )
         generation = replace(question.generation, max_new_tokens=min(question.generation.max_new_tokens, room))
         said = _Said(self, question.stop, None if generation.refuse_unknown else answering)
-        ends: list[StoppingCriteria] = [_OnRequest(answering)]
+        ends: list[StoppingCriteria] = [_OnRequest(answering.stopped, self._closing)]
         if question.stop:
             ends.append(KeywordsStoppingCriteria(list(question.stop), answerer.tokenizer, torch.tensor([ids])))
         if question.seed is not None and generation.temperature > 0:
@@ -183,7 +190,9 @@ class Service:
         finally:
             self._forget()
         text = _before(reply.text, question.stop)
-        return Answer(text, reply.route, said.finish(generation, answering), length, len(said.tokens))
+        stopped = answering.stopped.is_set() or self._closing.is_set()
+        finish: Literal["stop", "length", "stopped"] = "stopped" if stopped else said.finish(generation)
+        return Answer(text, reply.route, finish, length, len(said.tokens))
 
     def _forget(self) -> None:
         """Let the encoder of questions keep none: they are their askers' alone."""
@@ -229,24 +238,22 @@ class _Said:
     def end(self) -> None:
         """The last token is there; the answer itself follows."""
 
-    def finish(self, generation: Generation, answering: Answering) -> Literal["stop", "length", "stopped"]:
-        """How the answer ended."""
-        if answering.stopped.is_set():
-            return "stopped"
+    def finish(self, generation: Generation) -> Literal["stop", "length"]:
+        """How an answer that nobody stopped has ended."""
         whole = self.service.cleaned(self.tokens, ())
         full = len(self.tokens) >= generation.max_new_tokens and not self.service.ended(self.tokens)
         return "length" if full and _before(whole, self.stop) == whole else "stop"
 
 
 class _OnRequest(StoppingCriteria):
-    """Ends an answer that was stopped."""
+    """Ends an answer when one of some events has come."""
 
-    def __init__(self, answering: Answering) -> None:
-        self.answering = answering
+    def __init__(self, *events: threading.Event) -> None:
+        self.events = events
 
     def __call__(self, input_ids: torch.Tensor, scores: Any = None, **kwargs: Any) -> torch.Tensor:
-        stopped = self.answering.stopped.is_set()
-        return torch.full((len(input_ids),), stopped, dtype=torch.bool, device=input_ids.device)
+        come = any(event.is_set() for event in self.events)
+        return torch.full((len(input_ids),), come, dtype=torch.bool, device=input_ids.device)
 
 
 def _before(text: str, stops: Sequence[str]) -> str:

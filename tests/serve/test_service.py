@@ -129,6 +129,18 @@ def test_an_answer_can_be_stopped_and_so_can_one_that_waits(place, slow):
     assert first.answer.new_tokens < 100
 
 
+def test_a_service_that_closes_leaves_nobody_waiting(place, slow):
+    question = place.question("what side", 0, new=150)
+    first, second = slow.ask(question), slow.ask(question)
+    first.next()
+    begun = time.monotonic()
+    slow.close()
+    assert second.answer.finish == first.answer.finish == "stopped"
+    assert first.answer.new_tokens < 100 and time.monotonic() - begun < 2
+    with pytest.raises(RuntimeError):
+        slow.ask(question)
+
+
 def test_who_reads_no_further_stops_the_answer(place, slow):
     answering = slow.ask(place.question("what side", 0, new=150))
     for _ in answering.texts():
