@@ -51,11 +51,11 @@ def name_run(trainer: Trainer, context: Context, goes_on: bool) -> None:
     Args:
         goes_on: from a checkpoint, and so with the curves that are there; else beside those of an earlier start.
     """
-    folder, task = context.run.folder, context.task
-    method = trainer.args.method
+    folder, task, args = context.run.folder, context.task, context.args
+    method = args.method
     series = f"{context.sequence.name}{'' if method == 'retrieval' else f'-{method}'}" if task else folder.name
-    name = "/".join(filter(None, (trainer.args.run_name or series, task)))
-    trainer.args.run_name = name
+    name = "/".join(filter(None, (args.run_name or series, task)))
+    args.run_name = name
     root = Path(os.environ.get("TENSORBOARD_LOGGING_DIR") or folder.parent / FOLDER).expanduser()
     places = [root / name]
     while places[-1].is_dir():

@@ -48,9 +48,9 @@ def test_a_line_has_the_step_and_the_last_loss_and_a_validation_is_told(monkeypa
 def test_a_stage_is_called_after_its_task(tmp_path, monkeypatch, task, method, run_name, name):
     monkeypatch.delenv("TENSORBOARD_LOGGING_DIR", raising=False)
     board, args = TensorBoardCallback(), SimpleNamespace(method=method, run_name=run_name)
-    trainer = SimpleNamespace(args=args, callback_handler=SimpleNamespace(callbacks=[board]))
+    trainer = SimpleNamespace(callback_handler=SimpleNamespace(callbacks=[board]))
     run = SimpleNamespace(folder=tmp_path / "llava-stage")
-    context = SimpleNamespace(run=run, task=task, sequence=SimpleNamespace(name="tiny"))
+    context = SimpleNamespace(run=run, task=task, args=args, sequence=SimpleNamespace(name="tiny"))
 
     def told(goes_on):
         args.run_name = run_name
