@@ -24,6 +24,7 @@ CHUNKS=${CHUNKS:-}                          # parts of the question file; empty:
 EVAL_BATCH_SIZE=${EVAL_BATCH_SIZE:-16}      # questions answered at a time
 MAX_NEW_TOKENS=${MAX_NEW_TOKENS:-64}
 FOLLOW_LINKS=${FOLLOW_LINKS:-0}             # 1: open pictures that are links out of their folder
+DTYPE=${DTYPE:-}                            # of the weights: auto, float32, bfloat16, float16; empty: see docs/llava.md
 TF32=${TF32:-}                              # True: products of float32 in TF32 (NVIDIA GPUs since Ampere)
 CONV_MODE=${CONV_MODE:-}                    # empty: the stage's own conversation template
 IMAGE_ASPECT_RATIO=${IMAGE_ASPECT_RATIO:-}  # empty: the stage's own picture mode; or pad, square, anyres
@@ -44,7 +45,7 @@ fi
     --batch_size "$EVAL_BATCH_SIZE" --max_new_tokens "$MAX_NEW_TOKENS" --conv_mode "$CONV_MODE" \
     --image_aspect_ratio "$IMAGE_ASPECT_RATIO" --follow_links "$FOLLOW_LINKS" \
     ${ANSWER_SUFFIX+--answer_suffix "$ANSWER_SUFFIX"} --stale "$STALE" \
-    ${TF32:+--tf32 "$TF32"} --pictures $PICTURES --picture_seed "$PICTURE_SEED"
+    ${DTYPE:+--dtype "$DTYPE"} ${TF32:+--tf32 "$TF32"} --pictures $PICTURES --picture_seed "$PICTURE_SEED"
 
 page=(python -m llava.eval.report --sequence "$SEQUENCE" --output_dir "$OUTPUT_DIR" --method "$METHOD" --route "$ROUTE")
 "${page[@]}" || echo "no page, for the reason above; the results are whole. Again: ${page[*]}" >&2

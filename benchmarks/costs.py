@@ -35,6 +35,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from llava.cli import flag, parse  # noqa: E402
 from llava.model.decision import Decision  # noqa: E402
+from llava.model.grown_cache import grown_cache  # noqa: E402
 from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM  # noqa: E402
 from llava.model.language_model.retriever import Retriever  # noqa: E402
 from llava.slots.offsets import TARGETS, target_features  # noqa: E402
@@ -191,16 +192,17 @@ def count_with(layers: int, step: str, tasks: int) -> Cost:
         with Counting() as counting:
             model(labels=labels, answers_only=True, use_cache=False, **inputs).loss.backward()
         return counting.cost
-    inputs["past_key_values"] = cache_without_numbers(layers, rows, before)
+    inputs["past_key_values"] = cache_without_numbers(model.config, rows, before)
     with Counting() as counting, torch.no_grad():
         model(use_cache=True, logits_to_keep=1, **inputs)
     return counting.cost
 
 
-def cache_without_numbers(layers: int, rows: int, length: int) -> DynamicCache:
-    """Keys and values of so many positions; an empty cache where there are none."""
-    cache, heads = DynamicCache(), SHAPE["num_attention_heads"]
-    for layer in range(layers if length else 0):
+@torch.no_grad()
+def cache_without_numbers(config: Any, rows: int, length: int) -> DynamicCache:
+    """Keys and values of so many positions, with room for more, as ``generate`` has them; or an empty cache."""
+    cache, heads = grown_cache(config), SHAPE["num_attention_heads"]
+    for layer in range(config.num_hidden_layers if length else 0):
         kept = _empty(rows, heads, length, SHAPE["hidden_size"] // heads)
         cache.update(kept, kept.clone(), layer)
     return cache

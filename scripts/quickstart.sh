@@ -27,7 +27,8 @@ say "1/6 environment"
 source "$root/scripts/setup_env.sh"
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(python -c 'import os; print(os.cpu_count() or 1)')}
 SEQUENCE=${SEQUENCE:-$(sequence choose "$DATASET")}
-of_sequence=$(sequence variables "$SEQUENCE" tasks dataset made=made_base recipe=base.recipe encoder=keys.text_encoder)
+of_sequence=$(sequence variables "$SEQUENCE" --method "$METHOD" tasks stages test image_folder dataset made=made_base \
+    recipe=base.recipe encoder=keys.text_encoder)
 eval "$of_sequence"
 [ "$DATASET" != auto ] || DATASET=$dataset
 
@@ -62,3 +63,4 @@ bash "$root/finetune_continual.sh"
 
 say "6/6 evaluation"
 bash "$root/cv805.sh"
+echo "ask it in the browser: $(command -v python) -m llava.serve.gradio_web_server --model-path ${stages[*]: -1} --model-base $BASE_MODEL --question-file $test --image-folder $image_folder"

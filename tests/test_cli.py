@@ -27,6 +27,7 @@ MODULES = [
     *("llava.continual.slots", "llava.continual.tasks", "llava.serve.cli", "llava.train.train_mem"),
     *("llava.eval.model_vqa_loader", "llava.eval.model_vqa", "llava.eval.run_llava", "llava.eval.merge_chunks"),
     *("llava.eval.eval_video_qa", "llava.eval.accuracy_matrix", "llava.eval.route_report", "llava.eval.report"),
+    "llava.serve.gradio_web_server",
 ]
 COLD = ("train_prompt_key.py", "llava.train.train_mem", "llava.eval.model_vqa_loader")
 """Started as a user does, with all that they import; the others are with ``--thorough``."""

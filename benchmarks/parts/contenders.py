@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from transformers import CLIPVisionConfig
 
 from benchmarks.costs import LAYERS, SHAPE, SLOTS, TOP_K, VOCABULARY, route
 from llava.model.decision import Decision
+from llava.model.grown_cache import grown_cache
 from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
 from llava.model.language_model.retriever import Retriever
 from llava.slots.offsets import target_features
@@ -72,6 +74,26 @@ SEVEN_BILLION = Shape(
 )
 """LLaVA-1.5-7B, and its CLIP-L/14 at 336 pixels."""
 
+SMALL = Shape(
+    {
+        "vocab_size": VOCABULARY,
+        "num_hidden_layers": 30,
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_attention_heads": 9,
+    },
+    {
+        "hidden_size": 384,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 6,
+        "image_size": 224,
+        "patch_size": 16,
+    },
+    dtype=torch.float32,
+)
+"""Of a decoder of 135M, for a CPU."""
+
 TINY = Shape(
     {
         "vocab_size": 320,
@@ -98,9 +120,9 @@ TINY = Shape(
 """Runs anywhere in seconds: its figures say nothing."""
 
 
-def random_model(shape: Shape, device: torch.device) -> Any:
-    """A frozen LLaVA with random weights, made where it stays."""
-    config = LlavaConfig(
+def config_of(shape: Shape) -> LlavaConfig:
+    """Of a LLaVA that has its tower's weights with it."""
+    return LlavaConfig(
         **shape.decoder,
         max_position_embeddings=4096,
         attn_implementation="sdpa",
@@ -117,6 +139,11 @@ def random_model(shape: Shape, device: torch.device) -> Any:
         image_aspect_ratio="pad",
         conversation_version="vicuna_v1",
     )
+
+
+def random_model(shape: Shape, device: torch.device) -> Any:
+    """A frozen LLaVA with random weights, made where it stays."""
+    config = config_of(shape)
     before = torch.get_default_dtype()
     torch.set_default_dtype(shape.dtype)
     try:
@@ -220,6 +247,29 @@ class Training:
             self.optimizer.zero_grad(set_to_none=True)
 
 
+class DenseTraining(Training):
+    """The same step in the public prototype's form, written anew: the dense offset ``[out, in]`` of every layer is made
+    of four of a task's slots and added to the weights, one mixture for the whole batch."""
+
+    def __init__(self, model: Any, shape: Shape):
+        other = sharing(model)
+        layers, (wide, out) = other.get_model().layers, target_features(model.config, "o_proj")
+        sides = torch.zeros(SLOTS, len(layers), shape.rank, out), torch.randn(SLOTS, len(layers), shape.rank, wide)
+        other.dense = torch.nn.ParameterList([side.to(model.device) for side in sides])
+        for number, layer in enumerate(layers):
+            layer.self_attn.o_proj.forward = partial(self._project, number, layer.self_attn.o_proj.weight)
+        super().__init__(other, shape)
+
+    def __call__(self) -> None:
+        dtype = self.embeds.dtype
+        up, down = (side[:TOP_K].to(dtype) for side in self.model.dense)  # [slots, layers, rank, features]
+        self.offsets = ((up.mT @ down) / TOP_K).sum(0)  # [layers, out, in]
+        super().__call__()
+
+    def _project(self, layer: int, weight: Tensor, x: Tensor) -> Tensor:
+        return torch.nn.functional.linear(x, weight + self.offsets[layer])
+
+
 class Prefill:
     """The first pass over a batch of questions; each call begins with an empty cache."""
 
@@ -249,8 +299,9 @@ class Decoding(Prefill):
         super().__init__(model, shape, tasks, adapters)
         self.route = self.given()
         with torch.no_grad():
-            out = self.model(inputs_embeds=self.embeds, use_cache=True, logits_to_keep=1, **self.route)
-        self.cache = out.past_key_values
+            self.cache = grown_cache(self.model.config)
+            given = {"past_key_values": self.cache, "use_cache": True, "logits_to_keep": 1, **self.route}
+            self.model(inputs_embeds=self.embeds, **given)
         self.token = torch.full((shape.rows, 1), 5, device=self.device)
         self.embeds = self.embeds[:, :0]
 
@@ -260,6 +311,17 @@ class Decoding(Prefill):
         logits: Tensor = self.model(input_ids=self.token, **given).logits
         self.cache.crop(-1)
         return logits.argmax(-1)
+
+
+class OneByOne:
+    """A step of one question, taken once for each of so many."""
+
+    def __init__(self, step: Prefill, rows: int):
+        self.step, self.rows = step, rows
+
+    def __call__(self) -> None:
+        for _ in range(self.rows):
+            self.step()
 
 
 def _embeds(shape: Shape, rows: int, device: torch.device) -> Tensor:

@@ -29,7 +29,9 @@ class InMemory(Answerer):
     def __init__(self, model: Any, tokenizer: Any, processor: Any):
         super().__init__(None)
         self._loaded = Loaded(("random", None), tokenizer, model, processor, model.retriever, {})
-        self._prompt = Prompt(model.config.conversation_version, aspect_ratio=model.config.image_aspect_ratio)
+        config = model.config
+        template = getattr(config, "conversation_version", None) or "vicuna_v1"
+        self._prompt = Prompt(template, aspect_ratio=getattr(config, "image_aspect_ratio", None) or "pad")
         self._stop = get_conversation(self._prompt.conv_mode).sep2
 
 
@@ -38,8 +40,9 @@ class Questions:
 
     def __init__(self, folder: Path, shape: Shape, model: Any):
         self.shape, self.folder = shape, folder
-        self.tokenizer = _tokenizer()
-        self.processor = model.get_vision_tower().default_processor(model.get_vision_tower().config)
+        self.tokenizer = word_tokenizer()
+        tower = model.get_vision_tower()
+        self.processor = tower.image_processor or tower.default_processor(tower.config)
         self.rows = self._write()
 
     def _write(self) -> list[Row]:
@@ -72,7 +75,7 @@ class Questions:
         return found
 
 
-def _tokenizer() -> PreTrainedTokenizerFast:
+def word_tokenizer() -> PreTrainedTokenizerFast:
     """A token a word, so that a prompt has about as many as LLaVA's own; words that it does not know are one."""
     special = ["<pad>", "<s>", "</s>", "<unk>"]
     known = {word: number for number, word in enumerate([*special, *dict.fromkeys(WORDS)])}

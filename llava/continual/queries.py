@@ -23,7 +23,7 @@ from llava.continual.query_cache import QueryCache
 from llava.data.prompt import Picture, check_aspect_ratio, pixels_of
 from llava.data.rows import Row
 from llava.data.samples import Features, check_image_files, picture_names
-from llava.devices import readers
+from llava.devices import arithmetic, readers
 from llava.files import file_sha256
 from llava.image_io import load_image
 from llava.inside import Folder, inside
@@ -64,7 +64,7 @@ def compute_queries(
     if "text" in query_mode:
         encoder = load_text_encoder(text_encoder, base)
         queries.encoder = encoder.identity
-        queries.text = text_queries(rows, encoder.identity, base, lambda: encoder, cache)
+        queries.text = text_queries(rows, encoder.identity, base, lambda: encoder, cache, device)
     if "image" in query_mode:
         check_image_files(rows, image_folder)
         source = PictureSource.standalone(base, image_folder, aspect_ratio, device)
@@ -73,16 +73,25 @@ def compute_queries(
 
 
 def text_queries(
-    rows: list[Row], identity: dict[str, Any], base: Path, load: Callable[[], TextEncoder], cache: QueryCache
+    rows: Sequence[Row],
+    identity: dict[str, Any],
+    base: Path | None,
+    load: Callable[[], TextEncoder],
+    cache: QueryCache,
+    device: str = "cpu",
 ) -> Tensor:
-    """Text queries ``[rows, text_dim]``; ``load`` gives the encoder of this identity where they must be computed."""
+    """Text queries ``[rows, text_dim]``; ``load`` gives the encoder of this identity where they must be computed.
+
+    Each question is encoded by itself, on ``device``, so that its query does not depend on the others.
+    """
     content: dict[str, Any] = {}
     if cache:
         files = encoder_content(identity, base)
         content = {"encoder": identity, "files": files, "questions": [row.question for row in rows], **LIBRARIES}
+        content |= {} if torch.device(device).type == "cpu" else {"run": arithmetic(device)}
     found: Tensor | None = cache.read("text", content)
     if found is None:
-        encoder = load()
+        encoder = load().to(device)
         shown = Progress("text queries", "question", rows)
         found = torch.stack([encoder([row.question])[0] for row in shown])
         cache.write("text", content, found)

@@ -180,6 +180,7 @@ class Answerer:
             if self.base is not None and place != self.base:
                 rank0_print(f"{place}: has weights of its own, so it was loaded by itself")
         self._loaded.clear()
+        self.cache.device = str(self._loaded.model.device)
         return self._loaded
 
     def _choose(self, route: str | None, task: str | None) -> None:
@@ -234,6 +235,7 @@ class Answerer:
         self.cache.look_with(self.model, *self._in_memory.key)
         tasks = given_tasks(rows, self._route, self._task)
         encoder.check(rows)
+        self.cache.encode_ahead(rows, self.model.retriever)
         with ThreadPoolExecutor(max(generation.workers, 1)) as readers:
             for window in batches(len(rows), generation.batch_size * self._window):
                 if window.stop <= done:

@@ -20,7 +20,7 @@ from llava.data.samples import check_image_files
 from llava.devices import default_device, readers
 from llava.eval.answer_chunk import Chunk
 from llava.eval.generation import ORACLE, Generation, Loading, check_route, given_tasks
-from llava.eval.loading_flags import asked_prompt
+from llava.eval.loading_flags import DTYPES, asked_prompt
 from llava.eval.shown_pictures import KINDS, REAL, SHUFFLED, shown_rows
 from llava.inside import Folder, opened_to_links
 from llava.utils import UserError, require_file
@@ -50,6 +50,9 @@ class Settings:
     )
     conv_mode: str = flag("", "conversation template (default: the stage's own)")
     follow_links: bool = flag(False, "open pictures that are links out of their folder")
+    dtype: str | None = flag(
+        None, "of the weights (default: the checkpoint's own on a GPU, float32 on the CPU)", choices=DTYPES
+    )
     tf32: bool | None = flag(None, "products of float32 matrices in TF32, on NVIDIA GPUs since Ampere (default: no)")
     image_aspect_ratio: str = flag("", "pad, square or anyres (default: the stage's own)")
     answer_suffix: str | None = flag(None, "text after each question (default: the stage's own; '' for none)")
@@ -148,7 +151,7 @@ class Evaluation:
     @property
     def loading(self) -> Loading:
         """The accelerator of this process, unquantised."""
-        return Loading(tf32=self.settings.tf32)
+        return Loading(tf32=self.settings.tf32, dtype=self.settings.dtype)
 
     def chunk(self, name: str, number: int, pictures: str = REAL) -> Chunk:
         """One chunk of a model's answers to a kind of picture."""

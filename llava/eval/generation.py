@@ -32,7 +32,7 @@ class Loading:
     load_8bit: bool = False
     load_4bit: bool = False
     attn_implementation: str | None = None
-    dtype: torch.dtype | None = None
+    dtype: torch.dtype | str | None = None
     tf32: bool | None = None
 
 

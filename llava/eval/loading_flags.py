@@ -10,7 +10,8 @@ from llava.devices import check_device, default_device, readers
 from llava.eval.generation import Generation, Loading
 from llava.image_io import allow_pixels
 
-LOADING = ("device", "device_map", "load_8bit", "load_4bit", "attn_implementation", "tf32")
+LOADING = ("device", "device_map", "load_8bit", "load_4bit", "attn_implementation", "dtype", "tf32")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
 GENERATION = ("temperature", "top_p", "num_beams", "max_new_tokens", "batch_size", "seed", "refuse_unknown")
 
 
@@ -28,6 +29,9 @@ class LoadingFlags:
         None,
         "default: sdpa, which also stands in for a FlashAttention that is not installed",
         choices=("sdpa", "flash_attention_2", "eager"),
+    )
+    dtype: str | None = flag(
+        None, "of the weights (default: the checkpoint's own on a GPU, float32 on the CPU)", choices=DTYPES
     )
     tf32: bool | None = flag(None, "products of float32 matrices in TF32, on NVIDIA GPUs since Ampere (default: no)")
     max_pixels: int | None = flag(

@@ -23,13 +23,14 @@ from PIL import Image
 from torch import Tensor
 
 from llava.checkpoints.manifest import manifest_of
-from llava.continual.queries import SIGHTS
+from llava.continual.queries import SIGHTS, text_queries
+from llava.continual.query_cache import QueryCache
 from llava.data.prompt import Picture, PromptEncoder
 from llava.data.rows import Row
 from llava.files import file_sha256
 from llava.inside import inside
 from llava.model.vision.sights import Sight, SightStore, eye_of, see
-from llava.slots.encoders import TextEncoder, encoder_from_identity
+from llava.slots.encoders import KEPT_BYTES, SentenceEncoder, TextEncoder, encoder_from_identity
 
 MEGABYTES = 2048
 """Memory for features, about 1700 pictures of LLaVA-1.5 in half precision; as much again for a model's prefixes."""
@@ -57,7 +58,12 @@ class QuestionCache:
     Args:
         megabytes: memory for pictures; those that find no room are looked at again for each stage.
         folder: of queries and sights on the disk (``llava.continual.queries``); empty: none.
+
+    Attributes:
+        device: where questions are encoded; set by whoever asks.
     """
+
+    device: str = "cpu"
 
     def __init__(self, megabytes: int = MEGABYTES, folder: str | os.PathLike[str] | None = None) -> None:
         self.limit, self.used = megabytes * 2**20, 0
@@ -86,8 +92,21 @@ class QuestionCache:
         """The text encoder of this identity; it remembers the questions it has encoded."""
         name = json.dumps(identity, sort_keys=True)
         if name not in self.encoders:
-            self.encoders[name] = encoder_from_identity(identity, base)
+            self.encoders[name] = encoder_from_identity(identity, base).to(self.device)
         return self.encoders[name]
+
+    def encode_ahead(self, rows: Sequence[Row], adapter: Any) -> None:
+        """Have the text queries of all rows before the first is answered, from the disk where they lie there.
+
+        Only where an encoder computes them: a mean over a table takes less time than a file.
+        """
+        if adapter is None or not adapter.active or not isinstance(adapter.encode_text, SentenceEncoder):
+            return
+        encoder = adapter.encode_text
+        new = [row for row in rows if not encoder.knows(row.question)]
+        if new and 4 * encoder.dim * len(new) <= KEPT_BYTES:
+            found = text_queries(new, encoder.identity, None, lambda: encoder, QueryCache(self.folder), self.device)
+            encoder.remember([row.question for row in new], found)
 
     def read_ahead(self, rows: Sequence[Row], encoder: PromptEncoder, pool: ThreadPoolExecutor) -> None:
         """Open the rows' pictures that are not known yet while something else is worked on."""

@@ -22,6 +22,7 @@ from llava.constants import IMAGE_TOKEN_INDEX
 from llava.model.answer_loss import answer_loss
 from llava.model.apart import spread, who_sees_whom
 from llava.model.decision import Decision, Prefill, cache_of, cached_length, carried, carry, continue_mask
+from llava.model.grown_cache import grown_cache
 from llava.model.multimodal_encoder.builder import build_vision_tower
 from llava.model.multimodal_projector.builder import build_vision_projector
 from llava.model.pictured_text import PicturedText
@@ -316,13 +317,13 @@ class LlavaMetaForCausalLM(Routed, SharedPrefixes, PicturedText):
         asked = Asked(questions, text_query, image_query, tasks, route)
         decision = self._begun(asked, input_ids, embeds, mask, None, image_features, images)
         self._settle(decision.route)
+        goes_on = self._may_go_on(kwargs, self.generation_config)
         if embeds is None:
             features = [[] for _ in input_ids] if image_features is None else image_features
             action = decision.action(len(input_ids), self.get_model().embed_tokens.weight.dtype)
             laid = None
-            if picture_names is not None and self._may_share(decision, action, kwargs):
-                if self._may_go_on(kwargs, self.generation_config):
-                    laid = self._laid_out(input_ids, mask, picture_names, features, image_sizes)
+            if picture_names is not None and goes_on and self._may_share(decision, action, kwargs):
+                laid = self._laid_out(input_ids, mask, picture_names, features, image_sizes)
             if laid is not None:
                 embeds, mask, kwargs["past_key_values"], start = laid
                 starts = [start] * len(input_ids)
@@ -332,6 +333,8 @@ class LlavaMetaForCausalLM(Routed, SharedPrefixes, PicturedText):
             decision = decision.starting(starts)
         else:
             decision = self._starting(decision, embeds)
+        if goes_on:
+            kwargs.setdefault("past_key_values", grown_cache(self.config))
         out = super().generate(
             inputs_embeds=embeds, attention_mask=None if mask is None else mask.long(), route=decision, **kwargs
         )

@@ -19,6 +19,7 @@ from transformers import DynamicCache
 
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava.model.decision import Decision
+from llava.model.grown_cache import grown_cache
 from llava.model.splice import splice
 from llava.model.vision.hand_out import sizes_of
 from llava.padding import pad
@@ -31,7 +32,7 @@ Names = Sequence[Sequence[Hashable]]
 
 _OF_ALL = ("output_hidden_states", "output_attentions", "logits_to_keep")
 """Options of a pass whose results have a place for each position."""
-_OWN_CACHE = ("past_key_values", "cache_implementation", "prefill_chunk_size")
+_OWN_CACHE = ("past_key_values", "cache_implementation", "prefill_chunk_size", "custom_generate")
 """Options of ``generate`` that decide how a cache is made and filled."""
 
 
@@ -174,7 +175,7 @@ class SharedPrefixes:
         words = embed(ids.to(embed.weight.device))
         empty = words.new_zeros(len(rows), seen.shape[1], words.shape[2])
         mask = torch.cat([seen, real.to(seen.device)], dim=1)
-        return torch.cat([empty, words], dim=1), mask, filled(cached), seen.shape[1]
+        return torch.cat([empty, words], dim=1), mask, filled(cached, grown_cache(self.config)), seen.shape[1]
 
     def _too_long(self, prefixes: Sequence[Tensor], rows: Sequence[Row]) -> bool:
         """Whether a row would be cut to the model's window."""
@@ -207,7 +208,7 @@ class SharedPrefixes:
             "inputs_embeds": self.get_model().embed_tokens(ids),
             "attention_mask": torch.cat([seen, real], dim=1),
             "position_ids": places.to(input_ids.device),
-            "past_key_values": filled(cached),
+            "past_key_values": filled(cached, DynamicCache()),
             "use_cache": True,
         }
         return Behind(inputs, known)
@@ -263,9 +264,8 @@ def joined(prefixes: Sequence[Tensor], device: torch.device) -> tuple[Tensor, Te
     return cached, seen.to(device)
 
 
-def filled(cached: Tensor) -> DynamicCache:
-    """A cache of the prefixes that ``joined`` gave."""
-    cache = DynamicCache()
+def filled(cached: Tensor, cache: DynamicCache) -> DynamicCache:
+    """An empty cache with the prefixes that ``joined`` gave."""
     for number, (keys, values) in enumerate(cached):
         cache.update(keys, values, number)
     return cache

@@ -26,13 +26,14 @@ import torch
 from PIL.Image import Image
 from transformers import StoppingCriteria
 
-from llava.constants import DEFAULT_IMAGE_TOKEN
+from llava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_PLACEHOLDER
 from llava.conversation import plain_question
 from llava.data.labels import Turn, expanded_length
 from llava.data.rows import HUMAN, wrong_count
 from llava.eval.answerer import Answerer
 from llava.eval.generation import NO_ROUTE, Generation
 from llava.mm_utils import KeywordsStoppingCriteria
+from llava.slots.encoders import TextEncoder
 from llava.utils import UserError
 
 LOGGER = logging.getLogger(__name__)
@@ -201,6 +202,12 @@ class Service:
         self._places = threading.BoundedSemaphore(self.limits.at_once)
 
     @property
+    def slot_tasks(self) -> dict[int, str]:
+        """The task that each slot belongs to, by the number it has in routes."""
+        pool = getattr(self._answerer.model.retriever, "pool", None)
+        return {} if pool is None else {slot: task.name for task in pool.tasks for slot in range(task.start, task.stop)}
+
+    @property
     def has_base(self) -> bool:
         """Whether a base lies under the model, whose answer can be had for comparison."""
         return self._answerer.model.retriever is not None
@@ -247,9 +254,18 @@ class Service:
         options: dict[str, Any] = {"streamer": said, "stopping_criteria": ends}
         if question.base:
             options["route"] = NO_ROUTE
-        reply = answerer.ask(question.turns, question.pictures, generation, question.system, **options)
+        try:
+            reply = answerer.ask(question.turns, question.pictures, generation, question.system, **options)
+        finally:
+            self._forget()
         text = _before(reply.text, question.stop)
         return Answer(text, reply.route, said.finish(generation, answering), length, len(said.tokens))
+
+    def _forget(self) -> None:
+        """Let the encoder of questions keep none: they are their askers' alone."""
+        encoder = getattr(self._answerer.model.retriever, "encode_text", None)
+        if isinstance(encoder, TextEncoder):
+            encoder.forget()
 
     def cleaned(self, tokens: Sequence[int], stop: Sequence[str]) -> str:
         """The answer that some tokens are, as it is handed out."""
@@ -328,20 +344,33 @@ def check(question: Question, limits: Limits) -> None:
     count, named = len(question.pictures), sum(text.count(DEFAULT_IMAGE_TOKEN) for text in said)
     if named not in (0, count):
         raise Refused(f"the question holds {wrong_count(named, count)}")
-    check_pictures(question.pictures, limits)
+    check_sizes([picture.size for picture in question.pictures], limits)
     if question.generation.max_new_tokens > limits.new_tokens:
         raise Refused(f"an answer may have {limits.new_tokens} tokens, not more", "max_tokens")
 
 
-def check_pictures(pictures: Sequence[Image], limits: Limits) -> None:
-    """Refuse more pictures, or more pixels in all of them, than may be shown.
+def placed(text: str, count: int) -> str:
+    """A question with one ``<image>`` for each of ``count`` pictures, in front unless it places them itself.
+
+    Raises:
+        Refused: it names another number of pictures.
+    """
+    text = text.replace(IMAGE_PLACEHOLDER, DEFAULT_IMAGE_TOKEN)
+    named = text.count(DEFAULT_IMAGE_TOKEN)
+    if named and named != count:
+        raise Refused(f"the question holds {wrong_count(named, count)}")
+    return text if named else f"{DEFAULT_IMAGE_TOKEN}\n" * count + text
+
+
+def check_sizes(sizes: Sequence[tuple[int, int]], limits: Limits) -> None:
+    """Refuse more pictures, or more pixels in all of them, than may be shown; ``sizes`` are widths and heights.
 
     Raises:
         Refused: which limit is passed.
     """
-    if len(pictures) > limits.pictures:
-        raise Refused(f"the conversation has {len(pictures)} pictures; {limits.pictures} may be shown")
-    pixels = sum(picture.width * picture.height for picture in pictures)
+    if len(sizes) > limits.pictures:
+        raise Refused(f"the conversation has {len(sizes)} pictures; {limits.pictures} may be shown")
+    pixels = sum(width * height for width, height in sizes)
     if pixels > limits.pixels:
         raise Refused(f"the pictures have {pixels:,} pixels together; {limits.pixels:,} may be shown (shrink them)")
 

@@ -69,9 +69,29 @@ class TextEncoder:
             return known
         with _ENCODING:
             query = self.encode_one(question)
+        self._remember(question, query)
+        return query
+
+    def knows(self, question: str) -> bool:
+        """Whether it remembers the query of a question."""
+        return question in self._cache
+
+    def remember(self, questions: Sequence[str], queries: Tensor) -> None:
+        """Take over queries ``[batch, dim]`` that were computed before, as far as the memory for them goes."""
+        for question, query in zip(questions, queries, strict=True):
+            self._remember(question, query)
+
+    def _remember(self, question: str, query: Tensor) -> None:
         if (len(self._cache) + 1) * query.nbytes <= KEPT_BYTES:
             self._cache[question] = query
-        return query
+
+    def to(self, device: Any) -> TextEncoder:
+        """Encode on a device from now on, where there is anything to compute; queries come back to the CPU."""
+        return self
+
+    def forget(self) -> None:
+        """Keep none of the questions that were encoded so far."""
+        self._cache.clear()
 
     def encode_one(self, question: str) -> Tensor:
         """Query ``[dim]`` of one question."""
@@ -136,11 +156,15 @@ class SentenceEncoder(TextEncoder):
         super().__init__(name, digest, self.model.config.hidden_size)
         self.identity["files"] = manifest_of(source)
 
+    def to(self, device: Any) -> SentenceEncoder:
+        self.model = self.model.to(device)
+        return self
+
     @torch.inference_mode()
     def encode_one(self, question: str) -> Tensor:
-        batch = self.tokenizer(question.strip(), return_tensors="pt", truncation=True)
+        batch = self.tokenizer(question.strip(), return_tensors="pt", truncation=True).to(self.model.device)
         hidden: Tensor = self.model(**batch).last_hidden_state[0]  # [tokens, dim]
-        return hidden.mean(0).clone()
+        return hidden.mean(0).cpu().clone()
 
 
 def load_text_encoder(choice: str, base_path: Place | None) -> TextEncoder:

@@ -92,16 +92,16 @@ def build_dataset(
     dataset, cache = TrainingSamples(rows, encoder, apart), QueryCache(args.query_cache)
     texts = None
     if settings.uses_text and settings.encoder:
-        texts = text_queries(
-            rows, settings.encoder, source.base, lambda: encoder_from_identity(settings.encoder, source.base), cache
-        )
+        identity, device = settings.encoder, source.pictures.device
+        load = functools.partial(encoder_from_identity, identity, source.base)
+        texts = text_queries(rows, identity, source.base, load, cache, device)
     kind = settings.image_query if settings.uses_images else None
     room = 0 if source.trains else args.feature_cache_mb * 2**20
     shown = len(picture_names(rows))
     once = args.num_train_epochs <= 1 and args.max_steps <= 0 and shown == sum(len(row.images) for row in rows)
     if shown * source.least_bytes > room or (kind is None and once):
         room = 0  # known before any picture is looked at: they don't fit, or each is needed once
-    store = source.pictures.store(None if source.trains else args.query_cache, args.feature_cache_mb)
+    store = source.pictures.store("" if source.trains else args.query_cache, args.feature_cache_mb if room else 0)
     images, features = look_at_pictures(rows, source.pictures, kind, store, room) if kind or room else (None, None)
     if features is None and not source.trains and not once:
         rank0_print("note: the pictures' features exceed --feature_cache_mb; the tower runs every step")

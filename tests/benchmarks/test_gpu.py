@@ -12,6 +12,7 @@ import torch
 from tiny_world import run_main
 
 from benchmarks import gpu
+from benchmarks.parts import bench
 from benchmarks.parts.contenders import TINY, Prefill, Training, random_model, trained_rank, with_lora, with_slots
 from benchmarks.parts.timing import AGAIN, BASE, Found, lines, measure, record
 from llava.utils import run_cli
@@ -27,7 +28,7 @@ def model():
 
 @pytest.fixture
 def few_tasks(monkeypatch):
-    monkeypatch.setattr(gpu, "MANY", 12)
+    monkeypatch.setattr(bench, "MANY", 12)
 
 
 def test_every_part_runs_and_is_written(tmp_path, capsys, few_tasks):
@@ -51,7 +52,7 @@ def test_a_part_that_fails_leaves_the_others(tmp_path, capsys, few_tasks, monkey
     def fail(self, until):
         raise torch.OutOfMemoryError("not enough")
 
-    monkeypatch.setattr(gpu.Bench, "train", fail)
+    monkeypatch.setattr(bench.Bench, "train", fail)
     words = ("--tiny", "True", "--device", "cpu", "--rounds", 1, "--json", tmp_path / "gpu.json")
     assert run_main(gpu.main, *words, "--parts", "train", "prefill") == 1
     assert list(json.loads((tmp_path / "gpu.json").read_text())["parts"]) == ["prefill"]

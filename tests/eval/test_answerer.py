@@ -2,19 +2,23 @@
 
 import random
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
 from tiny_llava import HIDDEN, write_base, write_images, write_stage
 
+from llava.cli import filled
 from llava.continual.methods import l2p, moelora
 from llava.continual.queries import PictureSource, look_at_pictures
 from llava.data import prompt as prompt_module
 from llava.data.labels import prompt_ids
 from llava.data.rows import question_row, read_rows, write_jsonl
 from llava.eval import loaded as loaded_module
+from llava.eval import model_vqa_loader
 from llava.eval.answerer import Answerer
 from llava.eval.generation import Generation, Loading
+from llava.eval.loading_flags import loading_of
 from llava.eval.question_cache import QuestionCache
 from llava.model.builder import load_pretrained_model
 from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower
@@ -191,6 +195,14 @@ def test_each_picture_is_opened_and_looked_at_once_for_all_stages(place, rows, m
     assert len(opened) == len(set(opened)) == 5 and looked == [1] * 5
     told(answerer.use(None, aspect_ratio="square"), place, rows, Generation(max_new_tokens=2))
     assert len(opened) == 10  # other pixels
+
+
+def test_a_model_is_loaded_in_the_type_that_a_flag_names(place, rows):
+    asked = SimpleNamespace(model_path=str(place / "tiny-base"), question_file="q", dtype="bfloat16", device="cpu")
+    loading = loading_of(filled(model_vqa_loader.Arguments, asked))
+    answerer = Answerer.load(str(place / "tiny-base"), loading)
+    assert {weight.dtype for weight in answerer.model.parameters()} == {torch.bfloat16}
+    assert len(told(answerer, place, rows[:2])) == 2
 
 
 def test_pictures_go_through_the_tower_once_for_all_processes(place, rows, tmp_path, monkeypatch, capsys):

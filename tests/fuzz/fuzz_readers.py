@@ -73,6 +73,7 @@ def readers() -> dict[str, tuple[str, Callable[[Path], object]]]:
     from llava.eval.score_schema import read_scores
     from llava.image_io import load_image
     from llava.mm_utils import load_image_from_base64
+    from llava.model.vision.sights import Sight, SightStore
     from llava.normal_form import normalise
     from llava.outside import parsed_yaml, read_text
     from llava.slots.adapter import read_memory
@@ -101,6 +102,14 @@ def readers() -> dict[str, tuple[str, Callable[[Path], object]]]:
         kept.write_bytes(file.read_bytes())
         assert cache.read("queries", {}) is None, "a foreign cache is taken for its own"
 
+    def kept_sight(file: Path) -> None:
+        store = SightStore(file.parent, "a" * 32)
+        store.put("0" * 64, Sight(torch.zeros(1, 1, 1), {}, (1, 1)))
+        (kept,) = store.folder.glob("*.safetensors")
+        kept.unlink()
+        kept.write_bytes(file.read_bytes())
+        assert store.get("0" * 64) is None, "a foreign sight is taken for its own"
+
     def deepspeed_settings(file: Path) -> None:
         from llava.train.deepspeed_config import check_deepspeed_config  # DeepSpeed takes its time
 
@@ -126,6 +135,7 @@ def readers() -> dict[str, tuple[str, Callable[[Path], object]]]:
         "record": ("training.json", read_record),
         "seal": ("checksums.json", lambda file: check_seal(file.parent)),
         "queries": ("queries.pt", cached_queries),
+        "sight": ("sight.bin", kept_sight),
         "memory": ("memory.pth", lambda file: read_memory(file.parent)),
         "weights": ("model.safetensors", tensor_names),
         "torch-weights": ("pytorch_model.bin", load_bin),
@@ -172,7 +182,8 @@ def seeds() -> Iterator[tuple[str, bytes]]:
     yield "slots", _whole_slots()
     for name in ("queries", "memory", "torch-weights"):
         yield name, _tensors()
-    yield "weights", _safetensors()
+    for name in ("weights", "sight"):
+        yield name, _safetensors()
     yield from (("picture", data) for data in _pictures())
     yield "dicom", _dicom()
 

@@ -97,6 +97,13 @@ def test_a_seed_draws_the_same_again(place):
     assert texts[0] == texts[1] != texts[2]
 
 
+def test_no_question_is_kept(place):
+    encoder = place.service._answerer.model.retriever.encode_text
+    encoder(["an older one"])
+    answer_of(place, place.question(ASKED, 0))
+    assert encoder._cache == {}
+
+
 @pytest.fixture
 def slow(place, monkeypatch):
     """A service whose model takes a while for each token."""

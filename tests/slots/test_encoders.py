@@ -1,6 +1,7 @@
 """Text queries: deterministic, one question at a time, and never confused between encoders; and their cache."""
 
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from transformers import BertConfig, BertModel
 from llava.continual import queries as queries_module
 from llava.continual.queries import compute_queries
 from llava.data.rows import question_row, read_rows, write_jsonl
+from llava.eval.question_cache import QuestionCache
 from llava.model.builder import load_pretrained_model
 from llava.slots import encoders as query_encoder
 from llava.slots.encoders import (
@@ -126,6 +128,26 @@ def test_the_identity_of_a_whole_encoder_is_the_one_in_key_files(sentence_folder
     counted = {key: torch.arange(value.numel()).view(value.shape) / 64 for key, value in state.items()}
     save_file(counted, folder / "model.safetensors", {"format": "pt"})
     assert load_text_encoder(str(folder), base).identity["fingerprint"] == "6ed470977b865452"
+
+
+def test_queries_of_all_questions_come_ahead_and_from_the_disk(sentence_folder, base, rows, tmp_path, monkeypatch):
+    """One by one while answers were waited for, a question took 72 ms with RoBERTa on a CPU, in every process."""
+    asked, encode = [], query_encoder.SentenceEncoder.encode_one
+    monkeypatch.setattr(
+        query_encoder.SentenceEncoder, "encode_one", lambda self, text: asked.append(text) or encode(self, text)
+    )
+    expected = load_text_encoder(str(sentence_folder), base)([row.question for row in rows[1]])
+    for calls in (5, 0):
+        asked.clear()
+        cache = QuestionCache(folder=tmp_path)
+        encoder = cache.encoder(load_text_encoder(str(sentence_folder), base).identity, base)
+        adapter = SimpleNamespace(active=True, encode_text=encoder)
+        for _ in range(2):  # of another stage: nothing is left to encode
+            cache.encode_ahead(rows[1], adapter)
+            assert torch.equal(encoder([row.question for row in rows[1]]), expected) and len(asked) == calls
+    cache.encode_ahead(rows[1], SimpleNamespace(active=True, encode_text=BaseEmbeddingEncoder(base)))
+    cache.encode_ahead(rows[1], None)
+    assert len(list(tmp_path.iterdir())) == 1
 
 
 def test_an_encoder_that_lacks_more_than_a_pooler_is_refused(sentence_folder, base, tmp_path):

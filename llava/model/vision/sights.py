@@ -46,6 +46,9 @@ FORMAT = 1
 MEGABYTES = 4096
 """What a store may take by default, 1,700 pictures of LLaVA-1.5 in float32."""
 FEATURES = "features"
+MAPPED, MAPS = 2**18, 30_000
+"""Bytes from which on features are mapped, not read, and how many of them at a time: Linux lets a process have 65,530
+maps."""
 LIBRARIES = {"libraries": {name: version(name) for name in ("torch", "transformers", "tokenizers", "pillow", "numpy")}}
 """What computes: another version may give other numbers."""
 
@@ -119,13 +122,14 @@ class SightStore:
 
     Args:
         root: of all eyes. eye: of ``eye_of``. megabytes: that ``root`` may take, as far as one process knows: what
-            others write meanwhile is seen by the next.
+            others write meanwhile is seen by the next; 0: queries alone are kept.
     """
 
     def __init__(self, root: str | os.PathLike[str], eye: str, megabytes: int = MEGABYTES) -> None:
         self.root, self.folder, self.limit = Path(root), Path(root) / eye, megabytes * 2**20
-        self.full = self.refused = False
+        self.full, self.refused = not self.limit, False
         self._used: int | None = None
+        self._maps = 0
         with contextlib.suppress(OSError):  # it is not there yet, or is another user's
             os.utime(self.folder)  # used now
 
@@ -145,7 +149,14 @@ class SightStore:
         except _DAMAGE:
             rank0_print(f"note: {path} is damaged; its picture is looked at again")
             return None
-        return found if found.whole or not whole else None
+        return self._held(found) if found.whole or not whole else None
+
+    def _held(self, found: Sight) -> Sight:
+        """A sight whose tensors are mapped; or read, where maps are not worth it, or as many as may be."""
+        if found.features.nbytes >= MAPPED and self._maps < MAPS:
+            self._maps += 1
+            return found
+        return Sight(found.features.clone(), {kind: query.clone() for kind, query in found.queries.items()}, found.size)
 
     def holds(self, picture: str) -> bool:
         """Whether there is a file for a picture."""
@@ -171,7 +182,7 @@ class SightStore:
             rank0_print(f"note: {path} cannot be written ({error.strerror}); pictures' features are not kept")
             return sight
         self._used = (self._used or 0) + kept.nbytes
-        return found if kept.whole else sight
+        return self._held(found) if kept.whole else sight
 
     def expect(self, more: int) -> None:
         """Notice before any picture is looked at that features of so many bytes find no room: none is then kept."""
