@@ -23,6 +23,7 @@ export EPOCHS=${EPOCHS:-} LEARNING_RATE=${LEARNING_RATE:-} SEED=${SEED:-}
 export BATCH_SIZE=${BATCH_SIZE:-} GRADIENT_ACCUMULATION=${GRADIENT_ACCUMULATION:-}   # the batch is per device
 export MAX_LENGTH=${MAX_LENGTH:-} SAVE_STEPS=${SAVE_STEPS:-}
 FOLLOW_LINKS=${FOLLOW_LINKS:-0}                # 1: open pictures that are links out of their folder
+REPORT_TO=${REPORT_TO:-none}                   # tensorboard, wandb, ...: losses of every stage under its task's name
 MASTER_PORT=${MASTER_PORT:-29500}
 EXTRA_ARGS=${EXTRA_ARGS:-}                     # more flags for llava/train/train_mem.py, e.g. "--save_full_model True"
 # ----------------------------------------------------------------------------------------------------------------------
@@ -32,15 +33,11 @@ if [ -n "${HIP_VISIBLE_DEVICES:-}" ] && [ -z "${CUDA_VISIBLE_DEVICES:-}" ]; then
     export CUDA_VISIBLE_DEVICES=$HIP_VISIBLE_DEVICES # PyTorch for ROCm reads either; DeepSpeed's launcher reads this one
 fi
 
-# Each is checked by its own line: a program that fails inside <(...) would go unnoticed.
-task_list=$(python -m llava.continual.tasks get "$SEQUENCE" tasks)
-stage_list=$(python -m llava.continual.tasks stages "$SEQUENCE" --method "$METHOD")
-flag_list=$(python -m llava.continual.tasks flags "$SEQUENCE")
-zero=$(python -m llava.continual.tasks get "$SEQUENCE" train.zero)
+# Checked by a line of its own: a program that fails inside <(...) would go unnoticed.
+of_sequence=$(python -m llava.continual.tasks variables "$SEQUENCE" tasks stages arguments=flags zero=train.zero \
+    --method "$METHOD")
+eval "$of_sequence"
 gpus=$(python -c "import torch; print(torch.cuda.device_count())")
-mapfile -t tasks <<<"$task_list"
-mapfile -t stages <<<"$stage_list"
-mapfile -t arguments <<<"$flag_list"
 if [ -z "$zero" ]; then
     processes=$gpus # one device has nothing to share out
     if [ "$gpus" -gt 0 ] && [ -n "$HOSTFILE$LAUNCHER" ]; then processes=2; fi
@@ -56,7 +53,7 @@ case " $EXTRA_ARGS " in
         ${links[@]+"${links[@]}"} ;;
 esac
 
-arguments+=(--sequence "$SEQUENCE" --method "$METHOD" --save_strategy steps --logging_steps 10 --report_to none
+arguments+=(--sequence "$SEQUENCE" --method "$METHOD" --save_strategy steps --logging_steps 10 --report_to "$REPORT_TO"
     --follow_links "$FOLLOW_LINKS")
 if [ -n "$KEYS" ]; then arguments+=(--retriever_state_dict "$KEYS"); fi
 if [ "$gpus" -gt 0 ]; then

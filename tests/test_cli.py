@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import subprocess
 import sys
@@ -11,7 +12,8 @@ from pathlib import Path
 import pytest
 from warm_python import warm_python
 
-from llava.cli import flag, flags_of, given, parse, parse_command, word
+from llava.cli import Parser, flag, flags_of, given, parse, parse_command, word
+from llava.train.arguments import TrainParser
 
 ROOT = Path(__file__).resolve().parents[1]
 COMMANDS = [
@@ -25,6 +27,7 @@ MODULES = [
     *("llava.continual.slots", "llava.continual.tasks", "llava.serve.cli", "llava.train.train_mem"),
     *("llava.eval.model_vqa_loader", "llava.eval.model_vqa", "llava.eval.run_llava", "llava.eval.merge_chunks"),
     *("llava.eval.eval_video_qa", "llava.eval.accuracy_matrix", "llava.eval.route_report", "llava.eval.report"),
+    "llava.serve.gradio_web_server",
 ]
 COLD = ("train_prompt_key.py", "llava.train.train_mem", "llava.eval.model_vqa_loader")
 """Started as a user does, with all that they import; the others are with ``--thorough``."""
@@ -85,6 +88,59 @@ def test_a_wrong_command_line_is_one_line(words, message, capsys):
     said = capsys.readouterr().err
     assert stopped.value.code == 2 and said.count("\n") == 1
     assert said.startswith(f"error: {message}") and said.rstrip().endswith("--help)")
+
+
+@dataclass
+class AllKinds:
+    text: str
+    number: float = 0.5
+    maybe_a_number: int | None = flag(None, "or none", metavar="N")
+    known: str | None = flag(None, choices=("a", "b"))
+    many_words: list[str] = flag(["x"], "some", aliases=["--words"])
+    perhaps_some: list[int] | None = None
+    on: bool = flag(True, "switch")
+    switched_off: bool = False
+    undecided: bool | None = flag(None, "yes or no")
+
+
+@pytest.mark.parametrize("kind", [AllKinds, Arguments, flags_of(Settings)])
+def test_fields_become_the_flags_that_transformers_makes_of_them(kind):
+    def told(action):
+        about = {**vars(action), "type": action.type and action.type("1"), "container": None}
+        return type(action), about
+
+    ours, theirs = Parser(kind)._actions, TrainParser(kind)._actions
+    assert list(map(told, ours)) == list(map(told, theirs))
+    truth = {action.dest: action.type for action in Parser(AllKinds)._actions}["switched_off"]
+    assert [truth(text) for text in "yes No TRUE f y 0".split()] == [True, False, True, False, True, False]
+    with pytest.raises(argparse.ArgumentTypeError, match="expected true or false, found '2'"):
+        truth("2")
+
+
+LIGHT = [
+    *("llava.continual.tasks", "llava.continual.slots", "llava.eval.eval_video_qa", "llava.eval.accuracy_matrix"),
+    *("llava.eval.over_seeds", "llava.eval.result_pages", "llava.eval.run_llava", "llava.eval.route_report"),
+    *("llava.serve.cli", "fusion", "train_prompt_key", "merge_prompt_key"),
+]
+"""Commands that do something, or explain themselves, before they need a model's libraries."""
+
+
+def test_light_commands_import_no_library_of_models():
+    code = f"""
+import importlib, runpy, sys
+for name in {LIGHT}:
+    importlib.import_module(name)
+sys.argv = ["tasks", "variables", "phantom", "tasks", "stages", "more=flags", "base=base.recipe"]
+del sys.modules["llava.continual.tasks"]
+try:
+    runpy.run_module("llava.continual.tasks", run_name="__main__")
+except SystemExit as done:
+    heavy = {{"torch", "transformers", "peft", "accelerate", "pandas", "matplotlib"}}
+    print(done.code, sorted(heavy & set(sys.modules)))
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[0] == "tasks=(abd chest head)" and done.stdout.splitlines()[-1] == "0 []"
 
 
 def test_sub_commands_with_positional_words(capsys):

@@ -16,7 +16,7 @@ ZERO = sorted((ROOT / "scripts").glob("zero*.json"))
 
 # Each room may import the rooms named beside it, and itself.
 BELOW_ALL = {"constants", "utils", "files", "locks", "registry", "folds", "padding", "devices", "truncation"}
-BELOW_ALL |= {"normal_form", "outside", "schema", "inside", "targets"}
+BELOW_ALL |= {"normal_form", "outside", "schema", "inside", "targets", "progress"}
 PICTURES = {"image_io", "dicom", "deep_grey"}
 HELPERS = BELOW_ALL | PICTURES | {"conversation", "mm_utils"}
 MODEL = HELPERS | {"checkpoints", "slots", "data"}
@@ -31,6 +31,7 @@ MAY_IMPORT = {
     "inside": {"utils"},
     "targets": {"utils"},
     "cli": {"utils", "schema"},
+    "progress": {"utils"},
     "folds": set(),
     "padding": set(),
     "truncation": set(),
@@ -106,14 +107,26 @@ PARSERS = {"argparse", "transformers.hf_argparser", "transformers.HfArgumentPars
 
 @pytest.mark.parametrize("path", COMMAND_LINES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_only_command_lines_parse_arguments(path):
-    """One module knows the parser; who uses it is started as a command, or holds the arguments of one."""
+    """One module knows the parser, and one that of transformers' arguments; who uses it is started as a command, or
+    holds the arguments of one."""
     name = str(path.relative_to(ROOT))
     modules = imported_modules(path)
     used = {module for module in modules if any(f"{module}.".startswith(f"{parser}.") for parser in PARSERS)}
-    assert not used or name == "llava/cli.py", f"{name} imports {used}"
-    parses = {f"llava.cli.{word}" for word in ("parse", "parse_command", "Parser")} & modules
+    theirs = {"transformers.hf_argparser.HfArgumentParser"} if name == "llava/train/arguments.py" else set()
+    assert used <= theirs or name == "llava/cli.py", f"{name} imports {used}"
+    parses = {f"llava.cli.{word}" for word in ("parse", "parse_command", "Parser", "FieldsParser")} & modules
     text = path.read_text(encoding="utf-8")
     assert not parses or 'if __name__ == "__main__":' in text or name == "llava/train/arguments.py", name
+
+
+BARS = {"tqdm", "rich", "progressbar", "alive_progress", "transformers.trainer_callback.ProgressCallback"}
+BARS |= {"transformers.ProgressCallback", "transformers.utils.logging.tqdm", "huggingface_hub.utils.tqdm"}
+
+
+@pytest.mark.parametrize("path", COMMAND_LINES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_one_module_shows_how_far_a_long_step_is(path):
+    used = {name for name in imported_modules(path) if any(f"{name}.".startswith(f"{bar}.") for bar in BARS)}
+    assert not used or path.name == "progress.py", f"{path.name} imports {used}; count with llava.progress.Progress"
 
 
 @pytest.mark.parametrize("path", SHELL, ids=lambda path: path.name)

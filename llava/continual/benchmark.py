@@ -14,7 +14,9 @@ that is best on validation rows, by the sequence's first metric: each is tried o
 ``validation`` is a file of rows, or a share of the training pictures, which the trials then do without. ``rows`` of
 each task's training files and ``test_rows`` of each domain, spread evenly, are used; left out, all are. ``train``
 overrides the sequence's block, ``flags`` are the method's own, ``route`` and ``pictures`` are the evaluation's.
-``workers`` is how many processes share the cells (default: one a device). Under ``output/benchmarks/<name>``::
+``workers`` is how many processes share the cells (default: one a device). Cells that differ only in what they are asked
+(route, pictures, a trial's rows where it trains on all pictures) have the stages of the first of them. Under
+``output/benchmarks/<name>``::
 
     <run>/<order>/seed-<n>/          a cell: sequence.json, its stages, eval/, and cell.json once it is whole
     trials/<run>-<rate>/<order>/...  the same for a learning rate that is tried
@@ -185,6 +187,10 @@ class Benchmark:
             return cell.rates[0] if cell.rates else None
         return max(self.trials(cell), key=lambda trial: (self.score(trial), -trial.rates[0])).rates[0]
 
+    def training(self, cell: Cell) -> tuple[Any, ...]:
+        """What decides the stages of a cell whose trials are whole; cells that share it are only asked otherwise."""
+        return cell.method, cell.order, cell.seed, cell.flags, cell.train, self._fewer(cell), self.rate(cell)
+
     def score(self, cell: Cell) -> float:
         """The average final score of a cell by the sequence's first metric."""
         (_, found), *_ = read_object(self.matrix(cell))["metrics"].items()
@@ -196,8 +202,11 @@ class Benchmark:
 
     def key_folder(self, cell: Cell) -> Path:
         """Keys of the cell's order and seed; trials that do without the validation pictures have their own."""
-        fewer = cell.trial and not isinstance(self.values["validation"], str)
-        return self.root / ("trials/keys" if fewer else "keys") / cell.shared
+        return self.root / ("trials/keys" if self._fewer(cell) else "keys") / cell.shared
+
+    def _fewer(self, cell: Cell) -> bool:
+        """Whether a cell trains without the validation pictures."""
+        return cell.trial and not isinstance(self.values["validation"], str)
 
     @property
     def query_cache(self) -> Path:

@@ -56,6 +56,14 @@ class Marks:
         """Whether a cell's learning rate is not known yet."""
         return not all(map(self.whole, self.benchmark.trials(cell)))
 
+    def teacher(self, cell: Cell) -> Cell | None:
+        """The first cell of the file whose stages a cell's are too; ``None`` where it is that one, or is blocked."""
+        if self.blocked(cell):
+            return None
+        cells, wanted = self.benchmark.cells, self.benchmark.training(cell)
+        before = (other for other in cells[: cells.index(cell)] if not self.blocked(other))
+        return next((other for other in before if self.benchmark.training(other) == wanted), None)
+
     def time_left(self, todo: Sequence[Cell], workers: int = 1) -> float | None:
         """Seconds that cells will take, by those of the same run that are done, else by any; ``None`` before one is."""
         took = [(cell.run, self._mark(cell).get("seconds")) for cell in self.benchmark.cells]

@@ -6,6 +6,7 @@
     output/prompt-key/<sequence>/...                      of every other one: two may have tasks of one name
     output/llava-<sequence>[-<method>]_<task>_<task>      a stage
     output/checkpoints/<stage>                            its work in progress
+    output/runs/<sequence>[-<method>]/<task>              what a stage reports to TensorBoard
     output/eval/<sequence>[-<method>][-<route>]           answers, scores, accuracy matrix, report.html
     output/tiny-base, output/llava-medical-base           bases that are made here
     output/cache/queries                                  queries and picture features of both stages

@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from llava.checkpoints.manifest import manifest
 from llava.continual.query_cache import QueryCache
@@ -32,10 +31,10 @@ from llava.model.configs import llava_config
 from llava.model.multimodal_encoder.tower import VisionTower
 from llava.model.vision.features import ahead, load_vision_tower
 from llava.model.vision.sights import LIBRARIES, MEGABYTES, Sight, SightStore, eye_of, see
+from llava.progress import Progress
 from llava.slots.encoders import TextEncoder, encoder_content, load_text_encoder
 from llava.slots.picture_query import image_query_dim, joined_query
 from llava.slots.queries import Queries
-from llava.utils import is_main_process
 
 SIGHTS = "sights"
 """Folder of what towers saw, beside the queries."""
@@ -93,7 +92,7 @@ def text_queries(
     found: Tensor | None = cache.read("text", content)
     if found is None:
         encoder = load().to(device)
-        shown = tqdm(rows, desc="text queries", unit="question", disable=not is_main_process(), leave=False)
+        shown = Progress("text queries", "question", rows)
         found = torch.stack([encoder([row.question])[0] for row in shown])
         cache.write("text", content, found)
     return found
@@ -172,7 +171,7 @@ class PictureSource:
         first = number * len(names) // count if store else 0
         turn = [*names[first:], *names[:first]]
         opened = zip(turn, ahead(open_one, turn, readers(self.device) if missing else 0), strict=True)
-        for name, found in tqdm(opened, "pictures", len(turn), disable=not is_main_process(), leave=False):
+        for name, found in Progress("pictures", "picture", opened, total=len(turn)):
             if isinstance(found, Sight):
                 yield name, found
                 continue

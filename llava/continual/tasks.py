@@ -1,6 +1,7 @@
 """What the shell scripts ask of a task sequence; the sequence itself is ``llava.continual.sequence``.
 
 python -m llava.continual.tasks get SEQUENCE FIELD          test, tasks, train:<task>, keys.rank, merged_keys, ...
+python -m llava.continual.tasks variables SEQUENCE NAME=FIELD...   several of them, as assignments of bash
 python -m llava.continual.tasks stages SEQUENCE [--output_dir output] [--method retrieval]
 python -m llava.continual.tasks flags SEQUENCE              flags of llava.train.train_mem, one word a line
 python -m llava.continual.tasks check SEQUENCE [--method]    what would stop the training of any of its tasks
@@ -10,6 +11,8 @@ python -m llava.continual.tasks choose DATASET              the sequence that th
 from __future__ import annotations
 
 import os
+import re
+import shlex
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +30,16 @@ class Get:
 
     sequence: str = word("task sequence, name or file")
     field: str = word("such as test, train:<task>, keys.rank or merged_keys")
+    output_dir: str | None = _OUTPUT_DIR
+    method: str = "retrieval"
+
+
+@dataclass(kw_only=True)
+class Variables:
+    """print fields as assignments that bash evaluates, lists as arrays; also of the fields flags and stages"""
+
+    sequence: str = word("task sequence, name or file")
+    fields: list[str] = word("such as zero=train.zero; tasks means tasks=tasks")
     output_dir: str | None = _OUTPUT_DIR
     method: str = "retrieval"
 
@@ -67,24 +80,21 @@ class Choose:
 
 
 def main() -> None:
-    name, args = parse_command(
-        {"get": Get, "stages": Stages, "flags": Flags, "check": Check, "choose": Choose}, None, __doc__
-    )
+    commands = {"get": Get, "variables": Variables, "stages": Stages, "flags": Flags, "check": Check, "choose": Choose}
+    name, args = parse_command(commands, None, __doc__)
     if name == "choose":
         print(choose_sequence(args.dataset, os.environ))
         return
     sequence = load_sequence(args.sequence)
-    if name == "flags":
-        for flag, value in sequence.train.flags().items():
-            print(f"--{flag}\n{value}")
-        return
-
-    environ = {**os.environ, **({"OUTPUT_DIR": args.output_dir} if args.output_dir else {})}
-    places = Places.of(sequence, args.method, environ)
+    environ = {**os.environ, **({"OUTPUT_DIR": given} if (given := getattr(args, "output_dir", None)) else {})}
+    places = Places.of(sequence, getattr(args, "method", "retrieval"), environ)
     if name == "check":
         _check(places, args)
-        return
-    print(_get(places, args.field) if name == "get" else "\n".join(map(str, places.stages)))
+    elif name == "variables":
+        print("\n".join(_assignment(places, wanted) for wanted in args.fields))
+    else:
+        found = _field(places, args.field if name == "get" else name)
+        print(found if isinstance(found, str) else "\n".join(found))
 
 
 def _check(places: Places, args: Check) -> None:
@@ -101,15 +111,33 @@ def _check(places: Places, args: Check) -> None:
     check_training(places, places.base_model(), args.keys or None, folder)
 
 
-def _get(places: Places, wanted: str) -> str:
+def _assignment(places: Places, wanted: str) -> str:
+    """``zero=train.zero`` as bash takes it."""
+    name, given, field = wanted.partition("=")
+    if not re.fullmatch(r"[A-Za-z_]\w*", name, re.ASCII):
+        raise UserError(f"{name!r} is no name of a variable; write NAME=FIELD, such as zero=train.zero")
+    found = _field(places, field if given else name)
+    return f"{name}={shlex.quote(found) if isinstance(found, str) else f'({shlex.join(found)})'}"
+
+
+def _field(places: Places, wanted: str) -> str | list[str]:
+    """A field as text, or as several.
+
+    Raises:
+        UserError: there is none of that name; the base model is not there.
+    """
     sequence = places.sequence
     block, _, name = wanted.partition(".")
     if wanted == "tasks":
-        return "\n".join(sequence.task_names)
+        return sequence.task_names
     if wanted == "train":
-        return "\n".join(file for task in sequence.tasks for file in task.files)
+        return [file for task in sequence.tasks for file in task.files]
     if wanted.startswith("train:"):
-        return "\n".join(sequence.task(wanted.removeprefix("train:")).files)
+        return list(sequence.task(wanted.removeprefix("train:")).files)
+    if wanted == "stages":
+        return list(map(str, places.stages))
+    if wanted == "flags":
+        return [part for flag, value in sequence.train.flags().items() for part in (f"--{flag}", str(value))]
     if name and block in ("keys", "train", "base"):
         values = vars(getattr(sequence, block))
     else:
@@ -119,11 +147,11 @@ def _get(places: Places, wanted: str) -> str:
     if wanted == "base_model":
         return str(places.base_model())
     if name not in values:
-        more = ("base_model", "train:<task>", "keys.*", "train.*", "base.*")
+        more = ("base_model", "train:<task>", "stages", "flags", "keys.*", "train.*", "base.*")
         known = ", ".join(values if "." in wanted else (*values, *more))
         raise UserError(f"unknown field {wanted!r}; known: {known}")
     value = values[name]
-    return "\n".join(value) if isinstance(value, tuple) else "" if value is None else str(value)
+    return list(value) if isinstance(value, tuple) else "" if value is None else str(value)
 
 
 if __name__ == "__main__":

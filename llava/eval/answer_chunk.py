@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property
@@ -18,6 +17,7 @@ from llava.eval.shown_pictures import BLANK, REAL, shown_metadata, shown_rows
 from llava.files import file_sha256
 from llava.inside import Folder
 from llava.mm_utils import get_model_name_from_path
+from llava.progress import Progress
 
 if TYPE_CHECKING:
     from llava.eval.answerer import Answerer
@@ -116,13 +116,11 @@ class Chunk:
     def write(self, answerer: Callable[[], Answerer], quiet: bool = False) -> None:
         """Answer what is not answered yet; ``answerer`` gives the one to ask, and is called only where one is needed.
 
-        A terminal sees a progress bar, unless ``quiet``.
+        How far it is is shown, unless ``quiet``.
 
         Raises:
             UserError: as ``finished``; a picture cannot be read.
         """
-        from tqdm import tqdm
-
         rows = self.mine
         opened = appending(self.answers_file, rows, self.model_id, self.run, self.replace)
         with opened as (done, stream):
@@ -133,8 +131,8 @@ class Chunk:
             asked = answerer().use(self.model, self.route, self.task, self.defaults, **self.asked)
             cut_before = asked.model.prompts_cut
             replies = asked.answer(rows, self.generation, self.image_folder, done, self.pictures == BLANK)
-            hidden = quiet or not sys.stderr.isatty()
-            for reply in tqdm(replies, total=len(rows), initial=done, unit="question", disable=hidden):
+            title = f"answers of {self.model_id}"
+            for reply in Progress(title, "question", replies, total=len(rows), done=done, quiet=quiet, stays=True):
                 shown = shown_metadata(reply.row, self.pictures)
                 metadata = {"run": self.run, **shown, **({"route": reply.route} if reply.route else {})}
                 carried = {name: reply.row.raw[name] for name in self.carried if name in reply.row.raw}

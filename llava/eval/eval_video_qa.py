@@ -44,6 +44,7 @@ from llava.eval.statistics import DRAWS, SEED
 from llava.eval.text_metrics import TextScorer
 from llava.files import atomic_write, file_sha256, values_sha256
 from llava.inside import check_file_name
+from llava.progress import Progress
 from llava.utils import UserError, require_file, run_cli
 
 FORMAT_VERSION = 2
@@ -114,7 +115,8 @@ def score_files(
         finished = [job.finished_scores(scorer.tokenizer) for job in jobs]
         left = [job for job, found in zip(jobs, finished, strict=True) if found is None]
         scorer.tokenize([text for job in left for part in (job, *job.pictures.values()) for text in part.texts()])
-        for job, scores in zip(jobs, finished, strict=True):
+        shown = Progress("scoring", "file", jobs, quiet=tables)  # tables show how far it is
+        for job, scores in zip(shown, finished, strict=True):
             if scores is None:
                 scores = job.score(train_rows, scorer)
             else:

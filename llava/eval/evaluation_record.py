@@ -14,6 +14,7 @@ from typing import Any
 from llava.devices import accelerator_names
 from llava.eval.eval_video_qa import package_version
 from llava.eval.evaluation import Evaluation, Settings
+from llava.eval.shown_pictures import KINDS
 from llava.files import atomic_write
 from llava.outside import read_object
 from llava.schema import Wanted, an_object, check_fields, list_of, whole, words, yes_or_no
@@ -42,7 +43,9 @@ RECORD: dict[str, Wanted] = {
 
 def write_evaluation_record(evaluation: Evaluation) -> Path:
     """Write the record into the evaluation's folder; returns the file."""
-    settings, sequence = evaluation.settings, evaluation.sequence
+    asked, sequence = evaluation.settings, evaluation.sequence
+    pictures = [kind for kind in KINDS if kind in asked.pictures]
+    settings = dataclasses.replace(asked, base_model=evaluation.base, pictures=pictures)
     found = {
         "format_version": FORMAT_VERSION,
         "sequence": sequence.name,
@@ -52,8 +55,8 @@ def write_evaluation_record(evaluation: Evaluation) -> Path:
         "question_file": str(sequence.test),
         "image_folder": str(sequence.image_folder),
         "follow_links": settings.follow_links,
-        "pictures": list(settings.pictures),
-        "command": command_of(dataclasses.replace(settings, base_model=evaluation.base)),
+        "pictures": settings.pictures,
+        "command": command_of(settings),
         "machine": machine_in_words(),
         "versions": {
             "python": platform.python_version(),

@@ -1,8 +1,8 @@
 """The screen at the end of an evaluation: the last stage's main figures, the matrix of the main metric, its summary.
 
-At most 40 lines of 100 columns, whatever a sequence's tasks are: first the intervals of single domains give way, then
-domains, tasks and stages in the middle, and a word says how many. Only the name of a file is never cut, as a cut one
-leads nowhere. Everything else stands in ``scores.json`` and ``accuracy_matrix.json``.
+At most 40 lines of 100 columns with the line about the page, whatever a sequence's tasks are: first the intervals of
+single domains give way, then domains, tasks and stages in the middle, and a word says how many. Only the name of a file
+is never cut, as a cut one leads nowhere. Everything else stands in ``scores.json`` and ``accuracy_matrix.json``.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from typing import Any
 from llava.eval.matrix_report import UNSIGNED, labelled_rows, metric_title, title_of
 from llava.eval.metrics.base import OVERALL
 
-LINES, COLUMNS = 40, 100
+LINES, COLUMNS = 39, 100
+"""With the line that ``llava.eval.report`` adds, 40."""
 NAME = 14
 """Columns of a task's or domain's name; of a longer one the beginning and the end are shown."""
 SHOWN = {

@@ -15,12 +15,12 @@ from typing import Any
 from PIL.Image import Image
 
 from llava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_PLACEHOLDER
-from llava.data.rows import GPT, HUMAN, wrong_count
+from llava.data.rows import GPT, HUMAN
 from llava.eval.generation import Generation
 from llava.outside import kind_of
 from llava.schema import Wanted, an_object, list_of, number, whole, words, yes_or_no
 from llava.serve.pictures import of_data_url
-from llava.serve.service import Limits, Question, Refused, check_pictures
+from llava.serve.question import Limits, Question, Refused, check_sizes, placed
 from llava.utils import UserError
 
 MOST_STOPS, LONGEST_STOP = 4, 100
@@ -159,7 +159,7 @@ def _conversation(
                 if kind == "image_url":
                     try:
                         pictures.append(of_data_url(url, f"picture {len(pictures) + 1}", limits))
-                        check_pictures(pictures, limits)
+                        check_sizes([picture.size for picture in pictures], limits)
                     except Refused as error:
                         raise Refused(error, f"{where}.content") from error
             turns.append((HUMAN, _placed(parts, f"{where}.content")))
@@ -191,11 +191,10 @@ def _parts(content: Any, where: str, kinds: Sequence[str]) -> list[tuple[str, st
 
 def _placed(parts: Sequence[tuple[str, str]], where: str) -> str:
     """A user's text with one ``<image>`` for each picture: where the text has them, else where the parts stand."""
-    texts = [text.replace(IMAGE_PLACEHOLDER, DEFAULT_IMAGE_TOKEN) for kind, text in parts if kind == "text"]
-    named, count = "\n".join(texts).count(DEFAULT_IMAGE_TOKEN), len(parts) - len(texts)
-    if named and named != count:
-        raise Refused(f"the text holds {wrong_count(named, count)}", where)
-    if named:
-        return "\n".join(texts)
-    marked = [DEFAULT_IMAGE_TOKEN if kind == "image_url" else text for kind, text in parts]
-    return "\n".join(marked)
+    texts = [text for kind, text in parts if kind == "text"]
+    marked = "\n".join(DEFAULT_IMAGE_TOKEN if kind == "image_url" else text for kind, text in parts)
+    try:
+        alone = placed("\n".join(texts), len(parts) - len(texts))
+    except Refused as error:
+        raise Refused(error, where) from error
+    return alone if any(mark in text for text in texts for mark in (DEFAULT_IMAGE_TOKEN, IMAGE_PLACEHOLDER)) else marked

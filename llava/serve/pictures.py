@@ -9,13 +9,13 @@ import re
 from PIL import Image
 
 from llava.image_io import decode_image, expand2square, to_base64
-from llava.serve.service import Limits, Refused
+from llava.serve.question import Limits, Refused
 from llava.utils import UserError
 
 DICOM_TYPE = "application/dicom"
 KINDS = re.compile(rf"image/[\w.+-]+|{DICOM_TYPE}|application/octet-stream")
 """Content types of a data URL; what the bytes are is told by themselves."""
-_THUMBNAIL, _BACKGROUND = 224, (24, 24, 27)
+_THUMBNAIL, _BACKGROUND = 336, (24, 24, 27)
 
 
 def opened(data: bytes, name: str, limits: Limits) -> Image.Image:

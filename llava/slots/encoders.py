@@ -89,6 +89,10 @@ class TextEncoder:
         """Encode on a device from now on, where there is anything to compute; queries come back to the CPU."""
         return self
 
+    def forget(self) -> None:
+        """Keep none of the questions that were encoded so far."""
+        self._cache.clear()
+
     def encode_one(self, question: str) -> Tensor:
         """Query ``[dim]`` of one question."""
         raise NotImplementedError(f"{type(self).__name__} must define encode_one")

@@ -19,15 +19,15 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm import tqdm
 
+from llava.progress import Progress
 from llava.slots.pool import Pool
 from llava.slots.queries import Queries, Query, TaskStatistics
 from llava.slots.routers import build_router
 from llava.slots.settings import RetrieverSettings
 from llava.slots.task_slots import TaskSlots
 from llava.slots.unknown import TaskExtent
-from llava.utils import UserError, is_main_process
+from llava.utils import UserError
 
 MIN_SHARE = 0.05
 """A key that is nearest to a smaller share of the queries (of an even share, if that is less) is re-seeded."""
@@ -143,7 +143,7 @@ def fit_keys(
     random = F.normalize(torch.randn(slots, space.vectors.shape[1], generator=generator, dtype=torch.float64), dim=-1)
     before = _selected_similarity(space, space.normalise(random), top_k)
     centres = _seeding(space, slots, generator)
-    progress = tqdm(range(iterations), desc="prompt keys", unit="round", disable=not is_main_process(), leave=False)
+    progress = Progress("prompt keys", "round", range(iterations))
     assigned = None
     for round_number in progress:
         similarity = space.vectors @ centres.T  # [queries, slots]
@@ -152,7 +152,7 @@ def fit_keys(
             break
         assigned = nearest
         centres = _update(space, centres, nearest, reseed=round_number < iterations // 2)
-        progress.set_postfix(similarity=f"{similarity.max(-1).values.mean():.4f}")
+        progress.figures["similarity"] = float(similarity.max(-1).values.mean())
     after = _selected_similarity(space, centres, top_k)
     text, image = space.keys(centres)
     chosen = (space.vectors @ centres.T).topk(min(top_k, slots), dim=-1).indices.flatten()

@@ -28,6 +28,7 @@ from llava.image_io import load_image
 from llava.inside import inside
 from llava.mm_utils import expand2square
 from llava.outside import read_object
+from llava.progress import Progress
 from llava.toy.medical_facts import MODALITIES, Facts, asked_again, common_findings, facts_of, told, words_of
 from llava.toy.phantom_generic import draw_generic, random_scene
 from llava.toy.phantom_talk import ask_plainly, scene_words
@@ -211,7 +212,7 @@ def _real(
 ) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
     weights = question_weights(found, config.valued)
     common = common_findings([sheet.facts for sheet in found])
-    for number, sheet in enumerate(found):
+    for number, sheet in enumerate(Progress("pictures with their answers", "picture", found)):
         picture = load_image(inside(pictures, sheet.image))
         for place in range(config.views):
             rng = np.random.default_rng([config.seed, 1, number, place])
@@ -232,7 +233,7 @@ def _real(
 
 
 def _phantoms(folder: Path, config: MedicalRows) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
-    for number in range(config.phantoms):
+    for number in Progress("drawings", "picture", range(config.phantoms)):
         rng = np.random.default_rng([config.seed, 2, number])
         scene = random_scene(rng)
         pixels, _ = draw_generic(scene, config.side, rng)

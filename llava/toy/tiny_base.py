@@ -18,13 +18,13 @@ import torch
 import torch.nn.functional as F
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor
-from tqdm import tqdm
 from transformers import CLIPImageProcessorPil, CLIPVisionConfig, GenerationConfig, PreTrainedTokenizerFast
 
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava.data.labels import conversation_ids
 from llava.files import atomic_write
 from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
+from llava.progress import Progress
 from llava.toy.phantom_talk import DIALECTS, GLOSSARY, Dialect, make_dialects, talk
 from llava.toy.tiny_tower import GenericPictures, TowerTrainer, normalised, tower_batch
 
@@ -257,9 +257,9 @@ def run_steps(
         start = saved["step"]
         if start < steps:
             optimizer.load_state_dict(saved["optimizer"])
-    bar = tqdm(range(start, steps), initial=start, total=steps, desc=name, unit="step", mininterval=2)
+    progress = Progress(name, "step", range(start, steps), total=steps, done=start, stays=True)
     module.train()
-    for step in bar:
+    for step in progress:
         for group in optimizer.param_groups:
             group["lr"] = lr * _schedule(step, steps)
         loss = loss_of(step)
@@ -267,7 +267,7 @@ def run_steps(
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
-        bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
+        progress.figures["loss"] = loss.item()
         if (step + 1) % every == 0 or step + 1 == steps:
             _save_state(path, {"module": module.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1})
     module.eval()

@@ -16,18 +16,21 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import transformers
-from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
+from transformers.hf_argparser import HfArgumentParser
 
-from llava.cli import MANY, Parser, spelled
+from llava.cli import MANY, FieldsParser, spelled
 from llava.continual.chain import base_under, stage_given_as_base
 from llava.continual.places import Places
 from llava.continual.sequence import load_sequence, sequence_flag
 from llava.schema import number, whole
 from llava.train.ignored_flags import ignored_beside, say_ignored
 from llava.train.machine import settle_machine, without_auto
+from llava.train.trackers import trackers_here
 from llava.utils import UserError, rank0_print
 
 PROJECTOR_PART = "mm_mlp_adapter"
+_PUBLISHED = "__lazy_preprocess"
+"""Stands, without effect, in every command line of LLaVA's and the prototype's, and in none of this project's."""
 
 _LEAST = {
     "learning_rate": 0,
@@ -211,13 +214,17 @@ class EarlyArguments:
     mm_tunable_parts: str | None = None
 
 
+class TrainParser(FieldsParser, HfArgumentParser):
+    """Reads transformers' arguments as transformers does, and ours beside them."""
+
+
 def early_arguments(argv: Sequence[str]) -> EarlyArguments:
     """The few arguments above from a whole command line; nothing is started or checked.
 
     A command that names no task, no sequence and no method is one of LLaVA's own: feature alignment where the projector
     alone is to train, else visual instruction tuning.
     """
-    parser = Parser(EarlyArguments, add_help=False, allow_abbrev=False)
+    parser = TrainParser(EarlyArguments, add_help=False, allow_abbrev=False)
     found = EarlyArguments(**vars(parser.parse_known_args(list(argv))[0]))
     parser.set_defaults(method=None, sequence=None)
     given = parser.parse_known_args(list(argv))[0]
@@ -252,7 +259,7 @@ def parse_arguments(argv: Sequence[str], options: type | None = None, of_sequenc
             )
     kinds = [*own, *([options] if options else [])]
     taken = {entry.name for kind in kinds for entry in dataclasses.fields(kind)}
-    parser = Parser([*kinds, ignored_beside(taken)], prog="train_mem", allow_abbrev=False)
+    parser = TrainParser([*kinds, ignored_beside(taken)], prog="train_mem", allow_abbrev=False)
     parser.set_defaults(retriever_state_dict=str(places.merged_keys), method=early.method)
     parser.set_defaults(query_cache=str(places.query_cache) if of_sequence else "")
     stated = sequence.train.flags(sequence.stated) if of_sequence else {}
@@ -284,7 +291,8 @@ def parse_arguments(argv: Sequence[str], options: type | None = None, of_sequenc
     _check_numbers(namespace)
     check_packages(namespace)
     settle_machine(namespace)
-    namespace.report_to = reporters_here(namespace.report_to)
+    published = any(word.split("=")[0].replace("-", "_") == _PUBLISHED for word in argv)
+    namespace.report_to = trackers_here(namespace.report_to, published)
     try:
         *parsed, without_effect = (
             kind(**{entry.name: getattr(namespace, entry.name) for entry in dataclasses.fields(kind) if entry.init})
@@ -310,20 +318,7 @@ def _check_numbers(namespace: Any) -> None:
         raise UserError(f"--num_train_epochs is {namespace.num_train_epochs}; give more than 0")
 
 
-def reporters_here(asked: str | Sequence[str]) -> list[str]:
-    """Where a run can report to, of what ``--report_to`` asks for: a tracker that is not installed is left out, said.
-
-    LLaVA's and the prototype's scripts all ask for wandb.
-    """
-    names = [asked] if isinstance(asked, str) else list(asked)
-    here = get_available_reporting_integrations()
-    lacking = [name for name in names if name in INTEGRATION_TO_CALLBACK and name not in here]
-    for name in lacking:
-        rank0_print(f"note: --report_to {name} is left out: {name} is not installed")
-    return [name for name in names if name not in lacking] or ["none"]
-
-
-def _nearest(flag: str, parser: Parser) -> str:
+def _nearest(flag: str, parser: TrainParser) -> str:
     name = flag.split("=")[0].replace("-", "_").replace("__", "--", 1)
     near = difflib.get_close_matches(name, list(parser._option_string_actions), n=1, cutoff=0.8)
     return f"did you mean {near[0]}?" if near else "see python -m llava.train.train_mem --help"

@@ -13,13 +13,13 @@ from typing import Any
 
 import torch
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
 from llava.continual.methods import Context, Recipe
 from llava.files import atomic_write, system_errors_named
 from llava.outside import read_object
+from llava.progress import Progress
 from llava.train.checkpoint_mark import last_complete_checkpoint, mark_complete
 from llava.train.sampling import (
     LengthGroupedSampler,
@@ -34,7 +34,7 @@ from llava.train.states import (
     safe_save_model_for_hf_trainer,
     trainable_state,
 )
-from llava.utils import UserError, is_main_process
+from llava.utils import UserError
 
 # Beside this module's own names those that LLaVA has here, which other trainers import.
 __all__ = [
@@ -120,10 +120,7 @@ class LLaVATrainer(Trainer):
     def single_rows(self) -> Iterator[dict[str, Any]]:
         """The training rows one by one, as batches on the model's device; nothing is done or shown before the first."""
         loader = DataLoader(self.train_dataset, batch_size=1, collate_fn=self.data_collator)
-        shown = tqdm(
-            loader, desc=f"rows of {self.context.task}", unit="row", disable=not is_main_process(), leave=False
-        )
-        for batch in shown:
+        for batch in Progress(f"rows of {self.context.task}", "row", loader):
             yield self._prepare_inputs(batch)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:

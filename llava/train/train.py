@@ -90,6 +90,8 @@ from llava.train.states import (
     trainable_state,
     whole_state,
 )
+from llava.train.step_progress import show_steps
+from llava.train.trackers import name_run
 from llava.utils import UserError, rank0_print, run_cli
 
 # Beside this module's own names those that LLaVA has here, which other trainers import.
@@ -156,6 +158,7 @@ def train(attn_implementation: str | None = None) -> None:
         checkpoint = last_complete_checkpoint(run.work, args.world_size)
         if checkpoint:
             rank0_print(f"going on from {checkpoint}")
+        name_run(trainer, context, goes_on=checkpoint is not None)
         recipe.start(context, trainer.single_rows())
         result = trainer.train(resume_from_checkpoint=checkpoint)
         finish(recipe, context, trainer, result.training_loss, args)
@@ -308,7 +311,7 @@ def build_trainer(
     args.logging_nan_inf_filter = False  # or a loss that is not a number would be logged, and pass, as one that is
     context.model.config.use_cache = False
     with slots_count_as_adapters(context.model):
-        return LLaVATrainer(
+        trainer = LLaVATrainer(
             model=context.model,
             args=args,
             train_dataset=dataset,
@@ -318,6 +321,8 @@ def build_trainer(
             recipe=recipe,
             context=context,
         )
+    show_steps(trainer, title(context))
+    return trainer
 
 
 def finish(recipe: Recipe, context: Context, trainer: LLaVATrainer, loss: float, args: TrainingArguments) -> None:

@@ -227,11 +227,21 @@ def test_the_quick_start_chooses_a_sequence(tmp_path, monkeypatch):
     assert choose_sequence("auto", {"VQA_RAD_DIR": str(tmp_path)}) == "vqa-rad"
 
 
-def test_reading_a_sequence_needs_no_torch():
-    """Shell scripts read a field at a time."""
-    code = "import sys, llava.continual.tasks, llava.continual.places; print('torch' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert done.stdout == "False\n"
+def test_shell_scripts_ask_once_for_all_they_need(tmp_path, monkeypatch, capsys):
+    """Texts, lists and what a shell would take for its own arrive as they stand."""
+    entries = [{"name": "abd", "train": "a.jsonl"}, {"name": "chest", "train": "it's `b`.jsonl"}]
+    path = sequence_file(tmp_path, tasks=entries, answer_suffix="in `one`\nword; echo $HOME", train={"epochs": 2})
+    words = ["variables", path, "tasks", "train", "suffix=answer_suffix", "zero=train.zero", "more=flags", "stages"]
+    told = "\n".join(printed(monkeypatch, capsys, *words, "--method", "joint"))
+    shown = 'for part in "${tasks[@]}" "${train[@]}" "$suffix" "[$zero]" "${more[@]:0:2}" "${stages[1]}"; do'
+    script = f'set -eu; eval "$1"; {shown} printf "%s\\0" "$part"; done'
+    done = subprocess.run(["bash", "-c", script, "bash", told], capture_output=True, text=True, check=True)
+    last = ["in `one`\nword; echo $HOME", "[]", "--num_train_epochs", "2.0"]
+    stages = ["output/llava-mine-joint_abd_chest", ""]
+    assert done.stdout.split("\0") == ["abd", "chest", "a.jsonl", "it's `b`.jsonl", *last, *stages]
+    for wrong in ("a b=tasks", "=tasks", "keys.rank", "1=tasks"):
+        with pytest.raises(UserError, match="is no name of a variable; write NAME=FIELD"):
+            printed(monkeypatch, capsys, "variables", path, wrong)
 
 
 def test_the_sequences_ship_with_an_installed_package():

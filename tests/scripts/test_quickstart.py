@@ -107,6 +107,8 @@ def test_the_quick_start_and_the_steps_by_hand_give_the_same(tmp_path):
     said = run("bash", ROOT / "scripts" / "quickstart.sh", cwd=folder, SEQUENCE="mini.json", EXTRAS="")
     assert tuple(line for line in said.splitlines() if line[:5] in {f"== {n}/" for n in range(1, 7)}) == HEADINGS
     assert "base model: tiny-llava-base" in said and "is taken as prepared" in said
+    asked = f"--model-path output/{STAGES[-1]} --model-base tiny-llava-base --question-file data/test.jsonl"
+    assert said.splitlines()[-1].endswith(f"gradio_web_server {asked} --image-folder data/images")
     first = (folder / "output").rename(folder / "first")  # the second gets its name: records name files
     hand = {"cwd": folder, "SEQUENCE": "mini.json", "OUTPUT_DIR": "output", "PYTHONPATH": str(ROOT)}
     for task in TASKS:

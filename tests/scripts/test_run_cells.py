@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import time
@@ -159,6 +160,57 @@ def test_the_best_rate_on_validation_rows_is_taken(tiny):
     best = max(tried, key=tried.__getitem__)
     assert benchmark.rate(cell) == best and len(set(tried.values())) == 2
     assert json.loads((benchmark.folder(cell) / "sequence.json").read_text())["train"]["learning_rate"] == best
+
+
+GIVEN = {"name": "given", "method": "retrieval", "route": "oracle", "seeds": [1]}
+
+
+def trained(file, monkeypatch, tmp_path, runs, **more):
+    """Places of the cells whose stages were trained, each once a stage, and what the benchmark ends with."""
+    write(file, json.loads(file.read_text())["sequence"], runs, **more)
+    found, train = [], tiny_cells.train
+
+    def told():
+        stage = Path(tiny_cells.words()["output_dir"])
+        if not (stage / "slots.pth").is_file():
+            found.append(str(stage.parent.relative_to(Benchmark.read(file).root)).split("/abd_chest/")[0])
+        train()
+
+    with monkeypatch.context() as patched:
+        patched.setattr(run_cells, "train", told)
+        run_main(run_cells.main, file)
+    return found, put_away(file, tmp_path)
+
+
+def test_cells_that_are_only_asked_otherwise_share_their_stages(tiny, monkeypatch, tmp_path):
+    runs = [{"method": "retrieval", "seeds": [1, 2]}, GIVEN, {**GIVEN, "name": "other", "flags": ["--lora_r", "2"]}]
+    stages, found = trained(tiny, monkeypatch, tmp_path, runs)
+    assert stages == ["retrieval"] * 4 + ["other"] * 2
+    shutil.rmtree(tmp_path / "first")
+    stages, alone = trained(tiny, monkeypatch, tmp_path, [GIVEN])
+    assert stages == ["given"] * 2 and {path: found[path] for path in alone if "/" in path} == {
+        path: data for path, data in alone.items() if "/" in path
+    }
+
+
+def test_a_trial_that_keeps_no_picture_back_is_the_cell_of_its_rate(tiny, monkeypatch, tmp_path):
+    runs = [{"method": "sequential", "learning_rate": [1e-3, 1e-2]}, {"method": "joint"}]
+    test = json.loads(Path(json.loads(tiny.read_text())["sequence"]).read_text())["test"]
+    stages, _ = trained(tiny, monkeypatch, tmp_path, runs, validation=test)
+    assert stages == [place for place in (*PLACES[2:4], "joint") for _ in range(2)]
+
+
+def test_stages_that_another_process_trains_are_waited_for_and_those_of_a_failed_cell_are_trained(tiny, monkeypatch):
+    write(tiny, json.loads(tiny.read_text())["sequence"], [{**GIVEN, "route": "", "name": "free"}, GIVEN])
+    benchmark = Benchmark.read(tiny)
+    first, second = benchmark.cells
+    marks, holder = Marks(benchmark, time.time()), ExitStack()
+    holder.enter_context(only_writer(benchmark.folder(first)))
+    assert marks.teacher(second) == first and marks.teacher(first) is None
+    assert not any(run_cells.take(benchmark, marks, cell, set(), 2, 0.0) for cell in benchmark.cells)
+    holder.close()
+    marks.fail(first, "the disk is full")
+    assert run_cells.take(benchmark, marks, second, set(), 2, 0.0) and marks.whole(second)
 
 
 def test_keys_of_other_rows_are_made_again(tiny):
@@ -326,7 +378,8 @@ def killing(monkeypatch, after):
 @pytest.mark.thorough
 def test_the_real_commands_too(file, tmp_path, monkeypatch):
     sequence, short = json.loads(file.read_text())["sequence"], {"flags": ["--max_steps", "2"]}
-    write(file, sequence, [{"method": method, **short} for method in ("sequential", "retrieval")])
+    given = {"name": "given", "method": "retrieval", "route": "oracle"}
+    write(file, sequence, [{**run, **short} for run in ({"method": "sequential"}, {"method": "retrieval"}, given)])
     run_main(run_cells.main, file)
     wanted = put_away(file, tmp_path)
     kills = 0

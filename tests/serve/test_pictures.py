@@ -11,7 +11,7 @@ from serve.room import bomb, data_url, dicom_bytes
 
 from llava.image_io import load_image
 from llava.serve.pictures import of_data_url, opened, thumbnail
-from llava.serve.service import Limits, Refused
+from llava.serve.question import Limits, Refused
 
 LIMITS = Limits()
 
@@ -76,4 +76,4 @@ def test_a_bomb_of_100_megapixels_is_refused(monkeypatch):
 def test_a_thumbnail_is_a_small_square_on_the_page():
     head, _, text = thumbnail(Image.new("RGB", (900, 30), "white")).partition(",")
     shown = Image.open(io.BytesIO(base64.b64decode(text)))
-    assert head == "data:image/png;base64" and shown.size == (224, 224)
+    assert head == "data:image/png;base64" and shown.size == (336, 336)

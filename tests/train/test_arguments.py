@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 from tiny_world import refusal
 
-from llava.train.arguments import early_arguments, parse_arguments, reporters_here
+from llava.train.arguments import early_arguments, parse_arguments
 from llava.train.deepspeed_config import check_agreement, check_deepspeed_config
 from llava.utils import UserError
 
@@ -62,15 +62,25 @@ def test_ignored_flags_are_said(capsys):
     assert out.count("note:") == 3
 
 
-def test_a_tracker_that_is_not_installed_is_said_and_left_out(monkeypatch, capsys):
+def test_a_tracker_that_is_not_installed_is_refused(monkeypatch):
+    monkeypatch.setattr("llava.train.trackers.get_available_reporting_integrations", lambda: ["tensorboard"])
+    assert parsed("--report_to tensorboard")["report_to"] == ["tensorboard"]
+    with pytest.raises(UserError, match="--report_to wandb: not installed; pip install wandb, or give --report_to non"):
+        parsed("--report_to wandb")
+    with pytest.raises(UserError, match="--report_to tensorbord is no tracker; did you mean 'tensorboard'"):
+        parsed("--report_to tensorbord")
+
+
+def test_published_command_lines_run_without_their_tracker(monkeypatch, capsys):
     """Every script of LLaVA's and the prototype's reports to wandb."""
-    monkeypatch.setattr("llava.train.arguments.get_available_reporting_integrations", lambda: ["tensorboard"])
-    assert parsed("--report_to wandb")["report_to"] == []
+    monkeypatch.setattr("llava.train.trackers.get_available_reporting_integrations", lambda: [])
+    assert parsed("--lazy_preprocess True --report_to wandb")["report_to"] == []
     assert "note: --report_to wandb is left out: wandb is not installed" in capsys.readouterr().out
-    assert reporters_here(["wandb", "tensorboard"]) == ["tensorboard"]
-    monkeypatch.setattr("llava.train.arguments.get_available_reporting_integrations", lambda: ["wandb"])
-    capsys.readouterr()
-    assert parsed("--report_to wandb")["report_to"] == ["wandb"] and "left out" not in capsys.readouterr().out
+    with pytest.raises(UserError, match="--report_to mlflow: not installed"):
+        parsed("--lazy_preprocess True --report_to mlflow")
+    monkeypatch.setattr("llava.train.trackers.get_available_reporting_integrations", lambda: ["wandb"])
+    assert parsed("--lazy-preprocess True --report_to wandb")["report_to"] == ["wandb"]
+    assert "left out" not in capsys.readouterr().out
 
 
 @dataclass

@@ -94,7 +94,7 @@ def examples_of(
 
 
 def chosen(rows: Sequence[Mapping[str, Any]], count: int, seed: int) -> list[int]:
-    """Places of ``count`` rows, spread evenly over domain, right or wrong, closed or open; in the rows' order."""
+    """Places of ``count`` rows, spread evenly over domain, right or wrong, closed or open; mixed."""
     groups: dict[tuple[str, bool, bool], list[int]] = defaultdict(list)
     for place, row in enumerate(rows):
         groups[domain_of(row), is_right(row), is_closed(row)].append(place)
@@ -103,7 +103,7 @@ def chosen(rows: Sequence[Mapping[str, Any]], count: int, seed: int) -> list[int
     found: list[int] = []
     while len(found) < count and any(queues):
         found += [queue.pop() for queue in queues if queue]
-    return sorted(found[:count])
+    return dice.sample(found[:count], min(count, len(found)))
 
 
 def domain_of(row: Mapping[str, Any]) -> str:

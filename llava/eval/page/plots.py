@@ -194,7 +194,7 @@ def reliable(run: Results, stage: StageRoutes) -> Plot:
 
 def novel(run: Results, stage: StageRoutes) -> Plot | None:
     """Novelty of the questions by domain, beside the limit; ``None`` where none was measured."""
-    by_domain = stage.novelty
+    by_domain = {name: stage.novelty[name] for name in run.domains if name in stage.novelty}
     if not by_domain:
         return None
     values = np.concatenate(list(by_domain.values()))

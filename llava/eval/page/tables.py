@@ -243,7 +243,8 @@ def novelty(run: Results, stages: Sequence[StageRoutes]) -> Table:
         ]
         for stage in stages
         if stage.scores["novelty"]
-        for domain, share in stage.scores["novelty"]["rejected"].items()
+        for domain in run.domains
+        if (share := stage.scores["novelty"]["rejected"].get(domain))
     ]
     areas = [
         f"after {stage.task} {score(stage.scores['novelty']['auroc'])}"

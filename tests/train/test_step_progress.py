@@ -1,0 +1,85 @@
+"""What a training shows of itself, and what it reports to a tracker under which name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from transformers.integrations import TensorBoardCallback
+
+from llava import progress
+from llava.train import trackers
+from llava.train.step_progress import StepProgress
+from llava.train.trackers import name_run
+
+
+def test_a_line_has_the_step_and_the_last_loss_and_a_validation_is_told(monkeypatch, capsys):
+    now = iter(range(0, 10_000, 10))
+    monkeypatch.setattr(progress.time, "monotonic", lambda: float(next(now)))
+    shown, state = StepProgress("task abd", lines=True), SimpleNamespace(global_step=4, max_steps=12)
+    shown.on_train_begin(None, state, None)
+    for step in range(5, 13):
+        state.global_step = step
+        shown.on_step_end(None, state, None)
+        shown.on_log(None, state, None, logs={"loss": 1 / step, "grad_norm": 1.0})
+    shown.on_prediction_step(None, state, None, eval_dataloader=[1, 2])
+    shown.on_evaluate(None, state, None)
+    shown.on_log(None, state, None, logs={"eval_loss": 0.5})
+    shown.on_log(None, state, None, logs={"train_runtime": 9.0})
+    shown.on_train_end(None, state, None)
+    said = capsys.readouterr()
+    lines = said.err.splitlines()
+    assert said.out == "" and lines[0] == "task abd: 7 of 12 steps, loss 0.1667, 13.3 s a step, about 1 min 07 s left"
+    assert lines[-2] == "task abd: validation loss 0.5 after step 12"
+    assert lines[-1].startswith("task abd: 12 of 12 steps, loss 0.08333, took ")
+
+
+@pytest.mark.parametrize(
+    "task, method, run_name, name",
+    [
+        ("abd", "retrieval", None, "tiny/abd"),
+        ("abd", "ewc", None, "tiny-ewc/abd"),
+        ("abd", "ewc", "mine", "mine/abd"),
+        ("", "align", None, "llava-stage"),
+        ("", "align", "mine", "mine"),
+    ],
+)
+def test_a_stage_is_called_after_its_task(tmp_path, monkeypatch, task, method, run_name, name):
+    monkeypatch.delenv("TENSORBOARD_LOGGING_DIR", raising=False)
+    board, args = TensorBoardCallback(), SimpleNamespace(method=method, run_name=run_name)
+    trainer = SimpleNamespace(callback_handler=SimpleNamespace(callbacks=[board]))
+    run = SimpleNamespace(folder=tmp_path / "llava-stage")
+    context = SimpleNamespace(run=run, task=task, args=args, sequence=SimpleNamespace(name="tiny"))
+
+    def told(goes_on):
+        args.run_name = run_name
+        name_run(trainer, context, goes_on)
+        return Path(board.logging_dir)
+
+    assert told(False) == tmp_path / trackers.FOLDER / name == told(True) and args.run_name == name
+    told(False).mkdir(parents=True)
+    assert told(True) == tmp_path / trackers.FOLDER / name  # the curves of what it goes on from
+    assert told(False) == tmp_path / trackers.FOLDER / f"{name}-2"
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "board"))
+    assert told(False) == tmp_path / "board" / name
+
+
+def test_tensorboard_reads_the_losses_of_a_stage_and_a_log_file_its_steps(world, tmp_path, capfd, monkeypatch):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    monkeypatch.setattr(progress, "SECONDS", 0)
+    stage = tmp_path / "llava-stage"
+    world.train("abd", stage, None, "--report_to", "tensorboard", "--logging_steps", 1, "--max_steps", 2)
+    assert not (tmp_path / "checkpoints").exists() or not list((tmp_path / "checkpoints").rglob("*"))
+    board = tmp_path / "runs" / world.sequence.stem / "abd"
+    found = EventAccumulator(str(board)).Reload()
+    losses = found.Scalars("train/loss")
+    assert [event.step for event in losses] == [1, 2] and "train/learning_rate" in found.Tags()["scalars"]
+    said = capfd.readouterr()
+    bars = [line for line in said.err.splitlines() if "%|" in line and "Loading weights" not in line]
+    assert "{'" not in said.out and not bars  # transformers' own are switched off by its commands
+    steps = [line for line in said.err.splitlines() if line.startswith("task abd: ")]
+    assert steps[0].startswith("task abd: 1 of 2 steps, ") and f"2 of 2 steps, loss {losses[0].value:.4g}, " in steps[1]
+    assert f"task abd: 2 of 2 steps, loss {losses[1].value:.4g}, took 0 min 0" in steps[2]
