@@ -21,7 +21,8 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 
 from llava.outside import decoded, parsed
 from llava.serve.chat_request import ChatRequest, read_request
-from llava.serve.service import Answer, Answering, Busy, Refused, Service
+from llava.serve.question import Answer, Busy, Refused
+from llava.serve.service import Answering, Service
 from llava.utils import UserError
 
 PATIENCE = 60.0

@@ -20,7 +20,7 @@ from llava.eval.generation import Generation
 from llava.outside import kind_of
 from llava.schema import Wanted, an_object, list_of, number, whole, words, yes_or_no
 from llava.serve.pictures import of_data_url
-from llava.serve.service import Limits, Question, Refused, check_sizes, placed
+from llava.serve.question import Limits, Question, Refused, check_sizes, placed
 from llava.utils import UserError
 
 MOST_STOPS, LONGEST_STOP = 4, 100

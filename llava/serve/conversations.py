@@ -10,7 +10,8 @@ from llava.data.labels import Turn
 from llava.data.rows import GPT, HUMAN
 from llava.eval.generation import Generation
 from llava.serve.pictures import opened, thumbnail
-from llava.serve.service import Answer, Answering, Limits, Question, Refused, check_sizes, placed
+from llava.serve.question import Answer, Limits, Question, Refused, check_sizes, placed
+from llava.serve.service import Answering
 
 MOST_CONVERSATIONS = 64
 """Beyond it the one that was used longest ago is forgotten."""

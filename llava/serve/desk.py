@@ -15,7 +15,8 @@ from llava.outside import kind_of
 from llava.serve.conversations import Conversation, Conversations
 from llava.serve.examples import Example
 from llava.serve.page import notice, pictures_part, route_part, talk_part
-from llava.serve.service import Limits, Refused, Service
+from llava.serve.question import Limits, Refused
+from llava.serve.service import Service
 from llava.utils import UserError, server_error_msg
 
 WAITING = "Waiting for the answer …"

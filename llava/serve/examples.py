@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from llava.data.rows import Row, read_rows
 from llava.inside import Folder, inside
 from llava.serve.pictures import opened, thumbnail
-from llava.serve.service import Limits
+from llava.serve.question import Limits
 from llava.utils import UserError
 
 

@@ -9,7 +9,7 @@ import re
 from PIL import Image
 
 from llava.image_io import decode_image, expand2square, to_base64
-from llava.serve.service import Limits, Refused
+from llava.serve.question import Limits, Refused
 from llava.utils import UserError
 
 DICOM_TYPE = "application/dicom"

@@ -19,97 +19,21 @@ import queue
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
-from PIL.Image import Image
 from transformers import StoppingCriteria
 
-from llava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_PLACEHOLDER
-from llava.conversation import plain_question
-from llava.data.labels import Turn, expanded_length
-from llava.data.rows import HUMAN, wrong_count
+from llava.data.labels import expanded_length
 from llava.eval.answerer import Answerer
 from llava.eval.generation import NO_ROUTE, Generation
 from llava.mm_utils import KeywordsStoppingCriteria
+from llava.serve.question import Answer, Busy, Limits, Question, Refused, check
 from llava.slots.encoders import TextEncoder
 from llava.utils import UserError
 
 LOGGER = logging.getLogger(__name__)
-
-
-class Refused(UserError):
-    """A question that is not answered.
-
-    Args:
-        param: which part of it is wrong: ``messages``, ``model``, … code: a word for programs.
-    """
-
-    def __init__(self, message: object, param: str | None = "messages", code: str | None = None) -> None:
-        super().__init__(message)
-        self.param, self.code = param, code
-
-
-class Busy(UserError):
-    """As many questions wait as may."""
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What one question may be, and how many there may be.
-
-    Args:
-        pictures: of a conversation. picture_bytes: of their files together. pixels: of the pictures together.
-        characters: of all turns together. new_tokens: of an answer. at_once: questions that are answered or wait.
-    """
-
-    pictures: int = 8
-    picture_bytes: int = 32 * 2**20
-    pixels: int = 32_000_000
-    characters: int = 20_000
-    new_tokens: int = 1024
-    at_once: int = 8
-
-
-@dataclass(frozen=True)
-class Question:
-    """What is asked: the turns of a conversation, a human's last, about pictures (RGB).
-
-    Args:
-        turns: ``("human", text)``, ``("gpt", text)``, …; human turns hold one ``<image>`` for each picture, or none do.
-        stop: texts that end the answer and are no part of it.
-        system: replaces the template's system text.
-        seed: for a temperature above 0; ``None`` draws anew each time.
-        base: the model under the stage answers.
-    """
-
-    turns: tuple[Turn, ...]
-    pictures: tuple[Image, ...] = ()
-    generation: Generation = field(default_factory=Generation)
-    stop: tuple[str, ...] = ()
-    system: str | None = None
-    seed: int | None = None
-    base: bool = False
-
-
-@dataclass(frozen=True)
-class Answer:
-    """An answer as ``Answerer.ask`` gives it, and how it ended.
-
-    Attributes:
-        route: ``Route.describe``; ``None`` where the base answered.
-        finish: ``stop`` (it was complete), ``length`` (no more tokens were allowed) or ``stopped`` (on request).
-        prompt_tokens: positions of the prompt, those of the pictures included. new_tokens: of the answer.
-    """
-
-    text: str
-    route: dict[str, Any] | None
-    finish: Literal["stop", "length", "stopped"]
-    prompt_tokens: int
-    new_tokens: int
-
-
 _STOPPED_BEFORE = Answer("", None, "stopped", 0, 0)
 
 
@@ -126,7 +50,7 @@ class Answering:
     def start(self, worker: ThreadPoolExecutor, work: Any) -> None:
         """Let ``work(self)`` be done by the worker when those before are through; then the place is free again."""
         self._future = worker.submit(self._do, work)
-        self._future.add_done_callback(lambda _: self._place.release())
+        self._future.add_done_callback(self._done)
 
     def _do(self, work: Any) -> None:
         try:
@@ -136,6 +60,11 @@ class Answering:
                 LOGGER.exception("a question could not be answered")
             self._coming.put(error)
 
+    def _done(self, future: Future[None]) -> None:
+        if future.cancelled():
+            self._coming.put(_STOPPED_BEFORE)
+        self._place.release()
+
     def say(self, text: str) -> None:
         """Hand on the answer so far."""
         self._coming.put(text)
@@ -143,8 +72,8 @@ class Answering:
     def stop(self) -> None:
         """End the answer with what was said so far; one that waits ends at once. Later calls do nothing."""
         self.stopped.set()
-        if self._future is not None and self._future.cancel():
-            self._coming.put(_STOPPED_BEFORE)
+        if self._future is not None:
+            self._future.cancel()
 
     def next(self) -> str | None:
         """The answer so far, as soon as there is more of it; ``None`` when ``answer`` holds it whole.
@@ -200,6 +129,7 @@ class Service:
         self._answerer = answerer
         self._worker = ThreadPoolExecutor(1, "model")
         self._places = threading.BoundedSemaphore(self.limits.at_once)
+        self._closing = threading.Event()
 
     @property
     def slot_tasks(self) -> dict[int, str]:
@@ -228,7 +158,8 @@ class Service:
         return answering
 
     def close(self) -> None:
-        """Take no more questions; the one that is being answered is waited for."""
+        """Take no more questions, and stop those that are being answered or wait."""
+        self._closing.set()
         self._worker.shutdown(cancel_futures=True)
 
     def _answer(self, question: Question, answering: Answering) -> Answer:
@@ -246,7 +177,7 @@ class Service:
             )
         generation = replace(question.generation, max_new_tokens=min(question.generation.max_new_tokens, room))
         said = _Said(self, question.stop, None if generation.refuse_unknown else answering)
-        ends: list[StoppingCriteria] = [_OnRequest(answering)]
+        ends: list[StoppingCriteria] = [_OnRequest(answering.stopped, self._closing)]
         if question.stop:
             ends.append(KeywordsStoppingCriteria(list(question.stop), answerer.tokenizer, torch.tensor([ids])))
         if question.seed is not None and generation.temperature > 0:
@@ -259,7 +190,9 @@ class Service:
         finally:
             self._forget()
         text = _before(reply.text, question.stop)
-        return Answer(text, reply.route, said.finish(generation, answering), length, len(said.tokens))
+        stopped = answering.stopped.is_set() or self._closing.is_set()
+        finish: Literal["stop", "length", "stopped"] = "stopped" if stopped else said.finish(generation)
+        return Answer(text, reply.route, finish, length, len(said.tokens))
 
     def _forget(self) -> None:
         """Let the encoder of questions keep none: they are their askers' alone."""
@@ -305,74 +238,22 @@ class _Said:
     def end(self) -> None:
         """The last token is there; the answer itself follows."""
 
-    def finish(self, generation: Generation, answering: Answering) -> Literal["stop", "length", "stopped"]:
-        """How the answer ended."""
-        if answering.stopped.is_set():
-            return "stopped"
+    def finish(self, generation: Generation) -> Literal["stop", "length"]:
+        """How an answer that nobody stopped has ended."""
         whole = self.service.cleaned(self.tokens, ())
         full = len(self.tokens) >= generation.max_new_tokens and not self.service.ended(self.tokens)
         return "length" if full and _before(whole, self.stop) == whole else "stop"
 
 
 class _OnRequest(StoppingCriteria):
-    """Ends an answer that was stopped."""
+    """Ends an answer when one of some events has come."""
 
-    def __init__(self, answering: Answering) -> None:
-        self.answering = answering
+    def __init__(self, *events: threading.Event) -> None:
+        self.events = events
 
     def __call__(self, input_ids: torch.Tensor, scores: Any = None, **kwargs: Any) -> torch.Tensor:
-        stopped = self.answering.stopped.is_set()
-        return torch.full((len(input_ids),), stopped, dtype=torch.bool, device=input_ids.device)
-
-
-def check(question: Question, limits: Limits) -> None:
-    """Refuse a question that passes a limit, or whose text and pictures do not fit.
-
-    Raises:
-        Refused: what is wrong with it.
-    """
-    said = [text for who, text in question.turns if who == HUMAN]
-    if not question.turns or question.turns[-1][0] != HUMAN:
-        raise Refused("the last turn must be a question")
-    if not plain_question(question.turns[-1][1]):
-        raise Refused("the last question is empty; write one")
-    characters = sum(len(text) for _, text in question.turns) + len(question.system or "")
-    if characters > limits.characters:
-        raise Refused(f"the conversation has {characters:,} characters; {limits.characters:,} may be asked")
-    if DEFAULT_IMAGE_TOKEN in (question.system or ""):
-        raise Refused(f"the system text names {DEFAULT_IMAGE_TOKEN}; put pictures into a user's turn")
-    count, named = len(question.pictures), sum(text.count(DEFAULT_IMAGE_TOKEN) for text in said)
-    if named not in (0, count):
-        raise Refused(f"the question holds {wrong_count(named, count)}")
-    check_sizes([picture.size for picture in question.pictures], limits)
-    if question.generation.max_new_tokens > limits.new_tokens:
-        raise Refused(f"an answer may have {limits.new_tokens} tokens, not more", "max_tokens")
-
-
-def placed(text: str, count: int) -> str:
-    """A question with one ``<image>`` for each of ``count`` pictures, in front unless it places them itself.
-
-    Raises:
-        Refused: it names another number of pictures.
-    """
-    text = text.replace(IMAGE_PLACEHOLDER, DEFAULT_IMAGE_TOKEN)
-    named = text.count(DEFAULT_IMAGE_TOKEN)
-    if named and named != count:
-        raise Refused(f"the question holds {wrong_count(named, count)}")
-    return text if named else f"{DEFAULT_IMAGE_TOKEN}\n" * count + text
-
-
-def check_sizes(sizes: Sequence[tuple[int, int]], limits: Limits) -> None:
-    """Refuse more pictures, or more pixels in all of them, than may be shown; ``sizes`` are widths and heights.
-
-    Raises:
-        Refused: which limit is passed.
-    """
-    if len(sizes) > limits.pictures:
-        raise Refused(f"the conversation has {len(sizes)} pictures; {limits.pictures} may be shown")
-    pixels = sum(width * height for width, height in sizes)
-    if pixels > limits.pixels:
-        raise Refused(f"the pictures have {pixels:,} pixels together; {limits.pixels:,} may be shown (shrink them)")
+        come = any(event.is_set() for event in self.events)
+        return torch.full((len(input_ids),), come, dtype=torch.bool, device=input_ids.device)
 
 
 def _before(text: str, stops: Sequence[str]) -> str:

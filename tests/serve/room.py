@@ -19,7 +19,8 @@ from tiny_llava import write_base, write_images, write_stage
 from llava.eval.answerer import Answerer
 from llava.eval.generation import Generation, Loading
 from llava.eval.run_llava import eval_model
-from llava.serve.service import Limits, Question, Service
+from llava.serve.question import Limits, Question
+from llava.serve.service import Service
 
 NEW = 12
 """Tokens of an answer."""

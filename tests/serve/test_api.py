@@ -14,7 +14,8 @@ from serve.room import NAME, NEW, data_url, dicom_bytes, running
 from llava.eval.answerer import Answerer
 from llava.serve import api as api_module
 from llava.serve import service as service_module
-from llava.serve.service import Limits, Service
+from llava.serve.question import Limits, Question
+from llava.serve.service import Service
 
 fastapi = pytest.importorskip("fastapi", reason="the API needs the serve extra")
 openai = pytest.importorskip("openai", reason="the API's client is in the dev extra")
@@ -86,7 +87,7 @@ def test_dicom_several_turns_the_base_and_a_stop_text(client, place, tmp_path):
     ]
     second = client.chat.completions.create(model=NAME, messages=spoken, temperature=0)
     turns = (("human", f"<image>\n{ASKED}"), ("gpt", "yes"), ("human", "what side"))
-    question = service_module.Question(turns, (place.picture(0),), place.service.generation)
+    question = Question(turns, (place.picture(0),), place.service.generation)
     assert second.choices[0].message.content == place.service.ask(question).answer.text
     base = client.chat.completions.create(model=f"{NAME}-base", messages=messages(place, ASKED, 0))
     assert base.choices[0].message.content == place.truth(ASKED, 0, route="none")

@@ -5,16 +5,19 @@ from __future__ import annotations
 import json
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from serve.room import NAME, data_url
 
 from llava.eval.generation import Generation
 from llava.outside import parsed
-from llava.serve.chat_request import read_request
-from llava.serve.service import Limits, Refused
+from llava.serve.chat_request import ACTING, PASSED, UNMOVED, read_request
+from llava.serve.question import Limits, Refused
 from llava.utils import UserError
 
 MODELS = (NAME, f"{NAME}-base")
 ASKED = "is there a lesion"
+NAMES = [*ACTING, *UNMOVED, *PASSED, "role", "content", "type", "text", "image_url", "url", "other"]
 
 
 def text(words):
@@ -142,3 +145,22 @@ def test_a_body_that_is_no_object(value):
 def test_deep_nesting_is_refused_by_the_reader():
     with pytest.raises(UserError, match="nested"):
         parsed("[" * 100_000 + "]" * 100_000, "the body")
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20) | st.sampled_from(["user", "text"]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(NAMES), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@settings(max_examples=40)
+@given(st.dictionaries(st.sampled_from(NAMES), VALUES, max_size=4), VALUES, VALUES)
+def test_whatever_comes_is_read_or_refused(change, content, message):
+    """With a field, a message's content or a message that is anything at all."""
+    part = [{"type": "text", "text": ASKED}, content]
+    for value in (body() | change, body({"role": "user", "content": part}), body(message), body({"role": message})):
+        try:
+            read_request(value, Limits(), Generation(), MODELS)
+        except Refused as error:
+            assert error.param is None or isinstance(error.param, str)

@@ -16,7 +16,8 @@ from llava.serve import service as service_module
 from llava.serve.conversations import Conversations
 from llava.serve.desk import Desk
 from llava.serve.examples import read_examples
-from llava.serve.service import Limits, Service
+from llava.serve.question import Limits, Question
+from llava.serve.service import Service
 from llava.utils import UserError
 
 ASKED, DOMAINS = "is there a lesion", ("abd", "chest")
@@ -70,7 +71,7 @@ def test_later_turns_know_the_ones_before_and_may_bring_pictures(place, desk):
     pairs = tuple(zip(("human", "gpt") * 3, turns))
     for count, pictures, expected in ((1, 1, one), (3, 1, two), (5, 2, three)):
         shown = tuple(place.picture(number) for number in range(pictures))
-        question = service_module.Question(pairs[:count], shown, Generation(max_new_tokens=NEW))
+        question = Question(pairs[:count], shown, Generation(max_new_tokens=NEW))
         assert place.service.ask(question).answer.text == expected
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from llava.serve.conversations import Said
 from llava.serve.page import PICK_SCRIPT, route_part, talk_part
-from llava.serve.service import Answer
+from llava.serve.question import Answer
 
 TASKS = {0: "abd", 1: "abd", 2: "<chest>"}
 

@@ -11,7 +11,7 @@ from serve.room import bomb, data_url, dicom_bytes
 
 from llava.image_io import load_image
 from llava.serve.pictures import of_data_url, opened, thumbnail
-from llava.serve.service import Limits, Refused
+from llava.serve.question import Limits, Refused
 
 LIMITS = Limits()
 

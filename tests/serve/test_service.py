@@ -12,7 +12,8 @@ import torch
 from llava.eval.answerer import Answerer
 from llava.eval.generation import Generation
 from llava.serve import service as service_module
-from llava.serve.service import Busy, Limits, Question, Refused, Service, check
+from llava.serve.question import Busy, Limits, Question, Refused, check
+from llava.serve.service import Service
 from llava.utils import UserError
 
 ASKED = "is there a lesion"
@@ -126,6 +127,18 @@ def test_an_answer_can_be_stopped_and_so_can_one_that_waits(place, slow):
     first.stop()
     assert first.answer.finish == "stopped" and first.answer.text.startswith(said) and first.answer.route
     assert first.answer.new_tokens < 100
+
+
+def test_a_service_that_closes_leaves_nobody_waiting(place, slow):
+    question = place.question("what side", 0, new=150)
+    first, second = slow.ask(question), slow.ask(question)
+    first.next()
+    begun = time.monotonic()
+    slow.close()
+    assert second.answer.finish == first.answer.finish == "stopped"
+    assert first.answer.new_tokens < 100 and time.monotonic() - begun < 2
+    with pytest.raises(RuntimeError):
+        slow.ask(question)
 
 
 def test_who_reads_no_further_stops_the_answer(place, slow):

@@ -65,10 +65,11 @@ def test_a_stage_is_called_after_its_task(tmp_path, monkeypatch, task, method, r
     assert told(False) == tmp_path / "board" / name
 
 
-def test_tensorboard_reads_the_losses_of_a_stage(world, tmp_path, capfd):
+def test_tensorboard_reads_the_losses_of_a_stage_and_a_log_file_its_steps(world, tmp_path, capfd, monkeypatch):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+    monkeypatch.setattr(progress, "SECONDS", 0)
     stage = tmp_path / "llava-stage"
     world.train("abd", stage, None, "--report_to", "tensorboard", "--logging_steps", 1, "--max_steps", 2)
     assert not (tmp_path / "checkpoints").exists() or not list((tmp_path / "checkpoints").rglob("*"))
@@ -79,3 +80,6 @@ def test_tensorboard_reads_the_losses_of_a_stage(world, tmp_path, capfd):
     said = capfd.readouterr()
     bars = [line for line in said.err.splitlines() if "%|" in line and "Loading weights" not in line]
     assert "{'" not in said.out and not bars  # transformers' own are switched off by its commands
+    steps = [line for line in said.err.splitlines() if line.startswith("task abd: ")]
+    assert steps[0].startswith("task abd: 1 of 2 steps, ") and f"2 of 2 steps, loss {losses[0].value:.4g}, " in steps[1]
+    assert f"task abd: 2 of 2 steps, loss {losses[1].value:.4g}, took 0 min 0" in steps[2]
