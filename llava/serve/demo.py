@@ -38,7 +38,7 @@ def build(service: Service, examples: Sequence[Example] = ()) -> tuple[Any, dict
                 box = gr.Textbox(
                     label="Question",
                     placeholder="Is there a pleural effusion?",
-                    lines=2,
+                    lines=1,  # the enter key asks
                     max_lines=6,
                     html_attributes=gr.InputHTMLAttributes(autocorrect="off", spellcheck=False),
                 )
@@ -94,10 +94,10 @@ def build(service: Service, examples: Sequence[Example] = ()) -> tuple[Any, dict
             blocks.state_holder.session_data.pop(request.session_hash or "", None)  # the values of its components
 
         quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
-        each = {**quiet, "inputs": [box, compare], "outputs": parts, "concurrency_limit": 2 * limits.at_once}
-        ask.click(on_ask, **each)
-        box.submit(on_ask, **each)
-        blocks.load(on_opened, outputs=parts, **quiet)
+        each = {**quiet, "outputs": parts, "concurrency_limit": 2 * limits.at_once}
+        ask.click(on_ask, inputs=[box, compare], **each)
+        box.submit(on_ask, inputs=[box, compare], **each)
+        blocks.load(on_opened, **each)
         picker.upload(on_pictures, outputs=parts, **quiet)
         if cards is not None:
             cards.click(on_example, outputs=parts, **quiet)
