@@ -51,7 +51,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     from llava.eval.page.sections import all_sections, title_of_page
 
     outputs = arguments.outputs or [named_evaluation(arguments)]
-    folders = list(dict.fromkeys(folder for output in outputs for folder in evaluations(output)))
+    found = {os.path.realpath(folder): folder for output in outputs for folder in evaluations(output)}
+    folders = list(found.values())
     runs = [Results.read(folder, label) for folder, label in zip(folders, labels(folders), strict=True)]
     sections = all_sections(
         runs, arguments.examples, arguments.seed, arguments.image_folder or None, False if arguments.no_java else None

@@ -240,7 +240,9 @@ def test_of_many_runs_the_first_of_each_group_is_shown_in_full():
         (["a/eval/vqa-rad"], [None]),
         (["a/eval/vqa-rad", "a/eval/vqa-rad-ewc"], ["vqa-rad", "vqa-rad-ewc"]),
         (["a/seed-1/eval/x", "a/seed-2/eval/x"], ["seed-1", "seed-2"]),
-        (["b/ewc/o/seed-0/eval/x", "b/lwf/p/seed-0/eval/x"], ["ewc/o", "lwf/p"]),
+        (["b/ewc/o/seed-0/eval/x", "b/ewc/p/seed-0/eval/x", "b/lwf/o/seed-0/eval/x-lwf"], ["ewc/o", "ewc/p", "lwf/o"]),
+        (["a/eval/x", "b/c/eval/x"], ["a", "b"]),
+        (["b/ewc/o/seed-0/eval/x", "b/lwf/p/seed-0/eval/x"], ["ewc", "lwf"]),
     ],
 )
 def test_runs_are_called_by_what_tells_them_apart(folders, found):

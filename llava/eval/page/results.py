@@ -6,6 +6,7 @@ pictures where the evaluation's record says. Whatever is missing is ``None`` or 
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -220,11 +221,12 @@ def evaluations(output: str | Path) -> list[Path]:
 
 def labels(folders: Sequence[Path]) -> list[str | None]:
     """Short names that tell folders apart, the parts in which their paths differ; none for a single one."""
-    parts = [Path(os.path.abspath(folder)).parts for folder in folders]
-    if len(parts) < 2:
-        return [None] * len(parts)
-    while len({part[0] for part in parts}) == 1:
-        parts = [part[1:] for part in parts]
-    while len({part[-1] for part in parts}) == 1:
-        parts = [part[:-1] for part in parts]
-    return ["/".join(part for part in one if part != "eval") for one in parts]
+    paths = [Path(os.path.abspath(folder)).parts for folder in folders]
+    if len(paths) < 2:
+        return [None] * len(paths)
+    columns = [column for column in itertools.zip_longest(*paths, fillvalue="") if len(set(column)) > 1]
+    for column in columns[::-1]:  # what tells nothing that the others don't
+        others = [other for other in columns if other is not column]
+        if len(set(zip(*others))) == len(paths):
+            columns = others
+    return ["/".join(filter(None, parts)) for parts in zip(*columns)]
