@@ -65,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         read_route_report(arguments.route_report) if arguments.route_report else None,
     )
     title = title_of_page(runs)
-    target = Path(arguments.report_dir or (outputs[0] if len(outputs) == 1 else os.path.commonpath(outputs)))
+    target = Path(arguments.report_dir or common_folder(outputs))
     files = {
         target / REPORT: writing.html(title, sections),
         (target / REPORT).with_suffix(".md"): writing.markdown(title, sections),
@@ -75,6 +75,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         with atomic_write(file) as stream:
             stream.write(text)
     print(f"the page: {target / REPORT}; its tables: report.md and report.tex beside it")
+
+
+def common_folder(outputs: Sequence[str]) -> str:
+    """The folder that all outputs lie in, as it is told from here unless one of them has a whole path."""
+    if len(outputs) == 1:
+        return outputs[0]
+    found = os.path.commonpath(list(map(os.path.abspath, outputs)))
+    return found if any(map(os.path.isabs, outputs)) else os.path.relpath(found)
 
 
 def named_evaluation(arguments: Arguments) -> str:

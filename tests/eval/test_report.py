@@ -21,7 +21,7 @@ from llava.eval.page.results import Results, evaluations, labels
 from llava.eval.page.routes import read_route_report
 from llava.eval.page.tables import Cell, interval, number, routers
 from llava.eval.page.writing import markdown_text
-from llava.eval.report import Arguments, main, named_evaluation
+from llava.eval.report import Arguments, common_folder, main, named_evaluation
 from llava.eval.route_scores import expected_calibration_error, reliability
 from llava.utils import UserError
 
@@ -194,6 +194,19 @@ def test_a_folder_without_results_is_named(tmp_path):
         main([str(tmp_path / "nothing")])
     with pytest.raises(UserError, match="give evaluations' folders"):
         main([])
+
+
+def test_the_pages_folder_is_the_one_in_common_however_paths_are_given(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert common_folder(["eval/a", "eval/b"]) == "eval" and common_folder(["a", "b"]) == "."
+    assert common_folder([str(tmp_path / "eval" / "a"), "eval/b"]) == str(tmp_path / "eval")
+    assert common_folder(["../x/a", "eval/b"]) == ".."
+
+
+@pytest.mark.filterwarnings("error")
+def test_names_in_drawings_are_text_in_whatever_script():
+    plot = plots.drawn("odd", "", lambda axes: axes.set_xticks(range(2), ["$x_{$", "\u80ba"]))
+    assert "$x_{$" in plot.svg and "\u80ba" in plot.svg
 
 
 def test_cv805_names_its_evaluation_by_its_settings(tmp_path):
