@@ -17,7 +17,7 @@ from llava.continual.places import REPORT
 from llava.eval import eval_video_qa
 from llava.eval.page import plots, versus
 from llava.eval.page.examples import chosen, is_closed, is_right, thumbnail
-from llava.eval.page.results import Results, evaluations, labels
+from llava.eval.page.results import Results, check_route, evaluations, labels
 from llava.eval.page.routes import read_route_report
 from llava.eval.page.tables import Cell, interval, number, routers
 from llava.eval.page.writing import markdown_text
@@ -187,6 +187,21 @@ def test_what_does_not_fit_together_is_named(tmp_path):
         matrix.write_text(json.dumps({**values, "stages": stages}))
         with pytest.raises(UserError, match=message):
             Results.read(folder)
+
+
+@pytest.mark.parametrize(
+    "route",
+    [3, {"slots": 1}, {"slots": [0.5]}, {"weights": ["much"]}, {"novelty": "new"}]
+    + [{"task_posterior": found} for found in ([1.0], {"abd": "likely"}, {"abd": None})],
+)
+def test_another_programs_route_is_looked_at_before_it_is_shown(route):
+    with pytest.raises(UserError, match="answers.jsonl: line 2"):
+        check_route({"route": route}, "answers.jsonl: line 2")
+
+
+def test_a_route_need_not_tell_everything():
+    for route in (None, {}, {"task": "abd", "novelty": None}, {"task_posterior": {"abd": 1.0}, "slots": [0]}):
+        check_route({"route": route}, "answers.jsonl: line 1")
 
 
 def test_a_folder_without_results_is_named(tmp_path):

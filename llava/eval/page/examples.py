@@ -41,7 +41,7 @@ class Said:
         route = self.route or {}
         if route.get("task_given"):
             return "Route: the task was given"
-        novelty = f", novelty {route['novelty']:.2f}" if "novelty" in route else ""
+        novelty = f", novelty {route['novelty']:.2f}" if route.get("novelty") is not None else ""
         unknown = ", taken for unknown: the base answers" if route.get("unknown") else ""
         return f"Route: {route.get('task', 'decided among slots')}{unknown}{novelty}"
 

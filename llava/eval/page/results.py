@@ -34,6 +34,7 @@ from llava.utils import UserError
 
 ANSWERS_NAME = "answers.jsonl"
 _PLACE, _VALUE = whole(0), number()
+_ROUTE = {"slots": list_of(_PLACE), "weights": list_of(_VALUE), "novelty": _VALUE}
 _MATRIX = {"stages": list_of(words(empty=False)), "provenance": an_object({"question_file": an_object()})}
 
 
@@ -66,6 +67,8 @@ class Scored:
             if [answer["question_id"] for answer in answers] != [row.get("question_id") for row in rows]:
                 raise UserError(f"{answers_file}: not the answers that {file.name} was made of; score them again")
             metadata = [answer.get("metadata") or {} for answer in answers]
+            for line, found in enumerate(metadata, start=1):
+                check_route(found, f"{answers_file}: line {line}")
         return cls(file.parent.name, scores, rows, metadata)
 
     def figure(self, group: str, metric: str) -> Mapping[str, Any] | None:
@@ -192,6 +195,19 @@ class Results:
     @property
     def _stage_folders(self) -> list[Path]:
         return [self.folder.parent.parent / stage.name for stage in self.stages]
+
+
+def check_route(metadata: Any, where: str) -> None:
+    """Refuse an answer's metadata whose route is none that could be shown: other programs write answers too.
+
+    Raises:
+        UserError: which part of it.
+    """
+    check_fields(metadata, {"route": an_object({"task_posterior": an_object()})}, where, False)
+    route = metadata.get("route") or {}
+    posterior = route.get("task_posterior") or {}
+    check_fields(route, _ROUTE, f"{where}: route", False)
+    check_fields(posterior, dict.fromkeys(posterior, _VALUE), f"{where}: task_posterior", needed=tuple(posterior))
 
 
 def _log(file: Path) -> list[dict[str, float]]:
