@@ -2,9 +2,9 @@
 
     python benchmarks/routing.py
 
-Medians over single questions, on one thread, beyond the text encoder and the vision tower. "allocated" is all memory
-that one route asks for: far below the keys of the pool, so the pool is not copied. The table's factor compares with
-the smallest pool on the same machine, which is what other machines should find again.
+Medians over routes of one question, or of ``--batch`` questions, on one thread, beyond the text encoder and the vision
+tower. "allocated" is all memory that one route asks for: far below the keys of the pool, so the pool is not copied. The
+table's factor compares with the smallest pool on the same machine, which is what other machines should find again.
 """
 
 from __future__ import annotations
@@ -50,15 +50,17 @@ def random_pool(tasks: int, router: str, text_dim: int, image_dim: int) -> Pool:
 def speed(arguments: Arguments) -> None:
     """Median milliseconds to route one question, and the most memory a route takes beside the pool."""
     torch.set_num_threads(arguments.threads)
-    print(f"{arguments.threads} thread(s), queries {arguments.text_dim} + {arguments.image_dim}; median ms a question")
+    batch, repeats = arguments.batch, max(arguments.repeats // arguments.batch, 9)
+    print(f"{arguments.threads} thread(s), queries {arguments.text_dim} + {arguments.image_dim}, ", end="")
+    print(f"{batch} at a time; median ms a question")
     print(f"{'router':<10}{'slots':>8}{'ms':>9}{'fastest':>9}{'to 24 slots':>13}{'allocated':>12}{'keys of pool':>14}")
     for router in arguments.routers:
         base = None
         for tasks in (3, 125, 1250):
             made = random_pool(tasks, router, arguments.text_dim, arguments.image_dim)
             queries = [
-                Query(torch.randn(1, arguments.text_dim), torch.randn(1, arguments.image_dim))
-                for _ in range(arguments.repeats)
+                Query(torch.randn(batch, arguments.text_dim), torch.randn(batch, arguments.image_dim))
+                for _ in range(repeats)
             ]
             made.route(queries[0])  # factors are made once
             for query in queries:
@@ -67,7 +69,7 @@ def speed(arguments: Arguments) -> None:
             for query in queries:
                 start = time.perf_counter()
                 made.route(query)
-                times.append(1000 * (time.perf_counter() - start))
+                times.append(1000 * (time.perf_counter() - start) / batch)
             median = statistics.median(times)
             base = base or median
             keys = tasks * SLOTS * (arguments.text_dim + arguments.image_dim) * 8
@@ -91,7 +93,8 @@ class Arguments:
     routers: list[str] = flag(["gaussian", "ridge", "keys"])
     text_dim: int = flag(768, "default: the reference encoder's")
     image_dim: int = flag(1312, "default: CLIP-L's features and the edges")
-    repeats: int = 100
+    batch: int = flag(1, "questions that are routed together", least=1)
+    repeats: int = flag(100, "questions in all; nine batches at least", least=1)
     threads: int = 1
 
 

@@ -233,6 +233,14 @@ def file_sha256(path: str | os.PathLike) -> str:
     return found
 
 
+def is_still(path: str | os.PathLike, checksum: str) -> bool:
+    """Whether a file is there and has this ``file_sha256``."""
+    try:
+        return file_sha256(path) == checksum
+    except OSError:
+        return False
+
+
 def values_sha256(values: Any) -> str:
     """16 hex digits of a SHA-256 over JSON values, however they are laid out in a file."""
     as_read = json.loads(json.dumps(values))  # names that were numbers are texts then, and in another order

@@ -33,6 +33,7 @@ class Arguments:
     page: str = word("file, or address of a page")
     picture: str = word("PNG to write")
     at: str = flag("", "CSS selector of what stands at the top of the picture (default: the page's top)")
+    after: str = flag("", "CSS selector of what must be there before the picture is taken")
     width: int = flag(1400, "of the window, in pixels", least=200, most=4000)
     height: int = flag(820, "of the window, in pixels", least=200, most=4000)
     colours: int = flag(256, "that the picture has", least=2, most=256)
@@ -44,15 +45,15 @@ def main() -> None:
 
     arguments = parse(Arguments, description=__doc__)
     address = arguments.page if "://" in arguments.page else Path(arguments.page).resolve().as_uri()
-    data = seen(address, arguments.at, arguments.width, arguments.height)
+    data = seen(address, arguments.at, arguments.width, arguments.height, arguments.after)
     with atomic_write(arguments.picture, "wb") as stream:
         few = Image.open(io.BytesIO(data)).convert("RGB").quantize(arguments.colours)
         few.save(stream, format="PNG", optimize=True)
     print(f"wrote {arguments.picture}, {Path(arguments.picture).stat().st_size / 1000:.0f} kB")
 
 
-def seen(address: str, at: str, width: int, height: int) -> bytes:
-    """What the browser's window shows, as PNG.
+def seen(address: str, at: str, width: int, height: int, after: str = "") -> bytes:
+    """What the browser's window shows, as PNG, when there is something that fits the selector ``after``.
 
     Raises:
         UserError: no browser, or nothing that drives it.
@@ -69,6 +70,8 @@ def seen(address: str, at: str, width: int, height: int) -> bytes:
         browser = play.chromium.launch(executable_path=program, args=as_root)
         page = browser.new_page(viewport={"width": width, "height": height}, color_scheme="light")
         page.goto(address)
+        if after:
+            page.locator(after).first.wait_for()
         if at:
             page.locator(at).first.evaluate("(element) => window.scrollTo(0, element.offsetTop)")
         picture = page.screenshot()

@@ -37,9 +37,13 @@ class QueryCache:
     def read(self, kind: str, content: dict[str, Any]) -> Any:
         """The values of this content; None where there are none. A damaged file counts as none, and is said."""
         path = self._path(kind, content)
-        if path is None or not path.is_file():
+        if path is None or not os.path.isfile(path):
             return None
-        data = path.read_bytes()
+        try:
+            data = path.read_bytes()
+        except OSError as error:
+            rank0_print(f"note: {path} cannot be read ({error.strerror}); its contents are computed again")
+            return None
         if _digest(path, data[_DIGEST:]) != data[:_DIGEST]:
             rank0_print(f"note: {path} is damaged; its contents are computed again")
             return None

@@ -34,6 +34,7 @@ class Chunk:
         asked, defaults: fields of the prompt, see ``Prompt.of``.
         carried: fields of the question rows that their answers repeat.
         pictures: what each question is shown, see ``shown_pictures``; exchanged by the generation's seed.
+        query_cache: folder of queries and picture features, which changes no answer.
         replace: start again where the file holds another run's answers, instead of refusing.
     """
 
@@ -54,6 +55,7 @@ class Chunk:
     carried: Sequence[str] = ()
     replace: bool = False
     pictures: str = REAL
+    query_cache: str = ""
 
     @cached_property
     def mine(self) -> list[Row]:

@@ -83,16 +83,15 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def eval_model(args: Any) -> None:
     """The same from Python: ``args`` is any object with some of the flags as attributes."""
-    arguments = filled(Arguments, args)
-    write(chunk_of(arguments), arguments.query_cache)
+    write(chunk_of(filled(Arguments, args)))
 
 
-def write(chunk: Chunk, query_cache: str = "") -> None:
+def write(chunk: Chunk) -> None:
     """Answer what the chunk asks for; the model is loaded only where answers are missing."""
     from llava.eval.answerer import Answerer
     from llava.eval.question_cache import QuestionCache
 
-    chunk.write(lambda: Answerer(chunk.base, chunk.loading, QuestionCache(folder=query_cache)))
+    chunk.write(lambda: Answerer(chunk.base, chunk.loading, QuestionCache(folder=chunk.query_cache)))
 
 
 def chunk_of(arguments: Arguments) -> Chunk:
@@ -114,6 +113,7 @@ def chunk_of(arguments: Arguments) -> Chunk:
         defaults={"answer_suffix": arguments.default_answer_suffix},
         replace=arguments.stale == "replace",
         pictures=arguments.pictures,
+        query_cache=arguments.query_cache,
     )
 
 

@@ -58,7 +58,7 @@ def eval_model(args: Any) -> None:
         questions = Path(folder) / "questions.jsonl"
         write_jsonl(questions, question_rows(arguments.question_file, Path(folder), arguments.all_rounds))
         arguments.question_file, arguments.image_folder = str(questions), folder
-        model_vqa_loader.write(replace(model_vqa_loader.chunk_of(arguments), carried=CARRIED), arguments.query_cache)
+        model_vqa_loader.write(replace(model_vqa_loader.chunk_of(arguments), carried=CARRIED))
 
 
 def question_rows(table: str, folder: Path, all_rounds: bool) -> Iterator[dict[str, Any]]:

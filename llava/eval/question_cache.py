@@ -27,7 +27,7 @@ from llava.continual.queries import SIGHTS, text_queries
 from llava.continual.query_cache import QueryCache
 from llava.data.prompt import Picture, PromptEncoder
 from llava.data.rows import Row
-from llava.files import file_sha256
+from llava.files import file_sha256, is_still
 from llava.inside import inside
 from llava.model.vision.sights import Sight, SightStore, eye_of, see
 from llava.slots.encoders import KEPT_BYTES, SentenceEncoder, TextEncoder, encoder_from_identity
@@ -72,7 +72,7 @@ class QuestionCache:
         self.sights: dict[tuple, Sight] = {}
         self.recent: OrderedDict[tuple, Sight] = OrderedDict()
         self.blanks: dict[bytes, Sight] = {}
-        self.coming: dict[tuple, Future[Sight | Picture]] = {}
+        self.coming: dict[tuple, Future[tuple[Sight | Picture, str]]] = {}
         self.encoders: dict[str, TextEncoder] = {}
         self.model: Callable[[], Any] = lambda: None
         self.places: tuple[str, str | None] = ("", None)
@@ -135,13 +135,15 @@ class QuestionCache:
         if (found := self._known(key)) is not None:
             return found
         coming, store = self.coming.pop(key, None), self._store(encoder)
-        opened = self._open(row, name, encoder, store) if coming is None else coming.result()
+        opened, checksum = self._open(row, name, encoder, store) if coming is None else coming.result()
         if isinstance(opened, Sight):
             return self._keep(key, opened)
         pixels, size = opened
         if not isinstance(encoder, BlankEncoder):
             seen = self._seen(pixels, size, model)
-            return self._keep(key, seen if store is None else store.put(_checksum(name, encoder), seen))
+            if store is not None and is_still(_file(name, encoder), checksum):  # what was opened is what was summed
+                seen = store.put(checksum, seen)
+            return self._keep(key, seen)
         alike = hashlib.sha256(str(pixels.shape).encode() + pixels.numpy().tobytes()).digest()
         if alike not in self.blanks:  # most blanks have the same pixels
             self.blanks[alike] = self._seen(pixels, size, model)
@@ -149,10 +151,15 @@ class QuestionCache:
         return self.sights[key]
 
     @staticmethod
-    def _open(row: Row, name: str, encoder: PromptEncoder, store: SightStore | None) -> Sight | Picture:
-        """A picture's sight from the disk, else its pixels and size; safe to call from several threads."""
-        found = store.get(_checksum(name, encoder)) if store else None
-        return encoder.open_picture(row, name) if found is None else found
+    def _open(row: Row, name: str, encoder: PromptEncoder, store: SightStore | None) -> tuple[Sight | Picture, str]:
+        """A picture's sight from the disk, else its pixels and size; and with a store its file's checksum.
+
+        Safe to call from several threads.
+        """
+        if store is None:
+            return encoder.open_picture(row, name), ""
+        checksum = file_sha256(_file(name, encoder))
+        return store.get(checksum) or encoder.open_picture(row, name), checksum
 
     @staticmethod
     def _seen(pixels: Tensor, size: tuple[int, int], model: Any) -> Sight:
@@ -195,5 +202,5 @@ def _key(name: str, encoder: PromptEncoder) -> tuple:
     return str(encoder.image_folder), name, encoder.prompt.aspect_ratio, isinstance(encoder, BlankEncoder)
 
 
-def _checksum(name: str, encoder: PromptEncoder) -> str:
-    return file_sha256(inside(encoder.image_folder or "", name))
+def _file(name: str, encoder: PromptEncoder) -> Path:
+    return inside(encoder.image_folder or "", name)

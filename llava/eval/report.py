@@ -39,6 +39,7 @@ class Arguments:
     image_folder: str = flag("", "pictures of the test questions (default: where the evaluation took them)")
     examples: int = flag(24, "how many questions are shown with their pictures", least=0, most=200)
     seed: int = flag(17, "which they are", **SEEDS)
+    route_report: str = flag("", "route_report.json of llava.eval.route_report: its routers are shown too")
     no_java: bool = flag(False, "compare several runs with the plain tokenizer, without METEOR")
 
 
@@ -48,16 +49,23 @@ def main(argv: Sequence[str] | None = None) -> None:
     quiet_libraries()
     from llava.eval.page import writing
     from llava.eval.page.results import Results, evaluations, labels
+    from llava.eval.page.routes import read_route_report
     from llava.eval.page.sections import all_sections, title_of_page
 
     outputs = arguments.outputs or [named_evaluation(arguments)]
-    folders = list(dict.fromkeys(folder for output in outputs for folder in evaluations(output)))
+    found = {os.path.realpath(folder): folder for output in outputs for folder in evaluations(output)}
+    folders = list(found.values())
     runs = [Results.read(folder, label) for folder, label in zip(folders, labels(folders), strict=True)]
     sections = all_sections(
-        runs, arguments.examples, arguments.seed, arguments.image_folder or None, False if arguments.no_java else None
+        runs,
+        arguments.examples,
+        arguments.seed,
+        arguments.image_folder or None,
+        False if arguments.no_java else None,
+        read_route_report(arguments.route_report) if arguments.route_report else None,
     )
     title = title_of_page(runs)
-    target = Path(arguments.report_dir or (outputs[0] if len(outputs) == 1 else os.path.commonpath(outputs)))
+    target = Path(arguments.report_dir or common_folder(outputs))
     files = {
         target / REPORT: writing.html(title, sections),
         (target / REPORT).with_suffix(".md"): writing.markdown(title, sections),
@@ -67,6 +75,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         with atomic_write(file) as stream:
             stream.write(text)
     print(f"the page: {target / REPORT}; its tables: report.md and report.tex beside it")
+
+
+def common_folder(outputs: Sequence[str]) -> str:
+    """The folder that all outputs lie in, as it is told from here unless one of them has a whole path."""
+    if len(outputs) == 1:
+        return outputs[0]
+    found = os.path.commonpath(list(map(os.path.abspath, outputs)))
+    return found if any(map(os.path.isabs, outputs)) else os.path.relpath(found)
 
 
 def named_evaluation(arguments: Arguments) -> str:

@@ -43,7 +43,7 @@ class GrownLayer(DynamicLayer):
             self.lazy_initialization(key_states, value_states)
         before = self.get_seq_length()
         length = before + key_states.shape[-2]
-        if self._buffers is None or not self._is_own() or self._buffers[0].shape[2] < length:
+        if self._buffers is None or not self._is_own() or self._buffers[0].shape[2] < length or self._is_sealed():
             self._buffers = (_grown(self.keys, key_states, length), _grown(self.values, value_states, length))
         for buffer, new in zip(self._buffers, (key_states, value_states), strict=True):
             buffer[:, :, before:length] = new
@@ -61,6 +61,10 @@ class GrownLayer(DynamicLayer):
     def _is_own(self) -> bool:
         """Whether keys and values are parts of the buffers still."""
         return self._filled is not None and self.keys is self._filled[0] and self.values is self._filled[1]
+
+    def _is_sealed(self) -> bool:
+        """Whether the buffers were made in torch's inference mode, and may not be written into outside of it."""
+        return self._buffers is not None and self._buffers[0].is_inference() and not torch.is_inference_mode_enabled()
 
 
 def _grown(old: Tensor | None, new: Tensor, length: int) -> Tensor:

@@ -38,7 +38,7 @@ def build(service: Service, examples: Sequence[Example] = ()) -> tuple[Any, dict
                 box = gr.Textbox(
                     label="Question",
                     placeholder="Is there a pleural effusion?",
-                    lines=2,
+                    lines=1,  # the enter key asks
                     max_lines=6,
                     html_attributes=gr.InputHTMLAttributes(autocorrect="off", spellcheck=False),
                 )
@@ -71,6 +71,18 @@ def build(service: Service, examples: Sequence[Example] = ()) -> tuple[Any, dict
         def on_example(request: gr.Request, event: gr.EventData) -> list[Any]:
             return shown(desk.example(request.session_hash or "", _told(event, "number")))
 
+        def on_opened(request: gr.Request) -> Iterator[list[Any]]:
+            """``/?example=2`` opens the page with the second example, answered by the model and by its base."""
+            wanted = request.query_params.get("example", "")
+            if not wanted.isdecimal():
+                yield shown(View())
+                return
+            view = desk.example(request.session_hash or "", int(wanted[:9]) - 1)
+            yield shown(view)
+            if view.question is not None:  # there is such an example
+                for later in desk.ask(request.session_hash or "", view.question, with_base=True):
+                    yield shown(later)
+
         def on_over(request: gr.Request) -> list[Any]:
             return shown(desk.start_over(request.session_hash or ""))
 
@@ -82,9 +94,10 @@ def build(service: Service, examples: Sequence[Example] = ()) -> tuple[Any, dict
             blocks.state_holder.session_data.pop(request.session_hash or "", None)  # the values of its components
 
         quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
-        each = {**quiet, "inputs": [box, compare], "outputs": parts, "concurrency_limit": 2 * limits.at_once}
-        ask.click(on_ask, **each)
-        box.submit(on_ask, **each)
+        each = {**quiet, "outputs": parts, "concurrency_limit": 2 * limits.at_once}
+        ask.click(on_ask, inputs=[box, compare], **each)
+        box.submit(on_ask, inputs=[box, compare], **each)
+        blocks.load(on_opened, **each)
         picker.upload(on_pictures, outputs=parts, **quiet)
         if cards is not None:
             cards.click(on_example, outputs=parts, **quiet)

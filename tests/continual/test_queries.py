@@ -1,13 +1,18 @@
 """Sights of a data file's pictures: shared out among processes, bounded, and of no tower that changes."""
 
+import shutil
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
+from PIL import Image
 from tiny_llava import write_base, write_images
 
 from llava.continual.queries import PictureSource, look_at_pictures
 from llava.data.rows import question_row, read_rows, write_jsonl
+from llava.files import file_sha256
+from llava.image_io import load_image
 from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower
 
 NAMES = [f"{number}.png" for number in range(7)]
@@ -71,3 +76,17 @@ def test_without_queries_looking_ends_where_features_exceed_their_room(place, th
     through.clear()
     assert look_at_pictures(place.rows, place.source, None, None, 2 * each) == (None, None)
     assert len(through) == 3
+
+
+def test_a_picture_that_changes_while_it_is_looked_at_is_not_kept(place, tmp_path, monkeypatch):
+    """Its checksum was taken long before: whoever has the old picture would be given the new one's sight."""
+    write_images(tmp_path, ["old.png", "new.png"])
+    Image.new("RGB", (5, 7)).save(tmp_path / "new.png")
+    changed = lambda path: load_image(shutil.copy(tmp_path / "new.png", path))  # noqa: E731
+    monkeypatch.setattr("llava.continual.queries.load_image", changed)
+    source = replace(place.source, image_folder=str(tmp_path))
+    store = source.store(tmp_path)
+    ((_, seen),) = source.sights(["old.png"], store, True)
+    assert seen.size == (5, 7) and not list(store.folder.rglob("*.safetensors"))
+    ((_, again),) = source.sights(["old.png"], store, True)
+    assert torch.equal(again.features, seen.features) and store.holds(file_sha256(tmp_path / "new.png"))

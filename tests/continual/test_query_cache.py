@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+from pathlib import Path
 
 import torch
 
@@ -54,3 +55,16 @@ def test_a_disk_that_refuses_is_said(tmp_path, monkeypatch, capsys):
     QueryCache(tmp_path).write("image", CONTENT, entry())
     assert "cannot be written (No space left on device); it is not kept" in capsys.readouterr().out
     assert not list(tmp_path.iterdir())
+
+
+def test_what_may_not_be_read_is_computed_again(tmp_path, monkeypatch, capsys):
+    def deny(place, *_, **__):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(place))
+
+    QueryCache(tmp_path).write("image", CONTENT, entry())
+    monkeypatch.setattr(Path, "read_bytes", deny)
+    assert QueryCache(tmp_path).read("image", CONTENT) is None
+    assert "cannot be read (Permission denied); its contents are computed again" in capsys.readouterr().out
+    for owner in (Path, os):
+        monkeypatch.setattr(owner, "stat", deny)  # nor may its folder be looked into
+    assert QueryCache(tmp_path).read("image", CONTENT) is None

@@ -10,16 +10,18 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from PIL import Image
 from tiny_evaluation import TASKS, make_evaluation
 
 from llava.continual.places import REPORT
 from llava.eval import eval_video_qa
 from llava.eval.page import plots, versus
-from llava.eval.page.examples import chosen, is_closed, is_right
+from llava.eval.page.examples import chosen, is_closed, is_right, thumbnail
 from llava.eval.page.results import Results, evaluations, labels
-from llava.eval.page.tables import Cell, interval, number
+from llava.eval.page.routes import read_route_report
+from llava.eval.page.tables import Cell, interval, number, routers
 from llava.eval.page.writing import markdown_text
-from llava.eval.report import Arguments, main, named_evaluation
+from llava.eval.report import Arguments, common_folder, main, named_evaluation
 from llava.eval.route_scores import expected_calibration_error, reliability
 from llava.utils import UserError
 
@@ -172,11 +174,39 @@ def test_what_a_run_lacks_is_left_out_with_a_word(tmp_path, capsys):
     assert "No picture: the question file" in (folder / REPORT).read_text(encoding="utf-8")
 
 
+def test_what_does_not_fit_together_is_named(tmp_path):
+    folder = make_evaluation(tmp_path, pictures=False, metrics=("exact_match",))
+    answers, matrix = folder / "llava-tiny_abd" / "answers.jsonl", folder / "accuracy_matrix.json"
+    whole = answers.read_text()
+    answers.write_text("".join(whole.splitlines(keepends=True)[1:]))
+    with pytest.raises(UserError, match=r"llava-tiny_abd/answers.jsonl: not the answers that scores.json was made of"):
+        Results.read(folder)
+    answers.write_text(whole)
+    values = json.loads(matrix.read_text())
+    for stages, message in ((["../x", "y"], "leads out"), (7, "stages is 7"), (values["stages"][:1], "1 stages for 2")):
+        matrix.write_text(json.dumps({**values, "stages": stages}))
+        with pytest.raises(UserError, match=message):
+            Results.read(folder)
+
+
 def test_a_folder_without_results_is_named(tmp_path):
     with pytest.raises(UserError, match=r"nothing: no accuracy_matrix.json there"):
         main([str(tmp_path / "nothing")])
     with pytest.raises(UserError, match="give evaluations' folders"):
         main([])
+
+
+def test_the_pages_folder_is_the_one_in_common_however_paths_are_given(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert common_folder(["eval/a", "eval/b"]) == "eval" and common_folder(["a", "b"]) == "."
+    assert common_folder([str(tmp_path / "eval" / "a"), "eval/b"]) == str(tmp_path / "eval")
+    assert common_folder(["../x/a", "eval/b"]) == ".."
+
+
+@pytest.mark.filterwarnings("error")
+def test_names_in_drawings_are_text_in_whatever_script():
+    plot = plots.drawn("odd", "", lambda axes: axes.set_xticks(range(2), ["$x_{$", "\u80ba"]))
+    assert "$x_{$" in plot.svg and "\u80ba" in plot.svg
 
 
 def test_cv805_names_its_evaluation_by_its_settings(tmp_path):
@@ -240,7 +270,9 @@ def test_of_many_runs_the_first_of_each_group_is_shown_in_full():
         (["a/eval/vqa-rad"], [None]),
         (["a/eval/vqa-rad", "a/eval/vqa-rad-ewc"], ["vqa-rad", "vqa-rad-ewc"]),
         (["a/seed-1/eval/x", "a/seed-2/eval/x"], ["seed-1", "seed-2"]),
-        (["b/ewc/o/seed-0/eval/x", "b/lwf/p/seed-0/eval/x"], ["ewc/o", "lwf/p"]),
+        (["b/ewc/o/seed-0/eval/x", "b/ewc/p/seed-0/eval/x", "b/lwf/o/seed-0/eval/x-lwf"], ["ewc/o", "ewc/p", "lwf/o"]),
+        (["a/eval/x", "b/c/eval/x"], ["a", "b"]),
+        (["b/ewc/o/seed-0/eval/x", "b/lwf/p/seed-0/eval/x"], ["ewc", "lwf"]),
     ],
 )
 def test_runs_are_called_by_what_tells_them_apart(folders, found):
@@ -253,6 +285,32 @@ def test_a_benchmarks_cells_are_its_runs_and_its_trials_are_none(tmp_path):
         place.mkdir(parents=True)
         (place / "accuracy_matrix.json").write_text("{}")
     assert evaluations(tmp_path) == [tmp_path / "ewc/abd_chest/seed-0/eval/tiny"]
+
+
+def test_the_routers_of_a_route_report(tmp_path):
+    told = {"accuracy": share(0.9, 10), "per_domain": {"abd": share(1.0, 5)}, "ece": 0.02}
+    told["novelty"] = {"rejected_known": share(0.1, 10), "detected_unknown": share(None, 0), "auroc": None}
+    file = tmp_path / "route_report.json"
+    file.write_text(json.dumps({"question_file": "data/test.jsonl", "routers": {"gaussian": told}}))
+    table = routers(read_route_report(file))
+    assert [str(cell) for cell in table.rows[0]] == [
+        *("gaussian", ".900 [.800, 1.000]", "1.000 [.800, 1.000]", ".020", ".100 [.800, 1.000]", "–", "–")
+    ]
+    for broken in ({"routers": {"gaussian": 3}}, {"routers": {"gaussian": {"accuracy": {"value": "x"}}}}, {}):
+        file.write_text(json.dumps({"question_file": "data/test.jsonl", **broken}))
+        with pytest.raises(UserError, match="not a route report; write it again"):
+            read_route_report(file)
+
+
+def share(value, count):
+    return {"value": value, "n": count, "right": 1, "interval": [0.8, 1.0] if count else [None, None]}
+
+
+def test_a_picture_is_made_small(tmp_path):
+    noise = np.random.default_rng(0).integers(0, 255, (500, 1000, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(tmp_path / "large.png")
+    address, width, height = thumbnail(tmp_path, "large.png")
+    assert (width, height) == (320, 160) and len(address) < 80_000
 
 
 def test_examples_are_chosen_evenly_and_the_same_again():

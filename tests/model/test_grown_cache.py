@@ -72,6 +72,21 @@ def test_with_gradients_nothing_is_written_into():
     assert equal(grown, plain)
 
 
+def test_what_inference_mode_began_goes_on_outside_of_it():
+    """Nothing outside may write into buffers that were made in it; transformers' cache goes on."""
+    grown, plain = grown_cache(LLAMA), DynamicCache(config=LLAMA)
+    for cache in (grown, plain):
+        with torch.inference_mode():
+            put(cache, 1, 3, 0)
+            put(cache, 1, 1, 1)
+        with torch.no_grad():
+            put(cache, 1, 1, 2)
+            put(cache, 1, 1, 3)
+        with torch.inference_mode():
+            put(cache, 1, 1, 4)
+    assert equal(grown, plain)
+
+
 def test_a_token_is_written_alone():
     """A buffer stays where it is until it is full."""
     cache = grown_cache(LLAMA)

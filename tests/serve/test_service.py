@@ -133,10 +133,9 @@ def test_a_service_that_closes_leaves_nobody_waiting(place, slow):
     question = place.question("what side", 0, new=150)
     first, second = slow.ask(question), slow.ask(question)
     first.next()
-    begun = time.monotonic()
     slow.close()
     assert second.answer.finish == first.answer.finish == "stopped"
-    assert first.answer.new_tokens < 100 and time.monotonic() - begun < 2
+    assert first.answer.new_tokens < 100
     with pytest.raises(RuntimeError):
         slow.ask(question)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import io
 import re
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -35,6 +36,7 @@ MOST_POINTS = 400
 TICKS = (0.1, 0.2, 0.3, 0.5, 0.7, 1, 1.5, 2, 3, 5, 7, 10, 20, 50, 100, 1000)
 STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
+    "text.parse_math": False,
     "svg.hashsalt": "llava",
     "font.family": "sans-serif",
     "font.sans-serif": ["DejaVu Sans"],
@@ -74,7 +76,8 @@ def drawn(title: str, words: str, paint: Callable[[Any], None]) -> Plot:
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
-    with matplotlib.rc_context(STYLE):
+    with matplotlib.rc_context(STYLE), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from")  # text stays text, and the browser has the fonts
         picture = Figure(figsize=SIZE, layout="constrained", facecolor="none")
         FigureCanvasSVG(picture)
         paint(picture.subplots())

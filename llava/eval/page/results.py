@@ -6,6 +6,7 @@ pictures where the evaluation's record says. Whatever is missing is ``None`` or 
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -25,14 +26,15 @@ from llava.eval.evaluation_record import EVALUATION_NAME, read_evaluation_record
 from llava.eval.over_seeds import read_matrix
 from llava.eval.score_schema import read_scores
 from llava.files import file_sha256
-from llava.inside import Folder, opened_to_links
+from llava.inside import Folder, inside, opened_to_links
 from llava.outside import read_json
-from llava.schema import number, whole
+from llava.schema import an_object, check_fields, list_of, number, whole, words
 from llava.slots.pool import Pool
 from llava.utils import UserError
 
 ANSWERS_NAME = "answers.jsonl"
 _PLACE, _VALUE = whole(0), number()
+_MATRIX = {"stages": list_of(words(empty=False)), "provenance": an_object({"question_file": an_object()})}
 
 
 @dataclass(frozen=True)
@@ -99,7 +101,8 @@ class Results:
         """
         place = Path(folder)
         matrix = read_matrix(place)
-        stages = [Scored.read(place / str(name) / SCORES_NAME) for name in matrix.get("stages") or ()]
+        check_fields(matrix, _MATRIX, str(place / MATRIX_NAME), False, tuple(_MATRIX))
+        stages = [Scored.read(inside(place, f"{name}/{SCORES_NAME}", MATRIX_NAME)) for name in matrix["stages"]]
         if len(stages) != len(matrix["tasks"]):
             raise UserError(f"{place / MATRIX_NAME}: {len(stages)} stages for {len(matrix['tasks'])} tasks")
         base = place / Evaluation.ZERO_SHOT / SCORES_NAME
@@ -220,11 +223,12 @@ def evaluations(output: str | Path) -> list[Path]:
 
 def labels(folders: Sequence[Path]) -> list[str | None]:
     """Short names that tell folders apart, the parts in which their paths differ; none for a single one."""
-    parts = [Path(os.path.abspath(folder)).parts for folder in folders]
-    if len(parts) < 2:
-        return [None] * len(parts)
-    while len({part[0] for part in parts}) == 1:
-        parts = [part[1:] for part in parts]
-    while len({part[-1] for part in parts}) == 1:
-        parts = [part[:-1] for part in parts]
-    return ["/".join(part for part in one if part != "eval") for one in parts]
+    paths = [Path(os.path.abspath(folder)).parts for folder in folders]
+    if len(paths) < 2:
+        return [None] * len(paths)
+    columns = [column for column in itertools.zip_longest(*paths, fillvalue="") if len(set(column)) > 1]
+    for column in columns[::-1]:  # what tells nothing that the others don't
+        others = [other for other in columns if other is not column]
+        if len(set(zip(*others))) == len(paths):
+            columns = others
+    return ["/".join(filter(None, parts)) for parts in zip(*columns)]

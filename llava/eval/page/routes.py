@@ -4,12 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from llava.eval.page.results import Results, Scored
 from llava.eval.route_scores import RoutedRows, reliability, score_routes
+from llava.outside import read_object
+from llava.schema import Wanted, an_object, check_fields, list_of, number, whole, words
+from llava.utils import UserError
+
+_END = Wanted("a number, or null for none", lambda value: value is None or number(0, 1).fits(value))
+_SHARE: dict[str, Wanted] = {"value": number(0, 1), "n": whole(0), "interval": list_of(_END, 2)}
+_NOVELTY = {**dict.fromkeys(("rejected_known", "detected_unknown"), an_object(_SHARE)), "auroc": number(0, 1)}
+_ROUTER = {"accuracy": an_object(_SHARE), "per_domain": an_object(), "ece": number(0), "novelty": an_object(_NOVELTY)}
+_REPORT = {"question_file": words(), "routers": an_object()}
+"""What is read of a route report."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +84,26 @@ def _stage(stage: Scored, task: str, order: Sequence[str], slot_tasks: list[str]
 def is_free(route: Any) -> bool:
     """Whether a route was decided among tasks, none being given."""
     return isinstance(route, Mapping) and bool(route.get("task_posterior")) and not route.get("task_given")
+
+
+def read_route_report(path: str | Path) -> dict[str, Any]:
+    """What ``llava.eval.route_report`` wrote.
+
+    Raises:
+        UserError: it is missing, or something else.
+    """
+    found = read_object(path, "route report", "write it with: python -m llava.eval.route_report")
+    try:
+        check_fields(found, _REPORT, str(path), False, tuple(_REPORT))
+        for name, scores in found["routers"].items():
+            where = f"{path}: routers: {name}"
+            an_object().check(scores, where)
+            check_fields(scores, _ROUTER, where, False, ("accuracy", "per_domain"))
+            for part in scores["per_domain"].values():
+                an_object(_SHARE).check(part, f"{where}: per_domain")
+    except UserError as error:
+        raise UserError(f"{error} (not a route report; write it again)") from error
+    return found
 
 
 def _slots(routes: Sequence[Mapping[str, Any]], slot_tasks: Sequence[str]) -> np.ndarray:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,55 +12,18 @@ from llava.eval.matrix_report import SUMMARY_TITLES, metric_title, title_of
 from llava.eval.metrics.base import OVERALL
 from llava.eval.page import plots, tables
 from llava.eval.page.examples import Example, examples_of
+from llava.eval.page.parts import Card, Panel, Section
 from llava.eval.page.plots import Plot
 from llava.eval.page.results import Results
 from llava.eval.page.routes import StageRoutes, routes_of
-from llava.eval.page.tables import MAIN, MISSING, Cell, Table, figure
-from llava.eval.page.versus import Difference, Seeds, detailed, differences, same_questions, seeds_of
+from llava.eval.page.several import side_by_side
+from llava.eval.page.tables import MISSING, Cell, Table, figure
+from llava.eval.page.versus import detailed, differences, same_questions, seeds_of
 from llava.eval.result_pages import score
 from llava.inside import Folder
 
 SHORT = 16
 """Digits of a checksum that are shown."""
-
-
-@dataclass(frozen=True)
-class Card:
-    """One figure in large print."""
-
-    title: str
-    text: str
-    detail: str = ""
-    words: str = ""
-
-
-@dataclass(frozen=True)
-class Panel:
-    """What is shown of one metric."""
-
-    name: str
-    title: str
-    tables: Sequence[Table]
-    plots: Sequence[Plot]
-
-
-@dataclass(frozen=True)
-class Section:
-    """A part of the page; ``folded`` tables are opened on demand, ``words`` are paragraphs."""
-
-    name: str
-    title: str
-    words: Sequence[str] = ()
-    cards: Sequence[Card] = ()
-    tables: Sequence[Table] = ()
-    plots: Sequence[Plot] = ()
-    panels: Sequence[Panel] = ()
-    folded: Sequence[Table] = ()
-    examples: Sequence[Example] = field(default=())
-
-    @property
-    def every_table(self) -> list[Table]:
-        return [*self.tables, *(table for panel in self.panels for table in panel.tables), *self.folded]
 
 
 def summary(runs: Sequence[Results], shown: Sequence[Results]) -> Section:
@@ -150,10 +112,10 @@ def matrices(runs: Sequence[Results]) -> Section:
     )
 
 
-def routes(runs: Sequence[Results]) -> Section:
-    """Confusion, reliability, slots, novelty."""
+def routes(runs: Sequence[Results], report: Mapping[str, Any] | None) -> Section:
+    """Confusion, reliability, slots, novelty; and the routers of a route report."""
     said: list[str] = []
-    shown: list[Table] = []
+    shown: list[Table] = [tables.routers(report)] if report else []
     drawn: list[Plot | None] = []
     for run in runs:
         stages = routes_of(run)
@@ -291,85 +253,6 @@ def shown_path(text: str) -> str:
     return f"…/{Path(text).name}" if text.startswith("/") else text
 
 
-def side_by_side(runs: Sequence[Results], seeds: Sequence[Seeds], found: Sequence[Difference], shown: int) -> Section:
-    """Several runs: their main figures, their differences, their spread over seeds."""
-    said = [f"{runs[0].label} is what the others are compared with."]
-    if shown < len(runs):
-        said.append(
-            f"{shown} of the {len(runs)} runs are shown in full below: the first of each method, route and order."
-        )
-    said += [f"{one.run} is not compared: {one.lacking}." for one in found if one.lacking]
-    if not seeds:
-        said.append("No two runs differ in their seed alone, so nothing is said of the spread over seeds.")
-    compared = [one for one in found if one.groups]
-    return Section(
-        "runs",
-        "Runs side by side",
-        said,
-        tables=[_runs(runs), *(_differences(one, MAIN) for one in compared), *map(_over_seeds, seeds)],
-        folded=[_differences(one, one.metrics, "every-") for one in compared],
-    )
-
-
-def _runs(runs: Sequence[Results]) -> Table:
-    main = next((name for run in runs for name in run.metrics), "")
-    figures = ("average_final", "bwt", "forgetting", "fwt")
-    metrics = ("exact_match", "closed_accuracy", "open_recall", "route_accuracy")
-    rows = []
-    for run in runs:
-        summary = run.metrics[main]["summary"] if main in run.metrics else {}
-        rows.append(
-            [
-                tables.words(run.label),
-                tables.words(f"{run.method or MISSING}{f', {run.route}' if run.route else ''}"),
-                tables.words(" → ".join(run.tasks)),
-                tables.count(run.seed),
-                *(figure(summary.get(name), "" if name == "average_final" else "+") for name in figures),
-                *(figure(run.last.figure(OVERALL, name)) for name in metrics),
-            ]
-        )
-    head = ["run", "method", "order", "seed", *(f"{title_of(name)}, {metric_title(main)}" for name in figures)]
-    caption = "Final figures of every run"
-    return Table(
-        "runs", caption, [*head, *map(metric_title, metrics)], rows, "95 % bootstrap intervals over questions."
-    )
-
-
-def _differences(found: Difference, names: Sequence[str], prefix: str = "") -> Table:
-    groups = list(found.groups)
-    rows = [
-        [
-            tables.words(metric_title(name)),
-            *(figure(found.groups[group]["figures"].get(name), "+", "difference") for group in groups),
-        ]
-        for name in names
-        if name in found.metrics
-    ]
-    rows.append([tables.words("answers that change"), *(figure(found.groups[group]["changed"]) for group in groups)])
-    caption = f"{found.run} minus {found.against}" + (", every metric" if prefix else "")
-    note = "Paired bootstrap: both are scored on the same resampled questions."
-    return Table(f"{prefix}difference-{found.run}", caption, ["metric", *groups], rows, note)
-
-
-def _over_seeds(found: Seeds) -> Table:
-    rows = []
-    for metric, values in found.spread["metrics"].items():
-        cells = {f"final, {task}": cell for task, cell in zip(found.spread["tasks"], values["matrix"][-1], strict=True)}
-        cells |= {title_of(name): cell for name, cell in values["summary"].items()}
-        rows += [
-            [
-                tables.words(metric_title(metric)),
-                tables.words(name),
-                figure(cell, key="mean"),
-                Cell(score(cell["sd"]), value=cell["sd"]),
-            ]
-            for name, cell in cells.items()
-        ]
-    caption = f"{found.name}, over {len(found.runs)} seeds"
-    note = "Mean, Student’s t interval and standard deviation over the runs."
-    return Table(f"seeds-{found.name}", caption, ["metric", "figure", "mean", "sd"], rows, note)
-
-
 def title_of_page(runs: Sequence[Results]) -> str:
     """What the page is called."""
     names = list(dict.fromkeys(str(run.about.get("sequence") or run.label) for run in runs))
@@ -382,11 +265,13 @@ def all_sections(
     seed: int,
     image_folder: Folder | None = None,
     use_java: bool | None = None,
+    route_report: Mapping[str, Any] | None = None,
 ) -> list[Section]:
     """The whole page.
 
     Args:
         examples, seed: how many questions are shown, and which. image_folder: of their pictures; default: as recorded.
+        route_report: what ``llava.eval.route_report`` wrote, where it is to be shown too.
         use_java: for the metrics in which several runs are compared (see ``TextScorer``).
     """
     shown = detailed(runs)
@@ -396,7 +281,7 @@ def all_sections(
         *found,
         summary(runs, shown),
         matrices(shown),
-        routes(shown),
+        routes(shown, route_report),
         pictures(shown),
         some(examples_of(alike, examples, seed, image_folder), alike),
         training(shown),

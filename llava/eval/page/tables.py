@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -218,6 +219,22 @@ def confusion(run: Results, stage: StageRoutes) -> Table:
     return Table(
         f"confusion-{run.label}", run.titled("Where the questions were routed to"), head, rows, "Wilson intervals."
     )
+
+
+def routers(report: Mapping[str, Any]) -> Table:
+    """A route report: each router's accuracy and calibration, and how well it tells unknown questions."""
+    domains = list(dict.fromkeys(domain for scores in report["routers"].values() for domain in scores["per_domain"]))
+    rows = []
+    for name, scores in report["routers"].items():
+        novelty = scores.get("novelty") or {}
+        cells = [figure(scores["accuracy"], ends="interval")]
+        cells += [figure(scores["per_domain"].get(domain), ends="interval") for domain in domains]
+        cells += [figure({"value": scores.get("ece")}), figure(novelty.get("rejected_known"), ends="interval")]
+        cells += [figure(novelty.get("detected_unknown"), ends="interval"), figure({"value": novelty.get("auroc")})]
+        rows.append([words(name), *cells])
+    head = ["router", "all", *domains, "calibration error", "known taken for unknown", "unknown found", "AUROC"]
+    note = f"Of the questions of {Path(str(report['question_file'])).name}, and those of no task. Wilson intervals."
+    return Table("routers", "Routers on the same queries", head, rows, note)
 
 
 def slot_use(run: Results, stage: StageRoutes) -> Table:

@@ -11,7 +11,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from llava.eval.page.sections import Section
+from llava.eval.page.parts import Section
 
 _PLACES = PackageLoader("llava.eval.page", "templates")
 _TEX = {

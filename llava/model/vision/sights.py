@@ -140,7 +140,7 @@ class SightStore:
             whole: with its features; else its queries are enough.
         """
         path = self._path(picture)
-        if not path.exists():
+        if not self.holds(picture):
             return None
         try:
             found = _read(path)
@@ -160,7 +160,7 @@ class SightStore:
 
     def holds(self, picture: str) -> bool:
         """Whether there is a file for a picture."""
-        return self._path(picture).exists()
+        return os.path.exists(self._path(picture))  # Path.exists raises in a folder that may not be looked into
 
     def put(self, picture: str, sight: Sight) -> Sight:
         """Keep a picture's sight, and give it back as ``get`` would. Where there is no room, its queries are kept.
@@ -176,13 +176,14 @@ class SightStore:
         try:
             with atomic_write(path, "wb", lasting=False) as stream:
                 stream.write(save(tensors, about))
-            found = _read(path)
+        except FileNotFoundError:  # another process gave up the folder meanwhile
+            return sight
         except OSError as error:
             self.refused = True
             rank0_print(f"note: {path} cannot be written ({error.strerror}); pictures' features are not kept")
             return sight
         self._used = (self._used or 0) + kept.nbytes
-        return self._held(found) if kept.whole else sight
+        return (self.get(picture) if kept.whole else None) or sight
 
     def expect(self, more: int) -> None:
         """Notice before any picture is looked at that features of so many bytes find no room: none is then kept."""
@@ -209,8 +210,8 @@ class SightStore:
 
     def _eyes(self) -> list[Path]:
         """The folders of all eyes, the least lately used first."""
-        found = [place for place in self.root.iterdir() if _EYE.fullmatch(place.name)] if self.root.is_dir() else []
-        return sorted(found, key=lambda place: place.stat().st_mtime)
+        found = [place for place in next(os.walk(self.root), ("", [], []))[1] if _EYE.fullmatch(place)]
+        return sorted((self.root / name for name in found), key=_last_used)
 
     def _path(self, picture: str) -> Path:
         return self.folder / f"{picture[:32]}.safetensors"
@@ -238,11 +239,18 @@ def _digest(path: Path, tensors: Mapping[str, Tensor], size: tuple[int, int]) ->
 
 
 def _size(folder: Path) -> int:
-    """Bytes of the files in a folder and those in it; some may be going away."""
+    """Bytes of the files in a folder and those in it; some may be going away, others may not be looked at."""
     found = 0
-    for place in folder.rglob("*.safetensors"):
-        try:
-            found += place.stat().st_size
-        except FileNotFoundError:
-            continue
+    for place, _, names in os.walk(folder):  # which passes over folders that it cannot list
+        for name in names:
+            if name.endswith(".safetensors"):
+                with contextlib.suppress(OSError):
+                    found += os.stat(os.path.join(place, name)).st_size
     return found
+
+
+def _last_used(folder: Path) -> float:
+    try:
+        return os.stat(folder).st_mtime
+    except OSError:  # another process gave it up
+        return 0.0

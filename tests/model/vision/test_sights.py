@@ -125,3 +125,48 @@ def test_what_is_read_ahead_comes_in_order_and_raises_where_it_is_used(workers):
     assert [next(coming) for _ in range(3)] == [0, 0, 1]
     with pytest.raises(ZeroDivisionError):
         next(coming)
+
+
+def test_what_another_process_gives_up_meanwhile_is_no_error(tmp_path, monkeypatch, capsys):
+    """Folders and files that vanish between being listed and being looked at, or right after they were written."""
+    root = tmp_path / "sights"
+    for eye in (OTHER, "c" * 32):
+        SightStore(root, eye).put(PICTURE, sight(0, 0.6))
+
+    def vanishing(listed):
+        def found(place="."):
+            names = listed(place)
+            if (root / OTHER).exists():
+                (root / OTHER).rename(tmp_path / "gone")
+            return names
+
+        return found
+
+    with monkeypatch.context() as meanwhile:
+        for name in ("listdir", "scandir"):
+            meanwhile.setattr(os, name, vanishing(getattr(os, name)))
+        store = SightStore(root, EYE, megabytes=1)
+        assert same(store.put(PICTURE, sight(1, 0.6)), sight(1, 0.6)) and store.get(PICTURE).whole
+    assert not (root / OTHER).exists() and (tmp_path / "gone").exists()
+    store = SightStore(root, EYE)
+    read = sights._read
+    monkeypatch.setattr(sights, "_read", lambda path: path.unlink() or read(path))
+    assert same(store.put("1" * 64, sight(2)), sight(2)) and not store.holds("1" * 64)
+    monkeypatch.setattr(sights, "_read", read)
+    assert not store.refused and "cannot be written" not in capsys.readouterr().out
+    assert same(store.put("1" * 64, sight(2)), sight(2)) and store.holds("1" * 64)
+
+
+def test_a_folder_that_may_not_be_looked_into_holds_nothing(tmp_path, monkeypatch, capsys):
+    SightStore(tmp_path, EYE).put(PICTURE, sight())
+
+    def deny(place, *_, **__):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(place))
+
+    with monkeypatch.context() as denied:
+        for owner, name in ((os, "stat"), (os, "scandir"), (os, "open"), (Path, "stat"), (Path, "iterdir")):
+            denied.setattr(owner, name, deny)
+        store = SightStore(tmp_path, EYE, megabytes=1)
+        found = store.holds(PICTURE), store.get(PICTURE), store.put("1" * 64, sight(1, 0.6))
+    assert found[:2] == (False, None) and same(found[2], sight(1, 0.6))
+    assert capsys.readouterr().out.count("cannot be written (Permission denied)") == 1
