@@ -206,7 +206,7 @@ def test_a_reader_that_goes_away_stops_its_answer_and_a_full_house_is_said(place
 
 
 def test_who_goes_away_while_waiting_frees_the_place(place, slow):
-    address, service = slow
+    address, service, _ = slow
     first = ask(client_of(address), place, "what side", 0, max_tokens=200, stream=True)
     assert next(iter(first)).choices
     for stream in (False, True):
