@@ -38,12 +38,13 @@ def is_dicom(stream: BinaryIO, name: str | os.PathLike) -> bool:
     return head[:2] in (b"\x02\0", b"\x08\0") and head[2:4] in (b"\0\0", b"\x01\0", b"\x05\0", b"\x08\0", b"\x16\0")
 
 
-def read_dicom(stream: BinaryIO, name: str | os.PathLike, most_pixels: int) -> Image.Image:
+def read_dicom(stream: BinaryIO, name: str | os.PathLike, most_pixels: int, quiet: bool = False) -> Image.Image:
     """The first frame of a DICOM file as RGB, shown as the file says.
 
     Args:
         name: of the file, for messages.
         most_pixels: of a frame; a larger one is not decoded.
+        quiet: do not say that it has several.
 
     Raises:
         UserError: ``pydicom`` or a decoder is missing, the frame is too large, or the file holds no readable picture.
@@ -67,7 +68,7 @@ def read_dicom(stream: BinaryIO, name: str | os.PathLike, most_pixels: int) -> I
         raise UserError(f"DICOM file cannot be read: {name} ({said}{mend})") from error
     if rows * columns > most_pixels:
         raise UserError(f"DICOM file {name} has {columns} x {rows} pixels, more than {most_pixels:,} (--max_pixels)")
-    if frames > 1:
+    if frames > 1 and not quiet:
         _say_frames(Path(name).name, frames)
     return picture
 

@@ -63,19 +63,20 @@ def load_image(path: str | os.PathLike) -> Image.Image:
         return decode_image(stream, file)
 
 
-def decode_image(data: bytes | BinaryIO, name: str | os.PathLike) -> Image.Image:
+def decode_image(data: bytes | BinaryIO, name: str | os.PathLike, quiet: bool = False) -> Image.Image:
     """The bytes of a picture's file as an upright RGB picture.
 
     Args:
         data: the bytes, or a stream at their start.
         name: file or address, for messages and for files whose ending says DICOM.
+        quiet: do not say of which file the first of several frames is seen.
 
     Raises:
         UserError: as ``load_image``.
     """
     stream = io.BytesIO(data) if isinstance(data, bytes) else data
     if is_dicom(stream, name):
-        return read_dicom(stream, name, max_pixels())
+        return read_dicom(stream, name, max_pixels(), quiet)
     try:
         try:
             return _upright(_opened(stream, name))

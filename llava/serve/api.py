@@ -6,6 +6,7 @@ with a choice has it. Errors have OpenAI's shape and status codes, so that its c
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import json
 import threading
@@ -74,20 +75,20 @@ class _Api:
         if not self.places.acquire(blocking=False):
             return failed(Busy("too many requests are being answered; ask again in a moment"))
         answering: Answering | None = None
+        watch: asyncio.Task[None] | None = None
         streamed: Response | None = None
         try:
             body = await self._body(request)
             asked = await to_thread.run_sync(self._read, body)
             del body
             answering = self.service.ask(asked.question)
+            watch = asyncio.create_task(_stop_when_gone(request, answering))
             first = await _next(answering)
             if asked.stream:
                 end = functools.partial(self._end, answering)
                 streamed = _Stream(self._parts(asked, answering, first), end)
                 return streamed
             while first is not None:
-                if await request.is_disconnected():
-                    answering.stop()
                 first = await _next(answering)
             return JSONResponse(_completion(asked.model, answering.answer))
         except UserError as error:
@@ -97,6 +98,8 @@ class _Api:
         except Exception:  # the service has logged it
             return _error(500, "the model failed; the server's log says why", "server_error")
         finally:
+            if watch is not None:
+                watch.cancel()  # a stream looks for itself
             if streamed is None:
                 self._end(answering)
 
@@ -167,6 +170,13 @@ class _Stream(StreamingResponse):
             self.end()
 
 
+async def _stop_when_gone(request: Request, answering: Answering) -> None:
+    """Stop an answer, or its waiting, when its reader goes away; the body has been read."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+    answering.stop()
+
+
 async def _next(answering: Answering) -> str | None:
     return await to_thread.run_sync(answering.next, abandon_on_cancel=True)
 
@@ -184,6 +194,8 @@ def _error(status: int, message: str, kind: str, param: str | None = None, code:
 
 
 def _told_error(message: str, kind: str, param: str | None = None, code: str | None = None) -> dict[str, Any]:
+    """``param`` may be a field's name as it came, with what UTF-8 cannot say."""
+    param = param and param.encode("utf-8", "backslashreplace").decode()
     return {"message": message, "type": kind, "param": param, "code": code}
 
 

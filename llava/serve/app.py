@@ -1,7 +1,8 @@
 """The app of one process: the demo's page at ``/``, the API at ``/v1``, and what neither may do.
 
 A browser that shows the page may load nothing from elsewhere (``Content-Security-Policy``), a request may not be
-larger than what may be asked, and gradio's own upload, which writes files, is closed. On the loopback address a request
+larger than what may be asked, and what of gradio's writes files, reads them or fetches is closed: its upload, its
+recordings, and its links to what a page shows, which it would write down. On the loopback address a request
 must name this machine, so that a page of elsewhere cannot reach it under a name of its own.
 """
 
@@ -32,7 +33,9 @@ HEADERS = {
     "X-Content-Type-Options": "nosniff",
     "Cross-Origin-Resource-Policy": "same-origin",
 }
-CLOSED = ("/gradio_api/upload", "/gradio_api/proxy=", "/proxy=", "/upload")
+TAKEN = ("/v1/", *(f"/gradio_api/{name}" for name in ("queue/join", "run/", "cancel", "reset")))
+"""What may be sent to: the API, and what the page's buttons need."""
+CLOSED = tuple(f"/gradio_api/{name}" for name in ("deep_link", "proxy=", "file", "upload"))
 
 
 def make_app(service: Service, examples: Sequence[Example] = (), only_here: bool = True) -> FastAPI:
@@ -66,7 +69,8 @@ class _Guard:
             await self.app(scope, receive, send)
             return
         length = dict(scope["headers"]).get(b"content-length", b"0" if scope["method"] in ("GET", "HEAD") else b"")
-        if scope["path"].startswith(CLOSED):
+        sent = scope["method"] not in ("GET", "HEAD", "OPTIONS")
+        if scope["path"].startswith(CLOSED) or (sent and not scope["path"].startswith(TAKEN)):
             await PlainTextResponse("closed", 403)(scope, receive, send)
             return
         bounded = scope["path"].startswith("/v1/")  # the API looks for itself

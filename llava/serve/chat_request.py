@@ -24,6 +24,8 @@ from llava.serve.question import Limits, Question, Refused, check_sizes, placed
 from llava.utils import UserError
 
 MOST_STOPS, LONGEST_STOP = 4, 100
+COLDEST = 1e-5
+"""A temperature below it is 0: it draws the same, and scores that are divided by less are not finite."""
 ACTING: dict[str, Wanted] = {
     "model": words(empty=False),
     "messages": list_of(an_object(), empty=False),
@@ -32,7 +34,7 @@ ACTING: dict[str, Wanted] = {
     "temperature": number(0, 2),
     "top_p": number(above=0, most=1),
     "stop": words(empty=False) | list_of(words(empty=False)),
-    "seed": whole(0),
+    "seed": whole(0, 2**63 - 1),
     "stream": yes_or_no,
     "stream_options": an_object({"include_usage": yes_or_no}),
 }
@@ -86,12 +88,13 @@ def read_request(body: Any, limits: Limits, generation: Generation, models: Sequ
         raise Refused(f"there is no model {shown!r}; there is {known}", "model", "model_not_found")
     system, turns, pictures = _conversation(given["messages"], limits)
     most = given.get("max_completion_tokens", given.get("max_tokens", generation.max_new_tokens))
+    temperature = float(given.get("temperature", generation.temperature))
     question = Question(
         turns=turns,
         pictures=pictures,
         generation=replace(
             generation,
-            temperature=float(given.get("temperature", generation.temperature)),
+            temperature=temperature if temperature >= COLDEST else 0.0,
             top_p=given.get("top_p", generation.top_p),
             max_new_tokens=most,
         ),
@@ -145,7 +148,7 @@ def _conversation(
         where, role = f"messages[{place}]", message.get("role")
         for name, value in message.items():
             if name not in ("role", "content", "name") and value not in (None, [], {}):
-                raise Refused(f"{where}.{name[:40]} is not known here; leave it out", f"{where}.{name[:40]}")
+                raise Refused(f"{where}.{name[:40]!r} is not known here; leave it out", f"{where}.{name[:40]}")
         if role in SYSTEM_ROLES:
             if place:
                 raise Refused(f"{where} is a {role} message; one may stand, and only in the first place", where)

@@ -6,6 +6,7 @@ import threading
 from collections import OrderedDict
 from dataclasses import dataclass, field, replace
 
+from llava.constants import DEFAULT_IMAGE_TOKEN
 from llava.data.labels import Turn
 from llava.data.rows import GPT, HUMAN
 from llava.eval.generation import Generation
@@ -75,13 +76,14 @@ class Conversation:
         """
         if not self.pictures:
             raise Refused("there is no picture yet; add one first")
-        fresh = len(self.pictures) - sum(said.pictures for said in self.said)
-        pictures = tuple(opened(shown.data, shown.name, limits) for shown in self.pictures)
+        shown = list(self.pictures)  # more may come meanwhile
+        fresh = len(shown) - sum(said.pictures for said in self.said)
+        pictures = tuple(opened(one.data, one.name, limits) for one in shown)
         return Question((*self.turns, (HUMAN, placed(text, fresh))), pictures, generation)
 
     def begin(self, question: Question, text: str) -> None:
         """The question is asked."""
-        fresh = len(self.pictures) - sum(said.pictures for said in self.said)
+        fresh = question.turns[-1][1].count(DEFAULT_IMAGE_TOKEN)
         reference = self.reference if text == self.expected else None
         self.said.append(Said(text, fresh, reference=reference))
 

@@ -106,9 +106,11 @@ def _listening(host: str, port: int) -> socket.socket:
     Raises:
         UserError: the port is taken, or the address is not this machine's.
     """
+    if not host:  # every address, for a socket
+        raise UserError("--host is empty; write 0.0.0.0 where other machines may ask")
     try:
         return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
-    except (OSError, OverflowError) as error:
+    except (OSError, OverflowError, UnicodeError, TypeError) as error:
         raise UserError(f"cannot listen on {host}:{port} ({error}); choose another --host or --port") from error
 
 

@@ -32,7 +32,7 @@ def opened(data: bytes, name: str, limits: Limits) -> Image.Image:
     if len(data) > limits.picture_bytes:
         raise Refused(f"{name} is larger than {limits.picture_bytes >> 20} MB")
     try:
-        return decode_image(data, name)
+        return decode_image(data, name, quiet=True)  # a log is not told how a user's file is called
     except UserError as error:
         raise Refused(error) from error
 

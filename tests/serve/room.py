@@ -57,7 +57,7 @@ class Place:
         return eval_model(SimpleNamespace(**flags, image_file=names, query=query, max_new_tokens=new, **more))
 
 
-def dicom_bytes():
+def dicom_bytes(frames=1):
     """A small DICOM file of 12 bits, shown by its window."""
     pydicom = pytest.importorskip("pydicom")
     from pydicom.uid import ExplicitVRLittleEndian
@@ -71,7 +71,8 @@ def dicom_bytes():
     data.PhotometricInterpretation, data.PixelRepresentation = "MONOCHROME2", 0
     data.BitsAllocated, data.BitsStored, data.HighBit = 16, 12, 11
     data.WindowCenter, data.WindowWidth = 1000, 1500
-    data.PixelData = np.linspace(0, 4095, 480).astype("<u2").tobytes()
+    data.NumberOfFrames = frames
+    data.PixelData = np.linspace(0, 4095, 480).astype("<u2").tobytes() * frames
     stream = io.BytesIO()
     pydicom.dcmwrite(stream, data, enforce_file_format=True)
     return stream.getvalue()

@@ -152,6 +152,7 @@ def post(address, body, kind="application/json", **headers):
         (b"[" * 200_000, "application/json", 400, "nested"),
         (b'{"model": 1, "model": 2}', "application/json", 400, "twice"),
         (b"[]", "application/json", 400, "JSON object"),
+        (b'{"\\ud800": 1}', "application/json", 400, "unknown field"),
         (b"{}", "text/plain", 415, "application/json"),
         (b"", "application/json", 400, "broken JSON"),
         (b"a" * 60_000_000, "application/json", 413, "larger than"),
@@ -202,6 +203,19 @@ def test_a_reader_that_goes_away_stops_its_answer_and_a_full_house_is_said(place
         second.result().close()
     assert until(service, 2)
     assert ask(client, place, ASKED, 0, max_tokens=NEW).choices[0].message.content == place.truth(ASKED, 0)
+
+
+def test_who_goes_away_while_waiting_frees_the_place(place, slow):
+    address, service, _ = slow
+    first = ask(client_of(address), place, "what side", 0, max_tokens=200, stream=True)
+    assert next(iter(first)).choices
+    for stream in (False, True):
+        waiting = client_of(address).with_options(timeout=0.5)
+        with pytest.raises(openai.APITimeoutError):
+            ask(waiting, place, ASKED, 0, stream=stream)
+        assert until(service, 1)  # the first is still being answered
+    first.close()
+    assert until(service, 2)
 
 
 def test_a_fault_in_the_model_is_a_500(client, place, monkeypatch):

@@ -63,10 +63,15 @@ def test_the_page_names_no_other_machine_that_it_would_load_from(address):
 
 
 @pytest.mark.parametrize(
-    "path", ["/gradio_api/upload", "/gradio_api/upload?upload_id=1", "/gradio_api/proxy=http://a/"]
+    "path", ["upload", "upload?upload_id=1", "proxy=http://a/", "process_recording", "component_server", "vibe-edit/"]
 )
 def test_what_writes_files_or_fetches_is_closed(address, path):
-    assert request(address, "POST", path, b"a" * 100)[0] == 403
+    assert request(address, "POST", f"/gradio_api/{path}", b"a" * 100)[0] == 403
+
+
+@pytest.mark.parametrize("path", ["deep_link?session_hash=a", "proxy=http://a/", "file=a.png", "file/a.png"])
+def test_no_address_writes_what_a_page_shows_or_reads_a_file(address, path):
+    assert request(address, "GET", f"/gradio_api/{path}")[0] == 403
 
 
 def test_bodies_and_names_of_other_hosts_are_refused(address):
@@ -129,6 +134,12 @@ def test_wrong_command_lines_are_said_before_a_model_is_loaded(place, monkeypatc
     monkeypatch.setattr(gradio_web_server.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"pip install '\.\[serve\]'"):
         gradio_web_server.make(arguments(place))
+
+
+@pytest.mark.parametrize("host", ["", "a..b", "ä" * 70])
+def test_a_host_that_is_no_name_is_said(host):
+    with pytest.raises(UserError, match="--host"):
+        gradio_web_server._listening(host, 0)
 
 
 def test_a_port_that_is_taken_is_said_before_a_model_is_loaded(place):

@@ -71,6 +71,8 @@ def test_what_acts():
     assert read(body(max_completion_tokens=3, stop=["a", "b"])).question.stop == ("a", "b")
     assert read(body(max_completion_tokens=3, max_tokens=3)).question.generation.max_new_tokens == 3
     assert read(body() | {"model": MODELS[1]}).question.base
+    assert read(body(seed=2**63 - 1)).question.seed == 2**63 - 1  # as clients draw them
+    assert read(body(temperature=1e-45)).question.generation.temperature == 0  # no scores can be divided by it
     plain = read(body(n=1, presence_penalty=0.0, tools=[], user="ann", logprobs=False, temperature=None))
     assert plain.question.generation == Generation(max_new_tokens=7)
 

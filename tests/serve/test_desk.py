@@ -13,10 +13,10 @@ from llava.data.rows import question_row, write_jsonl
 from llava.eval.answerer import Answerer
 from llava.eval.generation import Generation
 from llava.serve import service as service_module
-from llava.serve.conversations import Conversations
+from llava.serve.conversations import Conversation, Conversations
 from llava.serve.desk import Desk
 from llava.serve.examples import read_examples
-from llava.serve.question import Limits, Question
+from llava.serve.question import Answer, Limits, Question
 from llava.serve.service import Service
 from llava.utils import UserError
 
@@ -73,6 +73,16 @@ def test_later_turns_know_the_ones_before_and_may_bring_pictures(place, desk):
         shown = tuple(place.picture(number) for number in range(pictures))
         question = Question(pairs[:count], shown, Generation(max_new_tokens=NEW))
         assert place.service.ask(question).answer.text == expected
+
+
+def test_a_picture_that_comes_while_a_question_is_begun_belongs_to_the_next(place):
+    talk, limits, how = Conversation(), Limits(), Generation()
+    talk.add(place.png(0), "a.png", limits)
+    first = talk.question(ASKED, limits, how)
+    talk.add(place.png(1), "b.png", limits)
+    talk.begin(first, ASKED)
+    talk.end(first, Answer("yes", None, "stop", 1, 1))
+    assert talk.question("and here?", limits, how).turns[-1] == ("human", "<image>\nand here?")
 
 
 @pytest.mark.parametrize(

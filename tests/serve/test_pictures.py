@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 from serve.room import bomb, data_url, dicom_bytes
 
+from llava import dicom
 from llava.image_io import load_image
 from llava.serve.pictures import of_data_url, opened, thumbnail
 from llava.serve.question import Limits, Refused
@@ -71,6 +72,12 @@ def test_a_bomb_of_100_megapixels_is_refused(monkeypatch):
     assert len(data) < 20_000
     with pytest.raises(Refused, match="pixels"):
         opened(data, "picture 1", LIMITS)
+
+
+def test_the_name_of_a_users_file_is_not_said(monkeypatch, capsys):
+    monkeypatch.setattr(dicom, "_SAID", [])
+    opened(dicom_bytes(frames=2), "ann-smith.dcm", LIMITS)
+    assert dicom._SAID == [] and capsys.readouterr().out == ""
 
 
 def test_a_thumbnail_is_a_small_square_on_the_page():
