@@ -76,7 +76,7 @@ def _pictures(pictures: Mapping[str, Any]) -> list[str]:
         overall = part["groups"][OVERALL]
         told = f"{kind} pictures: {_figure(overall['changed'])} of the answers change"
         if drop := overall["figures"].get("exact_match"):
-            told += f", exact match falls by {_figure({**drop, 'value': drop['drop']}, sign='+')}"
+            told += f"; exact match drop {_figure({**drop, 'value': drop['drop']}, sign='+')}"
         lines.append(_cut(told, COLUMNS))
     return lines
 

@@ -119,7 +119,7 @@ BLEU-1                0.750 [0.37, 0.75]  0.750 [0.37, 0.75]  0.750 [0.37, 0.75]
 ROUGE-L               0.750 [0.38, 0.75]  0.750 [0.38, 0.75]  0.750 [0.38, 0.75]  0.750 [0.38, 0.75]
 CIDEr                 0.000 [0.00, 0.00]  0.000 [0.00, 0.00]  0.000 [0.00, 0.00]  0.000 [0.00, 0.00]
 no open recall: no such rows; no METEOR: Java was switched off, and METEOR needs it; no route accu..
-blank pictures: 0.500 [0.25, 0.75] of the answers change, exact match falls by +0.250 [+0.12, +0.38]
+blank pictures: 0.500 [0.25, 0.75] of the answers change; exact match drop +0.250 [+0.12, +0.38]
 
 exact match    abd  chest   head  seen so far
 zero-shot    0.250  0.250  0.250
