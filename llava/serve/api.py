@@ -22,7 +22,7 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 
 from llava.outside import decoded, parsed
 from llava.serve.chat_request import ChatRequest, read_request
-from llava.serve.question import Answer, Busy, Refused
+from llava.serve.question import Answer, Busy, ModelFailed, Refused
 from llava.serve.service import Answering, Service
 from llava.utils import UserError
 
@@ -95,7 +95,7 @@ class _Api:
             return failed(error)
         except TimeoutError:
             return failed(Refused(f"the body did not come within {PATIENCE:.0f} seconds", None))
-        except Exception:  # the service has logged it
+        except ModelFailed:
             return _error(500, "the model failed; the server's log says why", "server_error")
         finally:
             if watch is not None:
@@ -152,7 +152,7 @@ class _Api:
             yield "data: [DONE]\n\n"
         except UserError as error:
             yield _event({"error": _told_error(str(error), "invalid_request_error")})
-        except Exception:  # the service has logged it
+        except ModelFailed:
             yield _event({"error": _told_error("the model failed; the server's log says why", "server_error")})
 
 

@@ -15,7 +15,7 @@ from llava.outside import kind_of
 from llava.serve.conversations import Conversation, Conversations
 from llava.serve.examples import Example
 from llava.serve.page import notice, pictures_part, route_part, talk_part
-from llava.serve.question import Limits, Refused
+from llava.serve.question import Limits, ModelFailed, Refused
 from llava.serve.service import Service
 from llava.utils import UserError, server_error_msg
 
@@ -104,7 +104,7 @@ class Desk:
                 yield view
         except UserError as error:
             yield View(talk=talk_part(talk.said), notice=notice(str(error), wrong=True), question=text, busy=False)
-        except Exception:  # the service has logged it
+        except ModelFailed:
             said = notice(server_error_msg.replace("**", ""), wrong=True)
             yield View(talk=talk_part(talk.said), notice=said, question=text, busy=False)
         finally:

@@ -32,6 +32,10 @@ class Busy(UserError):
     """As many questions wait as may."""
 
 
+class ModelFailed(Exception):
+    """A question could not be answered for no fault of its own; the log says why."""
+
+
 @dataclass(frozen=True)
 class Limits:
     """What one question may be, and how many there may be.

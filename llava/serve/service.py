@@ -29,7 +29,7 @@ from llava.data.labels import expanded_length
 from llava.eval.answerer import Answerer
 from llava.eval.generation import NO_ROUTE, Generation
 from llava.mm_utils import KeywordsStoppingCriteria
-from llava.serve.question import Answer, Busy, Limits, Question, Refused, check
+from llava.serve.question import Answer, Busy, Limits, ModelFailed, Question, Refused, check
 from llava.slots.encoders import TextEncoder
 from llava.utils import UserError
 
@@ -42,7 +42,7 @@ class Answering:
 
     def __init__(self, place: threading.BoundedSemaphore) -> None:
         self.stopped = threading.Event()
-        self._coming: queue.SimpleQueue[str | Answer | BaseException] = queue.SimpleQueue()
+        self._coming: queue.SimpleQueue[str | Answer | Exception] = queue.SimpleQueue()
         self._place = place
         self._future: Future[None] | None = None
         self._answer: Answer | None = None
@@ -55,10 +55,12 @@ class Answering:
     def _do(self, work: Any) -> None:
         try:
             self._coming.put(work(self))
-        except BaseException as error:
-            if not isinstance(error, UserError):
-                LOGGER.exception("a question could not be answered")
+        except UserError as error:
             self._coming.put(error)
+        except BaseException:
+            LOGGER.exception("a question could not be answered")
+            self._coming.put(ModelFailed())
+            raise
 
     def _done(self, future: Future[None]) -> None:
         if future.cancelled():
@@ -79,12 +81,12 @@ class Answering:
         """The answer so far, as soon as there is more of it; ``None`` when ``answer`` holds it whole.
 
         Raises:
-            UserError: the question cannot be answered.
+            UserError: the question cannot be answered. ModelFailed: it could have been.
         """
         if self._answer is not None:
             return None
         found = self._coming.get()
-        if isinstance(found, BaseException):
+        if isinstance(found, Exception):
             raise found
         if isinstance(found, Answer):
             self._answer = found
@@ -106,7 +108,7 @@ class Answering:
         """The whole answer, waited for.
 
         Raises:
-            UserError: the question cannot be answered.
+            UserError: the question cannot be answered. ModelFailed: it could have been.
         """
         while self._answer is None:
             self.next()

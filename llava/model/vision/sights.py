@@ -45,7 +45,7 @@ FORMAT = 1
 """Raised when the same picture would give other numbers."""
 MEGABYTES = 4096
 """What a store may take by default, 1,700 pictures of LLaVA-1.5 in float32."""
-FEATURES = "features"
+FEATURES, ABOUT = "features", "sight"
 MAPPED, MAPS = 2**18, 30_000
 """Bytes from which on features are mapped, not read, and how many of them at a time: Linux lets a process have 65,530
 maps."""
@@ -172,7 +172,8 @@ class SightStore:
         kept = sight if self._has_room(sight.nbytes) else replace(sight, features=sight.features[:0])
         path = self._path(picture)
         tensors = {FEATURES: kept.features, **kept.queries}
-        about = {"width": str(kept.size[0]), "height": str(kept.size[1]), "sha256": _digest(path, tensors, kept.size)}
+        width, height = kept.size
+        about = {ABOUT: f"{width} {height} {_digest(path, tensors, kept.size)}"}  # of several the order would vary
         try:
             with atomic_write(path, "wb", lasting=False) as stream:
                 stream.write(save(tensors, about))
@@ -220,10 +221,10 @@ class SightStore:
 def _read(path: Path) -> Sight:
     """A file's sight, its tensors mapped; ``ValueError`` where they are not what was written."""
     with safe_open(path, framework="pt") as stream:
-        about = stream.metadata()
+        width, height, written = (stream.metadata() or {})[ABOUT].split()
         tensors = {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118 - not a mapping
-    size = (int(about["width"]), int(about["height"]))
-    if _digest(path, tensors, size) != about["sha256"]:
+    size = (int(width), int(height))
+    if _digest(path, tensors, size) != written:
         raise ValueError("another checksum")
     return Sight(tensors.pop(FEATURES), tensors, size)
 
