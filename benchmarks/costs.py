@@ -43,6 +43,7 @@ from llava.slots.pool import Pool  # noqa: E402
 from llava.slots.route import Route  # noqa: E402
 from llava.slots.settings import RetrieverSettings  # noqa: E402
 from llava.slots.task_slots import TaskSlots  # noqa: E402
+from llava.utils import run_cli  # noqa: E402
 
 SHAPE = {"hidden_size": 4096, "intermediate_size": 11008, "num_attention_heads": 32}
 LAYERS, COUNTED = 32, (2, 4)
@@ -253,4 +254,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_cli(main)

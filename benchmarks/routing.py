@@ -24,6 +24,7 @@ from llava.slots.pool import Pool  # noqa: E402
 from llava.slots.queries import Query, TaskStatistics  # noqa: E402
 from llava.slots.settings import RetrieverSettings  # noqa: E402
 from llava.slots.unknown import TaskExtent  # noqa: E402
+from llava.utils import run_cli  # noqa: E402
 
 SLOTS = 8
 
@@ -103,4 +104,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_cli(main)

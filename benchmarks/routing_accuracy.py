@@ -36,6 +36,7 @@ from llava.slots.queries import Queries, Query, TaskStatistics  # noqa: E402
 from llava.slots.route import Route  # noqa: E402
 from llava.slots.settings import RetrieverSettings  # noqa: E402
 from llava.slots.unknown import TaskExtent  # noqa: E402
+from llava.utils import run_cli  # noqa: E402
 
 ROUTERS = ("gaussian", "ridge", "keys")
 KINDS = (("text+image", "tower+picture"), ("image", "tower+picture"), ("image", "picture"), ("image", "tower"))
@@ -192,4 +193,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_cli(main)

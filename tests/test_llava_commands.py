@@ -16,6 +16,7 @@ from peft import LoraConfig, get_peft_model
 from tiny_llava import write_base, write_images, write_stage
 
 from llava.data.answers import read_answers
+from llava.data.rows import with_pictures
 from llava.eval import model_vqa, run_llava
 from llava.model.builder import load_pretrained_model
 from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
@@ -74,10 +75,10 @@ def test_run_llava_answers_with_slots_and_several_pictures(place):
 
 
 def test_the_query_may_place_its_pictures_but_not_others():
-    assert run_llava.with_pictures("what?", 2) == "<image>\n<image>\nwhat?"
-    assert run_llava.with_pictures("<image-placeholder> what?", 1) == "<image> what?"
-    with pytest.raises(UserError, match="2 <image> but there are 1"):
-        run_llava.with_pictures("<image> <image>", 1)
+    assert with_pictures("what?", 2) == "<image>\n<image>\nwhat?"
+    assert with_pictures("<image-placeholder> what?", 1) == "<image> what?"
+    with pytest.raises(UserError, match="2 times <image> for one image"):
+        with_pictures("<image> <image>", 1)
 
 
 def test_a_missing_picture_is_named(place):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import logging
 import pickle
 import sys
@@ -18,6 +19,20 @@ def test_a_workers_imports_are_there():
     logger = utils.build_logger(logger_name="llava.test_worker", logger_filename=None)
     assert logger is utils.build_logger("llava.test_worker") and len(logger.handlers) == 1
     assert utils.disable_torch_init() is None
+
+
+def test_bars_of_libraries_stay_out_of_a_log_also_once_they_are_imported(monkeypatch):
+    """Commands whose modules import transformers were too late for the variable that it reads at import."""
+    from transformers.utils import logging as theirs
+
+    before = theirs.is_progress_bar_enabled()
+    theirs.enable_progress_bar()
+    try:
+        monkeypatch.setattr(sys, "stderr", io.StringIO())
+        utils.quiet_libraries()
+        assert not theirs.is_progress_bar_enabled()
+    finally:
+        theirs.enable_progress_bar() if before else theirs.disable_progress_bar()
 
 
 def test_an_error_is_one_line_whatever_names_stand_in_it():

@@ -84,12 +84,8 @@ class Places:
 
     def evaluation(self, route: str | None = None) -> Path:
         """Folder of answers and scores; ``route`` is the router asked for, empty: as trained."""
-        marks = [
-            self.sequence.name,
-            *([] if self.method == "retrieval" else [self.method]),
-            *([route] if route else []),
-        ]
-        return self.root / "eval" / "-".join(marks)
+        name = self.sequence.learned_by(self.method)
+        return self.root / "eval" / (f"{name}-{route}" if route else name)
 
     def report(self, route: str | None = None) -> Path:
         """The page about an evaluation (``llava.eval.report``)."""

@@ -24,7 +24,7 @@ from llava.data.prompt import Picture, check_aspect_ratio, pixels_of
 from llava.data.rows import Row
 from llava.data.samples import Features, check_image_files, picture_names
 from llava.devices import arithmetic, readers
-from llava.files import file_sha256, is_still
+from llava.files import file_sha256
 from llava.image_io import load_image
 from llava.inside import Folder, inside
 from llava.model.configs import llava_config
@@ -177,9 +177,7 @@ class PictureSource:
                 continue
             pixels, size = found
             seen = see(self.load_tower(), pixels, size, self.dtype)
-            if store is not None and is_still(inside(self.image_folder, name), sums[name]):  # it was opened much later
-                seen = store.put(sums[name], seen)
-            yield name, seen
+            yield name, store.keep(inside(self.image_folder, name), sums[name], seen) if store else seen
 
 
 def look_at_pictures(

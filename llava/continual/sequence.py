@@ -101,10 +101,13 @@ class TaskSequence:
     def stage_name(self, number: int, method: str = "retrieval") -> str:
         """Folder name of the checkpoint after ``number`` tasks, e.g. ``llava-vqa-rad_abd_chest``.
 
-        ``llava`` stays in the name, as LLaVA's loaders want it. Methods other than retrieval are named.
+        ``llava`` stays in the name, as LLaVA's loaders want it.
         """
-        mark = "" if method == "retrieval" else f"-{method}"
-        return f"llava-{self.name}{mark}_" + "_".join(self.task_names[:number])
+        return f"llava-{self.learned_by(method)}_" + "_".join(self.task_names[:number])
+
+    def learned_by(self, method: str) -> str:
+        """``<sequence>[-<method>]``: what a method makes of the sequence is called; retrieval is not named."""
+        return self.name if method == "retrieval" else f"{self.name}-{method}"
 
     def overridden(self, environ: Mapping[str, str]) -> TaskSequence:
         """The sequence with what the environment sets (see ``llava/continual/settings.py``)."""

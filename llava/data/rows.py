@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from llava.constants import DEFAULT_IMAGE_TOKEN
+from llava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_PLACEHOLDER
 from llava.conversation import plain_question
 from llava.data.jsonl import identifier_of, json_line, json_values, text_of, write_jsonl
 from llava.data.layouts import CONVERSATION_KEYS, in_our_layout, is_missing, other_field
@@ -262,6 +262,19 @@ def wrong_count(marks: int, images: int) -> str:
     """What is said of a text that does not name ``<image>`` once for each picture."""
     pictures = "one image" if images == 1 else f"{images} images"
     return f"{marks} times {DEFAULT_IMAGE_TOKEN} for {pictures} (write it once for each, or not at all)"
+
+
+def with_pictures(question: str, count: int) -> str:
+    """The question with one ``<image>`` for each of ``count`` pictures, in front unless it places them itself.
+
+    Raises:
+        UserError: it names another number of pictures.
+    """
+    question = question.replace(IMAGE_PLACEHOLDER, DEFAULT_IMAGE_TOKEN)
+    named = question.count(DEFAULT_IMAGE_TOKEN)
+    if named and named != count:
+        raise UserError(f"the question holds {wrong_count(named, count)}")
+    return question if named else f"{DEFAULT_IMAGE_TOKEN}\n" * count + question
 
 
 def _require_answers(row: Row, where: str) -> None:

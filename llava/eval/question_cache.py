@@ -27,7 +27,7 @@ from llava.continual.queries import SIGHTS, text_queries
 from llava.continual.query_cache import QueryCache
 from llava.data.prompt import Picture, PromptEncoder
 from llava.data.rows import Row
-from llava.files import file_sha256, is_still
+from llava.files import file_sha256
 from llava.inside import inside
 from llava.model.vision.sights import Sight, SightStore, eye_of, see
 from llava.slots.encoders import KEPT_BYTES, SentenceEncoder, TextEncoder, encoder_from_identity
@@ -141,9 +141,7 @@ class QuestionCache:
         pixels, size = opened
         if not isinstance(encoder, BlankEncoder):
             seen = self._seen(pixels, size, model)
-            if store is not None and is_still(_file(name, encoder), checksum):  # what was opened is what was summed
-                seen = store.put(checksum, seen)
-            return self._keep(key, seen)
+            return self._keep(key, store.keep(_file(name, encoder), checksum, seen) if store else seen)
         alike = hashlib.sha256(str(pixels.shape).encode() + pixels.numpy().tobytes()).digest()
         if alike not in self.blanks:  # most blanks have the same pixels
             self.blanks[alike] = self._seen(pixels, size, model)

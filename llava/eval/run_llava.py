@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from llava.cli import MANY, filled, flag, parse
-from llava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_PLACEHOLDER
+from llava.data.rows import with_pictures
 from llava.eval.loading_flags import LoadingFlags, PromptFlags, asked_prompt, generation_of, loading_of
 from llava.utils import UserError, quiet_libraries, run_cli
 
@@ -98,19 +98,6 @@ def load_image(image_file: str) -> Image:
     if len(data) > MOST_BYTES:
         raise UserError(f"{image_file} is larger than {MOST_BYTES >> 20} MB; download it and give the file")
     return image_io.decode_image(data, image_file.partition("?")[0])
-
-
-def with_pictures(query: str, count: int) -> str:
-    """The query with one ``<image>`` per picture, in front unless it places them itself.
-
-    Raises:
-        UserError: it names another number of pictures.
-    """
-    query = query.replace(IMAGE_PLACEHOLDER, DEFAULT_IMAGE_TOKEN)
-    named = query.count(DEFAULT_IMAGE_TOKEN)
-    if named and named != count:
-        raise UserError(f"the query holds {named} {DEFAULT_IMAGE_TOKEN} but there are {count} pictures (--image-file)")
-    return query if named else f"{DEFAULT_IMAGE_TOKEN}\n" * count + query
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -95,8 +95,8 @@ class _Api:
             return failed(error)
         except TimeoutError:
             return failed(Refused(f"the body did not come within {PATIENCE:.0f} seconds", None))
-        except ModelFailed:
-            return _error(500, "the model failed; the server's log says why", "server_error")
+        except ModelFailed as error:
+            return _error(500, str(error), "server_error")
         finally:
             if watch is not None:
                 watch.cancel()  # a stream looks for itself
@@ -152,8 +152,8 @@ class _Api:
             yield "data: [DONE]\n\n"
         except UserError as error:
             yield _event({"error": _told_error(str(error), "invalid_request_error")})
-        except ModelFailed:
-            yield _event({"error": _told_error("the model failed; the server's log says why", "server_error")})
+        except ModelFailed as error:
+            yield _event({"error": _told_error(str(error), "server_error")})
 
 
 class _Stream(StreamingResponse):

@@ -15,12 +15,12 @@ from typing import Any
 from PIL.Image import Image
 
 from llava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_PLACEHOLDER
-from llava.data.rows import GPT, HUMAN
+from llava.data.rows import GPT, HUMAN, with_pictures
 from llava.eval.generation import Generation
 from llava.outside import kind_of
 from llava.schema import Wanted, an_object, list_of, number, whole, words, yes_or_no
 from llava.serve.pictures import of_data_url
-from llava.serve.question import Limits, Question, Refused, check_sizes, placed
+from llava.serve.question import Limits, Question, Refused, check_sizes
 from llava.utils import UserError
 
 MOST_STOPS, LONGEST_STOP = 4, 100
@@ -197,7 +197,7 @@ def _placed(parts: Sequence[tuple[str, str]], where: str) -> str:
     texts = [text for kind, text in parts if kind == "text"]
     marked = "\n".join(DEFAULT_IMAGE_TOKEN if kind == "image_url" else text for kind, text in parts)
     try:
-        alone = placed("\n".join(texts), len(parts) - len(texts))
-    except Refused as error:
+        alone = with_pictures("\n".join(texts), len(parts) - len(texts))
+    except UserError as error:
         raise Refused(error, where) from error
     return alone if any(mark in text for text in texts for mark in (DEFAULT_IMAGE_TOKEN, IMAGE_PLACEHOLDER)) else marked

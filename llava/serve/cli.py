@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from llava.cli import MANY, flag, parse
+from llava.data.rows import with_pictures
 from llava.eval.loading_flags import LoadingFlags, PromptFlags, asked_prompt, generation_of, loading_of
-from llava.eval.run_llava import load_image, with_pictures
+from llava.eval.run_llava import load_image
 from llava.utils import quiet_libraries, run_cli
 
 if TYPE_CHECKING:

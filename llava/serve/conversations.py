@@ -8,10 +8,10 @@ from dataclasses import dataclass, field, replace
 
 from llava.constants import DEFAULT_IMAGE_TOKEN
 from llava.data.labels import Turn
-from llava.data.rows import GPT, HUMAN
+from llava.data.rows import GPT, HUMAN, with_pictures
 from llava.eval.generation import Generation
 from llava.serve.pictures import opened, thumbnail
-from llava.serve.question import Answer, Limits, Question, Refused, check_sizes, placed
+from llava.serve.question import Answer, Limits, Question, Refused, check_sizes
 from llava.serve.service import Answering
 
 MOST_CONVERSATIONS = 64
@@ -72,14 +72,14 @@ class Conversation:
         """What the next question asks, with all that was said before.
 
         Raises:
-            Refused: there is no picture, or the text does not fit them.
+            UserError: there is no picture, or the text does not fit them.
         """
         if not self.pictures:
             raise Refused("there is no picture yet; add one first")
         shown = list(self.pictures)  # more may come meanwhile
         fresh = len(shown) - sum(said.pictures for said in self.said)
         pictures = tuple(opened(one.data, one.name, limits) for one in shown)
-        return Question((*self.turns, (HUMAN, placed(text, fresh))), pictures, generation)
+        return Question((*self.turns, (HUMAN, with_pictures(text, fresh))), pictures, generation)
 
     def begin(self, question: Question, text: str) -> None:
         """The question is asked."""

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from PIL.Image import Image
 
-from llava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_PLACEHOLDER
+from llava.constants import DEFAULT_IMAGE_TOKEN
 from llava.conversation import plain_question
 from llava.data.labels import Turn
 from llava.data.rows import HUMAN, wrong_count
@@ -33,7 +33,10 @@ class Busy(UserError):
 
 
 class ModelFailed(Exception):
-    """A question could not be answered for no fault of its own; the log says why."""
+    """A question could not be answered for no fault of its own; what happened is in the log alone."""
+
+    def __init__(self) -> None:
+        super().__init__("the model failed; the server's log says why")
 
 
 @dataclass(frozen=True)
@@ -113,19 +116,6 @@ def check(question: Question, limits: Limits) -> None:
     check_sizes([picture.size for picture in question.pictures], limits)
     if question.generation.max_new_tokens > limits.new_tokens:
         raise Refused(f"an answer may have {limits.new_tokens} tokens, not more", "max_tokens")
-
-
-def placed(text: str, count: int) -> str:
-    """A question with one ``<image>`` for each of ``count`` pictures, in front unless it places them itself.
-
-    Raises:
-        Refused: it names another number of pictures.
-    """
-    text = text.replace(IMAGE_PLACEHOLDER, DEFAULT_IMAGE_TOKEN)
-    named = text.count(DEFAULT_IMAGE_TOKEN)
-    if named and named != count:
-        raise Refused(f"the question holds {wrong_count(named, count)}")
-    return text if named else f"{DEFAULT_IMAGE_TOKEN}\n" * count + text
 
 
 def check_sizes(sizes: Sequence[tuple[int, int]], limits: Limits) -> None:

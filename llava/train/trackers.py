@@ -52,8 +52,7 @@ def name_run(trainer: Trainer, context: Context, goes_on: bool) -> None:
         goes_on: from a checkpoint, and so with the curves that are there; else beside those of an earlier start.
     """
     folder, task, args = context.run.folder, context.task, context.args
-    method = args.method
-    series = f"{context.sequence.name}{'' if method == 'retrieval' else f'-{method}'}" if task else folder.name
+    series = context.sequence.learned_by(args.method) if task else folder.name
     name = "/".join(filter(None, (args.run_name or series, task)))
     args.run_name = name
     root = Path(os.environ.get("TENSORBOARD_LOGGING_DIR") or folder.parent / FOLDER).expanduser()

@@ -9,6 +9,7 @@ import pytest
 from transformers.integrations import TensorBoardCallback
 
 from llava import progress
+from llava.continual.sequence import TaskSequence
 from llava.train import trackers
 from llava.train.step_progress import StepProgress
 from llava.train.trackers import name_run
@@ -50,7 +51,8 @@ def test_a_stage_is_called_after_its_task(tmp_path, monkeypatch, task, method, r
     board, args = TensorBoardCallback(), SimpleNamespace(method=method, run_name=run_name)
     trainer = SimpleNamespace(callback_handler=SimpleNamespace(callbacks=[board]))
     run = SimpleNamespace(folder=tmp_path / "llava-stage")
-    context = SimpleNamespace(run=run, task=task, args=args, sequence=SimpleNamespace(name="tiny"))
+    sequence = TaskSequence("tiny", "tiny", (), "test.jsonl", "images")
+    context = SimpleNamespace(run=run, task=task, args=args, sequence=sequence)
 
     def told(goes_on):
         args.run_name = run_name

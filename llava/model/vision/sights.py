@@ -35,7 +35,7 @@ from torch import Tensor
 
 from llava.checkpoints.manifest import tower_manifest
 from llava.devices import arithmetic, moved, tf32_is_on
-from llava.files import atomic_write
+from llava.files import atomic_write, is_still
 from llava.model.multimodal_encoder.tower import VisionTower
 from llava.slots.names import KINDS
 from llava.slots.picture_query import image_queries, image_query_dim
@@ -185,6 +185,10 @@ class SightStore:
             return sight
         self._used = (self._used or 0) + kept.nbytes
         return (self.get(picture) if kept.whole else None) or sight
+
+    def keep(self, file: Path, picture: str, sight: Sight) -> Sight:
+        """``put``, unless ``file`` is not the one any more whose checksum ``picture`` is: it was opened after that."""
+        return self.put(picture, sight) if is_still(file, picture) else sight
 
     def expect(self, more: int) -> None:
         """Notice before any picture is looked at that features of so many bytes find no room: none is then kept."""
