@@ -150,6 +150,7 @@ def final(entry: Mapping[str, Any], metric: str) -> float:
 def result(benchmark: Benchmark, found: Mapping[str, Any], file: str, machine: str) -> dict[str, Any]:
     """The small file: what ran, on what, and the first metric's figures of ``table``."""
     sequence = benchmark.sequence
+    files = files_of(sequence)
     metric = next((name for entry in found["runs"] for name in entry["metrics"]), "")
     return {
         "format_version": FORMAT_VERSION,
@@ -158,7 +159,7 @@ def result(benchmark: Benchmark, found: Mapping[str, Any], file: str, machine: s
         "machine": machine,
         "versions": {"python": platform.python_version(), **{name: package_version(name) for name in PACKAGES}},
         "base": {"name": Path(benchmark.base).name, "content": benchmark.base_content},
-        "data": dict(zip((Path(name).name for name in files_of(sequence)), checksums(sequence), strict=True)),
+        "data": dict(zip((Path(file).name for file in files), checksums(files), strict=True)),
         "settings": dict(benchmark.values),
         "cells": found["cells"],
         "done": found["done"],

@@ -101,6 +101,10 @@ def test_a_benchmark_is_run_skipped_and_told(tiny, monkeypatch, capsys):
     assert results(tiny) == made
     zero_shot = {path: data for path, data in made.items() if path.endswith("zero-shot/answers.jsonl")}
     assert len(zero_shot) == 5 and len(set(zero_shot.values())) == 1  # of four cells, and what they share
+    root = Benchmark.read(tiny).root
+    scores = [path.read_bytes() for path in root.rglob("zero-shot/scores.json")]
+    assert len(scores) == len(set(scores)) == 4  # nobody's is another's, whoever was first
+    assert [path.relative_to(root) for path in root.rglob("sights")] == [Path("cache", "sights")]
     told = json.loads((Benchmark.read(tiny).root / "table.json").read_text())
     assert (told["done"], told["cells"]) == (4, 4)
     assert [entry["run"] for entry in told["runs"]] == ["joint", "zero_shot", "sequential", "retrieval"]
@@ -211,6 +215,19 @@ def test_stages_that_another_process_trains_are_waited_for_and_those_of_a_failed
     holder.close()
     marks.fail(first, "the disk is full")
     assert run_cells.take(benchmark, marks, second, set(), 2, 0.0) and marks.whole(second)
+
+
+def test_a_rate_is_not_chosen_by_what_its_trials_said_of_other_rows(tiny, monkeypatch):
+    """With others at work a cell's turn may come before those of its trials, which are still there from last time."""
+    runs = [{"method": "sequential", "learning_rate": [1e-3, 1e-2]}]
+    write(tiny, json.loads(tiny.read_text())["sequence"], runs)
+    run_main(run_cells.main, tiny)
+    write(tiny, json.loads(tiny.read_text())["sequence"], runs, rows=4)
+    benchmark = Benchmark.read(tiny)
+    marks, checked, trials = Marks(benchmark, time.time()), set(), benchmark.cells[:2]
+    with only_writer(benchmark.folder(trials[0])):
+        assert not any(run_cells.take(benchmark, marks, cell, checked, 3, 0.0) for cell in benchmark.cells[::2])
+    assert all(run_cells.take(benchmark, marks, cell, checked, 3, 0.0) for cell in benchmark.cells)
 
 
 def test_keys_of_other_rows_are_made_again(tiny):
