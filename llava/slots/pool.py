@@ -193,7 +193,6 @@ class Pool(nn.Module):
         mine = self.task(name)
         for task in self.tasks:
             task.requires_grad_(task is mine)
-            task.stays = False
         self.training_task = name
         self.to(self.device)
         return list(mine.parameters())
@@ -204,8 +203,6 @@ class Pool(nn.Module):
             self.task(self.training_task).trained = True
             self.training_task = None
         self.requires_grad_(False)
-        for task in self.tasks:
-            task.stays = True
         self.changed()
 
     # -- routing ---------------------------------------------------------------------------------------------------
