@@ -179,7 +179,7 @@ def _table(lines: Sequence[Sequence[str]]) -> str:
 
 def caption(result: Mapping[str, Any]) -> str:
     """What was measured, on what, which learning rates were chosen, and whether a simple baseline wins."""
-    found = [f"{result['metric']}; `{result['command']}`"]
+    found = ["; ".join(part for part in (result["metric"], f"`{result['command']}`") if part)]
     if result["machine"]:
         found[0] += f" on {result['machine']}"
     if result["done"] < result["cells"]:

@@ -79,6 +79,7 @@ def test_the_caption_says_where_a_simple_baseline_wins():
         "ewc (.400); tuned (.500, a simple baseline)."
     )
     assert result_pages.verdict(result(run("joint", 0.9))) == []
+    assert result_pages.caption(result(done=0, metric="")).startswith("`bash scripts/run_benchmark.sh phantom.json` on")
 
 
 @pytest.mark.parametrize("value, text", [(0.5, ".500"), (-0.0125, "-.013"), (1.0, "1.000"), (10.53, "10.530")])
