@@ -15,6 +15,7 @@ The page holds pictures, questions and answers of the test data.
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,6 +75,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     for file, text in files.items():
         with atomic_write(file) as stream:
             stream.write(text)
+    for damage in (one for run in runs for one in run.left_out):
+        print(f"note: left out of the page: {damage.error}", file=sys.stderr)
     print(f"the page: {target / REPORT}; its tables: report.md and report.tex beside it")
 
 

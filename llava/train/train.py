@@ -91,7 +91,7 @@ from llava.train.states import (
     whole_state,
 )
 from llava.train.step_progress import show_steps
-from llava.train.trackers import name_run
+from llava.train.trackers import check_board, name_run
 from llava.utils import UserError, rank0_print, run_cli
 
 # Beside this module's own names those that LLaVA has here, which other trainers import.
@@ -152,13 +152,14 @@ def train(attn_implementation: str | None = None) -> None:
             write_untrained(recipe, context, prompt, model_args, data_args, args)
             rank0_print(f"{title(context)}: nothing is trained; written to {run.folder}")
             return
+        check_board(context)
         trainer = prepare(recipe, context, prompt, rows, model_args, data_args, args)
         if args.should_save:
             run.begin_work()
         checkpoint = last_complete_checkpoint(run.work, args.world_size)
         if checkpoint:
             rank0_print(f"going on from {checkpoint}")
-        name_run(trainer, context, goes_on=checkpoint is not None)
+        name_run(trainer, context, checkpoint)
         recipe.start(context, trainer.single_rows())
         result = trainer.train(resume_from_checkpoint=checkpoint)
         finish(recipe, context, trainer, result.training_loss, args)

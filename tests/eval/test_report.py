@@ -19,6 +19,7 @@ from llava.eval.page import plots, versus
 from llava.eval.page.examples import chosen, is_closed, is_right, thumbnail
 from llava.eval.page.results import Results, check_route, evaluations, labels
 from llava.eval.page.routes import read_route_report
+from llava.eval.page.sections import shown_path
 from llava.eval.page.tables import Cell, interval, number, routers
 from llava.eval.page.writing import markdown_text
 from llava.eval.report import Arguments, common_folder, main, named_evaluation
@@ -174,14 +175,61 @@ def test_what_a_run_lacks_is_left_out_with_a_word(tmp_path, capsys):
     assert "No picture: the question file" in (folder / REPORT).read_text(encoding="utf-8")
 
 
+def test_a_damaged_file_costs_its_own_part_alone(tmp_path, capsys):
+    folder = make_evaluation(tmp_path, metrics=("exact_match",))
+    first, last = (f"llava-tiny_{'_'.join(tasks)}" for tasks in (TASKS[:1], TASKS))
+    answers = folder / first / "answers.jsonl"
+    answers.write_text("".join(answers.read_text().splitlines(keepends=True)[1:]))
+    for file, text in (
+        (folder / "zero-shot" / "scores.json", "{"),
+        (folder / "evaluation.json", "[]"),
+        (tmp_path / first / "training.json", '{"seed": '),
+        (tmp_path / last / "log_history.json", "{}"),
+        (tmp_path / last / "slots.pth", "no slots"),
+    ):
+        file.write_text(text)
+    main([str(folder), "--examples", "2"])
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 6 and all(line.startswith("note: left out of the page: ") for line in said)
+    assert f"{answers}: not the answers that scores.json was made of" in " ".join(said)
+    page = (folder / REPORT).read_text(encoding="utf-8")
+    files = re.findall(r"<p>Left out, as (.*?) cannot be read: what it tells.</p>", page)
+    parts = "answers.jsonl", "training.json", "log_history.json", "slots.pth"
+    places = [f"{stage}/{part}" for stage, part in zip((first, first, last, last), parts)]
+    assert sorted(files) == sorted(["zero-shot/scores.json", "tiny/evaluation.json", *places])
+    assert str(tmp_path) not in page and "Training of abd" in page and "Training of chest" not in page
+    assert "Where the questions were routed to" in page
+
+
+def test_without_the_last_scores_the_matrix_is_left(tmp_path, capsys):
+    folder = make_evaluation(tmp_path, metrics=("exact_match",))
+    (folder / f"llava-tiny_{'_'.join(TASKS)}" / "scores.json").unlink()
+    main([str(folder)])
+    assert "left out of the page: scores file not found" in capsys.readouterr().err
+    text = " ".join("".join(Seen((folder / REPORT).read_text(encoding="utf-8")).text).split())
+    assert "Exact match by stage (rows) and task (columns)" in text and "Training of chest" in text
+    assert "0 example questions" in text and "0 test questions" not in text and "Scores after all" not in text
+
+
+@pytest.mark.parametrize(
+    "given, shown",
+    [
+        ("--model-path=/home/ann/llava", "--model-path=…/llava"),
+        ("--model-path=~ann/llava", "--model-path=…/llava"),
+        ("DATA=file:///home/ann/x", "DATA=…/x"),
+        ("~/llava", "…/llava"),
+        ("/data/a=b/llava", "…/llava"),
+        ("--route=prior=0.5", "--route=prior=0.5"),
+        ("output/x", "output/x"),
+    ],
+)
+def test_a_path_is_shortened_however_it_is_given(given, shown):
+    assert shown_path(given) == shown
+
+
 def test_what_does_not_fit_together_is_named(tmp_path):
     folder = make_evaluation(tmp_path, pictures=False, metrics=("exact_match",))
-    answers, matrix = folder / "llava-tiny_abd" / "answers.jsonl", folder / "accuracy_matrix.json"
-    whole = answers.read_text()
-    answers.write_text("".join(whole.splitlines(keepends=True)[1:]))
-    with pytest.raises(UserError, match=r"llava-tiny_abd/answers.jsonl: not the answers that scores.json was made of"):
-        Results.read(folder)
-    answers.write_text(whole)
+    matrix = folder / "accuracy_matrix.json"
     values = json.loads(matrix.read_text())
     for stages, message in ((["../x", "y"], "leads out"), (7, "stages is 7"), (values["stages"][:1], "1 stages for 2")):
         matrix.write_text(json.dumps({**values, "stages": stages}))

@@ -69,6 +69,18 @@ def test_a_tracker_that_is_not_installed_is_refused(monkeypatch):
         parsed("--report_to wandb")
     with pytest.raises(UserError, match="--report_to tensorbord is no tracker; did you mean 'tensorboard'"):
         parsed("--report_to tensorbord")
+    with pytest.raises(UserError, match="--report_to None is no tracker; did you mean 'none'"):
+        parsed("--report_to None")
+
+
+def test_several_trackers_are_named_with_commas(monkeypatch):
+    monkeypatch.setattr("llava.train.trackers.get_available_reporting_integrations", lambda: ["tensorboard", "mlflow"])
+    assert parsed("--report_to tensorboard,mlflow,tensorboard")["report_to"] == ["tensorboard", "mlflow"]
+    assert parsed("--lazy_preprocess True --report_to tensorboard,wandb")["report_to"] == ["tensorboard"]
+    with pytest.raises(UserError, match="--report_to wandb: not installed"):
+        parsed("--report_to tensorboard,wandb")
+    with pytest.raises(UserError, match="--report_to none,mlflow: 'none' stands alone"):
+        parsed("--report_to none,mlflow")
 
 
 def test_published_command_lines_run_without_their_tracker(monkeypatch, capsys):

@@ -12,7 +12,8 @@ from llava import progress
 from llava.continual.sequence import TaskSequence
 from llava.train import trackers
 from llava.train.step_progress import StepProgress
-from llava.train.trackers import name_run
+from llava.train.trackers import check_board, name_run
+from llava.utils import UserError
 
 
 def test_a_line_has_the_step_and_the_last_loss_and_a_validation_is_told(monkeypatch, capsys):
@@ -48,23 +49,72 @@ def test_a_line_has_the_step_and_the_last_loss_and_a_validation_is_told(monkeypa
 )
 def test_a_stage_is_called_after_its_task(tmp_path, monkeypatch, task, method, run_name, name):
     monkeypatch.delenv("TENSORBOARD_LOGGING_DIR", raising=False)
-    board, args = TensorBoardCallback(), SimpleNamespace(method=method, run_name=run_name)
-    trainer = SimpleNamespace(callback_handler=SimpleNamespace(callbacks=[board]))
-    run = SimpleNamespace(folder=tmp_path / "llava-stage")
-    sequence = TaskSequence("tiny", "tiny", (), "test.jsonl", "images")
-    context = SimpleNamespace(run=run, task=task, args=args, sequence=sequence)
+    trainer, context = reporting(tmp_path, task, method)
+    board, args = trainer.callback_handler.callbacks[0], context.args
 
-    def told(goes_on):
+    def told(checkpoint=None):
         args.run_name = run_name
-        name_run(trainer, context, goes_on)
+        name_run(trainer, context, checkpoint)
         return Path(board.logging_dir)
 
-    assert told(False) == tmp_path / trackers.FOLDER / name == told(True) and args.run_name == name
-    told(False).mkdir(parents=True)
-    assert told(True) == tmp_path / trackers.FOLDER / name  # the curves of what it goes on from
-    assert told(False) == tmp_path / trackers.FOLDER / f"{name}-2"
+    assert told() == tmp_path / trackers.FOLDER / name and args.run_name == name
+    told().mkdir(parents=True)
+    assert told("llava-stage/checkpoint-3") == tmp_path / trackers.FOLDER / name  # the curves of what it goes on from
+    assert told() == tmp_path / trackers.FOLDER / f"{name}-2"
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "board"))
-    assert told(False) == tmp_path / "board" / name
+    assert told() == tmp_path / "board" / name
+
+
+def reporting(folder, task="abd", method="retrieval"):
+    """What ``name_run`` looks at: a trainer that reports to TensorBoard, and the stage that it trains."""
+    trainer = SimpleNamespace(callback_handler=SimpleNamespace(callbacks=[TensorBoardCallback()]))
+    args = SimpleNamespace(method=method, run_name=None, report_to=["tensorboard"], process_index=0)
+    run = SimpleNamespace(folder=folder / "llava-stage", work=folder / "checkpoints" / "llava-stage")
+    sequence = TaskSequence("tiny", "tiny", (), "test.jsonl", "images")
+    return trainer, SimpleNamespace(run=run, task=task, args=args, sequence=sequence)
+
+
+def test_a_run_that_goes_on_takes_its_own_curves_up_to_its_checkpoint(tmp_path, monkeypatch):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    monkeypatch.delenv("TENSORBOARD_LOGGING_DIR", raising=False)
+
+    def started(folder, checkpoint, steps):
+        trainer, context = reporting(folder)
+        board, state = trainer.callback_handler.callbacks[0], SimpleNamespace(is_world_process_zero=True)
+        name_run(trainer, context, checkpoint)
+        for state.global_step in steps:
+            board.on_log(None, state, None, logs={"loss": float(len(steps))})
+        return board.logging_dir
+
+    mine = started(tmp_path, None, range(1, 6))  # killed after the fifth step: the writer is not closed
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / trackers.FOLDER))
+    assert started(tmp_path / "another", None, [1]) == f"{mine}-2"
+    assert started(tmp_path, "llava-stage/checkpoint-3", range(4, 7)) == mine
+    losses = EventAccumulator(mine).Reload().Scalars("train/loss")
+    assert [(event.step, event.value) for event in losses] == [(1, 5), (2, 5), (3, 5), (4, 3), (5, 3), (6, 3)]
+
+
+def test_where_tensorboard_cannot_write_is_said_before_anything_is_loaded(tmp_path, monkeypatch):
+    monkeypatch.delenv("TENSORBOARD_LOGGING_DIR", raising=False)
+    _, context = reporting(tmp_path)
+    check_board(context)
+    assert [path.name for path in tmp_path.rglob("*")] == [trackers.FOLDER, "tiny"]
+    for name in ("../up", str(tmp_path)):
+        context.args.run_name = name
+        with pytest.raises(UserError, match="give no path"):
+            check_board(context)
+    context.args.run_name = None
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "file"))
+    with pytest.raises(UserError, match="cannot write to .*set TENSORBOARD_LOGGING_DIR to another"):
+        check_board(context)
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", "s3://bucket/curves")
+    with pytest.raises(UserError, match="give a folder of this machine"):
+        check_board(context)
+    context.args.report_to = ["wandb"]
+    check_board(context)
 
 
 def test_tensorboard_reads_the_losses_of_a_stage_and_a_log_file_its_steps(world, tmp_path, capfd, monkeypatch):

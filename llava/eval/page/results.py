@@ -1,18 +1,19 @@
 """What one evaluated run leaves, read from its folder: matrix, scores, answers, routes, training logs, settings.
 
 A folder is an evaluation's, ``output/eval/<name>``. The stages lie two levels above it where they are still there; the
-pictures where the evaluation's record says. Whatever is missing is ``None`` or empty, and the page does without it.
+pictures where the evaluation's record says. Whatever is missing is ``None`` or empty, and the page does without it; so
+it does without a file that cannot be read, which it names (``Results.left_out``). The accuracy matrix alone is needed.
 """
 
 from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from llava.checkpoints.kinds import SLOTS_FILE, TRAINING_FILE
 from llava.continual.record import read_record
@@ -23,19 +24,39 @@ from llava.eval.accuracy_matrix import MATRIX_NAME
 from llava.eval.eval_video_qa import SCORES_NAME
 from llava.eval.evaluation import Evaluation
 from llava.eval.evaluation_record import EVALUATION_NAME, read_evaluation_record
+from llava.eval.metrics.base import OVERALL
 from llava.eval.over_seeds import read_matrix
 from llava.eval.score_schema import read_scores
 from llava.files import file_sha256
 from llava.inside import Folder, inside, opened_to_links
-from llava.outside import read_json
+from llava.outside import kind_of, read_json
 from llava.schema import an_object, check_fields, list_of, number, whole, words
 from llava.slots.pool import Pool
 from llava.utils import UserError
 
+Found = TypeVar("Found")
 ANSWERS_NAME = "answers.jsonl"
+_NO_SCORES: Mapping[str, Any] = {"groups": {OVERALL: {"rows": 0, "figures": {}}}, "provenance": {}}
 _PLACE, _VALUE = whole(0), number()
 _ROUTE = {"slots": list_of(_PLACE), "weights": list_of(_VALUE), "novelty": _VALUE}
 _MATRIX = {"stages": list_of(words(empty=False)), "provenance": an_object({"question_file": an_object()})}
+
+
+@dataclass(frozen=True)
+class Damage:
+    """A file that cannot be read: ``file`` as it is told on the page, ``error`` with its whole path."""
+
+    file: str
+    error: str
+
+
+def read_or_leave(left: list[Damage], file: Path, read: Callable[[Path], Found], otherwise: Found) -> Found:
+    """What a file holds; of one that cannot be read ``otherwise``, and its damage is added to ``left``."""
+    try:
+        return read(file)
+    except UserError as error:
+        left.append(Damage(f"{file.parent.name}/{file.name}", str(error)))
+        return otherwise
 
 
 @dataclass(frozen=True)
@@ -43,7 +64,8 @@ class Scored:
     """One model's answers and what they are worth.
 
     Attributes:
-        name: its folder's. scores: what ``scores.json`` holds. rows: the lines of ``rows.jsonl``.
+        name: its folder's. scores: what ``scores.json`` holds. rows: the lines of ``rows.jsonl``, none where they or
+            the scores cannot be read.
         metadata: each row's, as its answer has it; empty where the answers are not there.
     """
 
@@ -53,22 +75,13 @@ class Scored:
     metadata: Sequence[Mapping[str, Any]]
 
     @classmethod
-    def read(cls, file: Path) -> Scored:
-        """A scores file, and what lies beside it.
-
-        Raises:
-            UserError: one of the files is broken, or the answers are not those that were scored.
-        """
-        scores, rows = read_scores(file)
+    def read(cls, file: Path, left: list[Damage]) -> Scored:
+        """A scores file, and what lies beside it; ``left`` gets what cannot be read."""
+        scores, rows = read_or_leave(left, file, _scores_and_rows, (_NO_SCORES, []))
         answers_file = file.with_name(ANSWERS_NAME)
         metadata: list[Mapping[str, Any]] = []
-        if answers_file.is_file():
-            answers = read_answers(answers_file)
-            if [answer["question_id"] for answer in answers] != [row.get("question_id") for row in rows]:
-                raise UserError(f"{answers_file}: not the answers that {file.name} was made of; score them again")
-            metadata = [answer.get("metadata") or {} for answer in answers]
-            for line, found in enumerate(metadata, start=1):
-                check_route(found, f"{answers_file}: line {line}")
+        if rows and answers_file.exists():
+            metadata = read_or_leave(left, answers_file, lambda found: _metadata(found, rows), metadata)
         return cls(file.parent.name, scores, rows, metadata)
 
     def figure(self, group: str, metric: str) -> Mapping[str, Any] | None:
@@ -85,6 +98,7 @@ class Results:
         folder: the evaluation's. label: its name among the others on the page.
         matrix: what ``accuracy_matrix.json`` holds. stages: one for each of its rows.
         about: the evaluation's record, empty for older runs. alone: whether it is the page's only run.
+        left: files that could not be read so far.
     """
 
     folder: Path
@@ -94,25 +108,34 @@ class Results:
     zero_shot: Scored | None
     about: Mapping[str, Any]
     alone: bool = True
+    left: list[Damage] = field(default_factory=list)
 
     @classmethod
     def read(cls, folder: str | Path, label: str | None = None) -> Results:
         """The run of an evaluation's folder.
 
         Raises:
-            UserError: there is no accuracy matrix, or a file is missing or broken.
+            UserError: there is no accuracy matrix, or it is broken.
         """
         place = Path(folder)
         matrix = read_matrix(place)
         check_fields(matrix, _MATRIX, str(place / MATRIX_NAME), False, tuple(_MATRIX))
-        stages = [Scored.read(inside(place, f"{name}/{SCORES_NAME}", MATRIX_NAME)) for name in matrix["stages"]]
+        left: list[Damage] = []
+        stages = [Scored.read(inside(place, f"{name}/{SCORES_NAME}", MATRIX_NAME), left) for name in matrix["stages"]]
         if len(stages) != len(matrix["tasks"]):
             raise UserError(f"{place / MATRIX_NAME}: {len(stages)} stages for {len(matrix['tasks'])} tasks")
         base = place / Evaluation.ZERO_SHOT / SCORES_NAME
-        zero_shot = Scored.read(base) if matrix.get("zero_shot_model") and base.is_file() else None
+        zero_shot = Scored.read(base, left) if matrix.get("zero_shot_model") and base.exists() else None
+        zero_shot = zero_shot if zero_shot and zero_shot.rows else None
         record = place / EVALUATION_NAME
-        about = read_evaluation_record(record) if record.is_file() else {}
-        return cls(place, label or place.name, matrix, stages, zero_shot, about, label is None)
+        about = read_or_leave(left, record, read_evaluation_record, {}) if record.exists() else {}
+        return cls(place, label or place.name, matrix, stages, zero_shot, about, label is None, left)
+
+    @property
+    def left_out(self) -> list[Damage]:
+        """Every file that is there, or was promised by the matrix, and cannot be read."""
+        _ = self.records, self.logs, self.slot_tasks
+        return list(self.left)
 
     def titled(self, text: str) -> str:
         """A title of something of this run, which names the run where there are several."""
@@ -147,12 +170,13 @@ class Results:
     def records(self) -> list[Mapping[str, Any]]:
         """Each stage's record of its training, empty where the stage is not there any more."""
         files = [place / TRAINING_FILE for place in self._stage_folders]
-        return [read_record(file) if file.is_file() else {} for file in files]
+        return [read_or_leave(self.left, file, read_record, {}) if file.exists() else {} for file in files]
 
     @cached_property
     def logs(self) -> list[list[dict[str, float]]]:
         """By stage, what was logged while it trained: ``{"step", "loss", ...}``; empty where nothing is there."""
-        return [_log(place / LOG_FILE) for place in self._stage_folders]
+        files = [place / LOG_FILE for place in self._stage_folders]
+        return [read_or_leave(self.left, file, _log, []) if file.exists() else [] for file in files]
 
     @property
     def method(self) -> str:
@@ -168,9 +192,7 @@ class Results:
     def slot_tasks(self) -> list[str]:
         """The task of each slot of the last stage, empty where its slots are not there any more."""
         file = self._stage_folders[-1] / SLOTS_FILE
-        if not file.is_file():
-            return []
-        return [task.name for task in Pool.read(file).tasks for _ in range(task.count)]
+        return read_or_leave(self.left, file, _slot_tasks, []) if file.exists() else []
 
     @property
     def question_file(self) -> Mapping[str, str]:
@@ -210,10 +232,38 @@ def check_route(metadata: Any, where: str) -> None:
     check_fields(posterior, dict.fromkeys(posterior, _VALUE), f"{where}: task_posterior", needed=tuple(posterior))
 
 
+def _scores_and_rows(file: Path) -> tuple[Mapping[str, Any], list[dict[str, Any]]]:
+    scores, rows = read_scores(file)
+    if OVERALL not in scores["groups"] or not rows:
+        raise UserError(f"{file}: holds no scores of all questions; score again")
+    return scores, rows
+
+
+def _metadata(file: Path, rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """What the answers tell beside their text, one for each scored row."""
+    answers = read_answers(file)
+    if [answer["question_id"] for answer in answers] != [row.get("question_id") for row in rows]:
+        raise UserError(f"{file}: not the answers that {SCORES_NAME} was made of; score them again")
+    metadata = [answer.get("metadata") or {} for answer in answers]
+    for line, found in enumerate(metadata, start=1):
+        check_route(found, f"{file}: line {line}")
+    return metadata
+
+
+def _slot_tasks(file: Path) -> list[str]:
+    return [task.name for task in Pool.read(file).tasks for _ in range(task.count)]
+
+
 def _log(file: Path) -> list[dict[str, float]]:
-    """The lines of a training log that hold a loss; nothing of a file that is no log."""
-    lines = read_json(file, "training log") if file.is_file() else []
-    known = [line for line in lines if isinstance(line, dict)] if isinstance(lines, list) else []
+    """The lines of a training log that hold a loss.
+
+    Raises:
+        UserError: it is no log.
+    """
+    lines = read_json(file, "training log")
+    if not isinstance(lines, list):
+        raise UserError(f"{file}: expected a JSON list, found {kind_of(lines)}")
+    known = [line for line in lines if isinstance(line, dict)]
     return [
         {name: value for name, value in line.items() if _VALUE.fits(value)}
         for line in known

@@ -22,6 +22,7 @@ from llava.eval.page.versus import detailed, differences, same_questions, seeds_
 from llava.eval.result_pages import score
 from llava.inside import Folder
 
+_WHOLE = ("/", "~", "file:/")
 SHORT = 16
 """Digits of a checksum that are shown."""
 
@@ -29,13 +30,17 @@ SHORT = 16
 def summary(runs: Sequence[Results], shown: Sequence[Results]) -> Section:
     """The figures that are looked for first."""
     first = runs[0]
-    folded = [tables.every_figure(run.last, run, "Every figure, after all tasks") for run in shown]
+    scored = [run for run in shown if run.last.rows]
+    folded = [tables.every_figure(run.last, run, "Every figure, after all tasks") for run in scored]
     folded += [
         tables.every_figure(run.zero_shot, run, "Every figure of the base, zero-shot") for run in shown if run.zero_shot
     ]
     folded += [table for run in shown for table in tables.by_kind(run)]
     cards = cards_of(first) if len(runs) == 1 else []
-    return Section("summary", "Summary", [about(first)], cards, [tables.summary(run) for run in shown], folded=folded)
+    said = [about(first)]
+    for run in shown:
+        said += [run.titled(f"Left out, as {one.file} cannot be read: what it tells.") for one in run.left_out]
+    return Section("summary", "Summary", said, cards, [tables.summary(run) for run in scored], folded=folded)
 
 
 def about(run: Results) -> str:
@@ -44,7 +49,8 @@ def about(run: Results) -> str:
     over = f" over the base {run.about['base']}" if run.about.get("base") else ""
     how = f"{run.method or 'one method'}{over}"
     route = f", routes: {run.route}" if run.route else ""
-    return f"{how}, tasks in the order {' → '.join(run.tasks)}{route}; {rows} test questions."
+    asked = f"; {rows} test questions" if rows else ""
+    return f"{how}, tasks in the order {' → '.join(run.tasks)}{route}{asked}."
 
 
 def cards_of(run: Results) -> list[Card]:
@@ -144,7 +150,7 @@ def _no_route(run: Results) -> str:
     if run.route == "oracle":
         return "Each question’s task was given, so there is no route to judge."
     if not run.last.metadata:
-        return "The answers are not beside the scores any more, and they are what tells of routes."
+        return "The answers are not beside the scores any more, or cannot be read, and they are what tells of routes."
     return "The answers tell of no route among tasks: the method decides none."
 
 
@@ -184,7 +190,11 @@ def training(runs: Sequence[Results]) -> Section:
     kept = [plot for plot in drawn if plot]
     lacking = [run.label for run in runs if not any(run.logs)]
     who = "" if runs[0].alone else f" of {', '.join(lacking)}"
-    said = [f"The stages are not beside the results any more, so no training log is left{who}."] if lacking else []
+    said = (
+        [f"The stages are not beside the results any more, or cannot be read, so no training log is left{who}."]
+        if lacking
+        else []
+    )
     if len(kept) < len(drawn) and len(lacking) < len(runs):
         said.append("Stages that logged less than two losses have no curve.")
     return Section(
@@ -227,7 +237,7 @@ def _about(run: Results) -> dict[str, str]:
     about, found = run.about, run.last.scores["provenance"]
     versions = {**(about.get("versions") or {}), **(found.get("package") or {})}
     files = [
-        ("question file", found["question_file"]),
+        ("question file", found.get("question_file") or run.question_file),
         *(("training file", file) for file in found.get("train_files") or []),
     ]
     told = {
@@ -244,13 +254,17 @@ def _about(run: Results) -> dict[str, str]:
         "bootstrap": f"{found.get('draws', MISSING)} draws, seed {found.get('seed', MISSING)}",
     }
     for what, file in files:
-        told[f"{what} {shown_path(file['path'])}, SHA-256"] = str(file["sha256"])[:SHORT]
+        place = shown_path(str(file.get("path") or MISSING))
+        told[f"{what} {place}, SHA-256"] = str(file["sha256"])[:SHORT]
     return {name: text for name, text in told.items() if text}
 
 
 def shown_path(text: str) -> str:
-    """A path as it was given; of an absolute one the last part, since a page may be passed on."""
-    return f"…/{Path(text).name}" if text.startswith("/") else text
+    """A word of a command line; of an absolute path, or of one in a home, the last part: a page may be passed on."""
+    name, equals, value = text.partition("=")
+    if equals and not name.startswith(_WHOLE):
+        return f"{name}={shown_path(value)}"
+    return f"…/{Path(text).name}" if text.startswith(_WHOLE) else text
 
 
 def title_of_page(runs: Sequence[Results]) -> str:

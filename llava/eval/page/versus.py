@@ -49,6 +49,8 @@ def differences(runs: Sequence[Results], use_java: bool | None = None) -> list[D
 
 
 def _difference(first: Results, mine: Prepared | None, other: Results, scorer: TextScorer) -> Difference:
+    if not (first.last.rows and other.last.rows):
+        return Difference(other.label, first.label, {}, "the scores of one of them cannot be read")
     if mine is None:
         return Difference(other.label, first.label, {}, "the question file is gone or has changed since")
     theirs = _prepared(other, scorer) if same_questions(first, other) else None
