@@ -119,6 +119,7 @@ def test_a_screen_reader_finds_its_way(page):
     assert all(heading.get("scope") in ("col", "row") for heading in seen.elements["th"])
     assert all(picture["alt"] for picture in seen.elements["img"])
     assert all(drawing["aria-hidden"] == "true" for drawing in seen.elements["svg"])
+    assert "gradient(" not in page, "no program can tell the contrast of a text on it"
 
 
 def test_the_figures_are_those_of_the_scores(made, page):
