@@ -18,6 +18,7 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK,
 
 from llava.continual.methods import Context
 from llava.files import atomic_write
+from llava.outside import read_text
 from llava.utils import UserError, rank0_print
 
 PACKAGES = {"azure_ml": "azureml-core", "comet_ml": "comet-ml"}
@@ -100,7 +101,7 @@ def name_run(trainer: Trainer, context: Context, checkpoint: str | None) -> None
         places.append(_board(context) / f"{name}-{len(places) + 1}")
     place = places[-1]
     if checkpoint and noted.is_file():
-        place = Path(noted.read_text(encoding="utf-8"))
+        place = Path(read_text(noted))
     elif checkpoint and len(places) > 1:
         place = places[-2]
     with atomic_write(noted) as stream:
