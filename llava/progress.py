@@ -49,7 +49,7 @@ class Progress(Generic[Item]):
         self.total = len(items) if total is None and isinstance(items, Sized) else total
         self.begun, self.done = done, done
         self.figures: dict[str, float] = {}
-        self._quiet = quiet or not is_main_process()
+        self._quiet = quiet or sys.stderr is None or not is_main_process()  # None: the standard error is closed
         self._bar = None if self._quiet or lines or not sys.stderr.isatty() else self._made_bar(stays)
         self._start = self._said = time.monotonic()
 
@@ -107,7 +107,7 @@ class Progress(Generic[Item]):
             rate = fresh / seconds
             parts.append(f"{rate:.1f}/s" if rate >= 1 else f"{1 / rate:.1f} s a {self.unit}")
             if self.total is not None:
-                parts.append(f"about {duration((self.total - self.done) / rate)} left")
+                parts.append(f"about {duration(max(0, self.total - self.done) / rate)} left")
         return ", ".join(filter(None, parts))
 
     def _counted(self) -> str:

@@ -116,6 +116,8 @@ def system_error(error: BaseException) -> OSError | None:
 def _in_words(error: OSError) -> str:
     number = error.errno or 0
     where = f"{_on_one_line(str(error.filename))}: " if error.filename else ""
+    if not where and error.strerror and "temporary directory" in error.strerror:  # what Python itself says of it
+        return f"{_on_one_line(error.strerror)}; set TMPDIR to a folder with room that you may write to"
     return f"{where}{_SYSTEM_ERRORS.get(number) or f'{os.strerror(number)}; check this place'}"
 
 
@@ -213,7 +215,7 @@ def quiet_libraries() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
     if not any(os.path.exists(device) for device in GPU_DEVICES):
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    if not sys.stderr.isatty():  # bars of loaded weights and downloads would fill a log file
+    if sys.stderr is None or not sys.stderr.isatty():  # bars of loaded weights and downloads would fill a log file
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
         if imported := sys.modules.get("transformers.utils.logging"):  # which has read the variable already
             imported.disable_progress_bar()

@@ -42,6 +42,13 @@ def test_fast_rounds_have_a_rate_and_what_was_done_before_has_no_share_in_it(log
     assert log().splitlines()[0] == "answers: 1000 of 1000 questions, 17.1/s, about 0 min 00 s left"
 
 
+def test_more_rounds_than_were_told_leave_no_time_below_nothing(log):
+    with Progress("steps", "step", total=5) as shown:
+        for _ in range(8):
+            shown.advance()
+    assert log().splitlines()[0].endswith("6 of 5 steps, 5.8 s a step, about 0 min 00 s left")
+
+
 def test_a_short_step_leaves_nothing_behind(log):
     assert list(Progress("rows", "row", "abc")) == ["a", "b", "c"] and log() == ""
 
@@ -69,6 +76,11 @@ def test_other_processes_and_quiet_steps_say_nothing(log, monkeypatch, quiet, ra
             shown.advance()
         shown.say("a word")
     assert log() == ""
+
+
+def test_a_closed_standard_error_is_no_obstacle(monkeypatch):
+    monkeypatch.setattr("sys.stderr", None)
+    assert list(Progress("steps", "step", range(3))) == [0, 1, 2]
 
 
 def test_a_terminal_gets_a_bar_unless_lines_are_wanted(monkeypatch):

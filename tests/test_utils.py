@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import io
 import logging
 import pickle
@@ -11,7 +12,7 @@ import sys
 import pytest
 
 from llava import utils
-from llava.utils import StreamToLogger, UserError
+from llava.utils import StreamToLogger, UserError, run_cli
 
 
 def test_a_workers_imports_are_there():
@@ -66,3 +67,15 @@ def test_what_is_printed_goes_to_the_logger_line_by_line(caplog, monkeypatch):
 def test_no_text_is_sent_to_a_moderation_service():
     with pytest.raises(UserError, match="not sent.*--moderate"):
         utils.violates_moderation("a patient's question")
+
+
+def test_without_a_temporary_folder_python_says_where_it_looked(capsys):
+    def main():
+        raise FileNotFoundError(errno.ENOENT, "No usable temporary directory found in ['/tmp', '/var/tmp']")
+
+    with pytest.raises(SystemExit):
+        run_cli(main)
+    assert capsys.readouterr().err == (
+        "error: No usable temporary directory found in ['/tmp', '/var/tmp']; "
+        "set TMPDIR to a folder with room that you may write to\n"
+    )

@@ -41,7 +41,8 @@ def screen(title: str, scores: Mapping[str, Any], matrix: Mapping[str, Any], mor
         more: last lines, such as where the rest lies.
     """
     overall = scores["groups"][OVERALL]
-    about = f"{title}: {overall['rows']} questions, {overall['closed_rows']} of them closed; 95 % intervals in brackets"
+    asked = f"{overall['rows']} question{'s' * (overall['rows'] != 1)}"
+    about = f"{title}: {asked}, {overall['closed_rows']} of them closed; 95 % intervals in brackets"
     top = ["", _cut(about, COLUMNS), *_by_domain(scores["groups"], matrix["tasks"])]
     top += [*_missing(overall), *_pictures(scores.get("pictures") or {}), ""]
     bottom = [*_summary(matrix), "", *more]
@@ -140,8 +141,11 @@ def _width(columns: Sequence[Sequence[str]]) -> int:
 
 
 def _wide(text: str) -> int:
-    """Columns of a terminal that a text takes."""
-    return sum(1 + (unicodedata.east_asian_width(letter) in "WF") for letter in text)
+    """Columns of a terminal that a text takes; an accent stands on the letter before it."""
+    return sum(
+        0 if unicodedata.category(letter) in ("Mn", "Me") else 1 + (unicodedata.east_asian_width(letter) in "WF")
+        for letter in text
+    )
 
 
 def _printable(text: str) -> str:
@@ -167,7 +171,7 @@ def _name(text: str) -> str:
     head, tail = text, text
     while _wide(head) > NAME // 2 - 1:
         head = head[:-1]
-    while _wide(tail) > NAME - 2 - _wide(head):
+    while _wide(tail) > NAME - 2 - _wide(head) or (tail and not _wide(tail[0])):
         tail = tail[1:]
     return f"{head}..{tail}"
 

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from real_data import vqa_rad_rows
 
 from llava.data.rows import question_row, write_jsonl
 from llava.eval import eval_video_qa
@@ -266,28 +267,10 @@ def test_no_write_permission_is_one_line(tmp_path, questions):
     assert "permission denied" in done.stderr
 
 
-def real_rows():
-    folder = Path(os.environ.get("VQA_RAD_DIR", ROOT.parent / "shared" / "data" / "vqa-rad"))
-    source = folder / "VQA_RAD_Dataset_Public.json"
-    if not source.is_file():
-        pytest.skip(f"the real VQA-RAD is not at {folder} (set VQA_RAD_DIR)")
-    organs = {"ABD": "abd", "CHEST": "chest", "HEAD": "head"}
-    rows = {"train": [], "test": []}
-    for raw in json.loads(source.read_text(encoding="utf-8")):
-        split = "test" if raw["phrase_type"].startswith("test_") else "train"
-        text, domain = " ".join(str(raw["question"]).split()), organs[raw["image_organ"].strip()]
-        answer, kind = str(raw["answer"]).strip(), raw["answer_type"].strip()
-        row = question_row(
-            int(raw["qid"]), raw["image_name"], text, answer, domain, tuple(organs.values()), answer_type=kind
-        )
-        rows[split].append(row)
-    return rows
-
-
 def test_the_public_floor_of_vqa_rad(tmp_path):
     # The data set's card: always "no" is right for 48.9 % of the 272 closed test rows; the nearest question's answer
     # for 52.2 % of the closed and 14.0 % of the open ones (among equally near ones its choice may be another).
-    rows = real_rows()
+    rows = vqa_rad_rows()
     questions, train = tmp_path / "test.jsonl", tmp_path / "train.jsonl"
     write_jsonl(questions, rows["test"])
     write_jsonl(train, rows["train"])

@@ -1,6 +1,7 @@
 """The screen at the end of an evaluation: its text, and that it fits whatever a sequence's tasks are."""
 
 import json
+import unicodedata
 
 import pytest
 
@@ -93,6 +94,24 @@ def test_domains_that_are_no_tasks_follow_the_tasks_and_intervals_give_way_befor
         "questions                             24      8      8      8      8",
         "exact match           0.750 [0.38, 0.75]  0.750  0.750  0.750  0.750",
     ]
+
+
+def test_accents_take_no_column_of_their_own(three):
+    scores, matrix = three
+    names = ["e\u0301" * 14, "\u0e01\u0e30\u0e42\u0e2b\u0e25\u0e01\u0e28\u0e35\u0e23\u0e29\u0e30", "e\u0301" * 20]
+    groups = {"overall": scores["groups"]["overall"], **dict.fromkeys(names, scores["groups"]["abd"])}
+    text = screen("retrieval on tiny", {**scores, "groups": groups}, {**matrix, "tasks": names})
+    heading, row = text.splitlines()[2:4]
+    marks = sum(unicodedata.category(letter) == "Mn" for letter in heading)
+    assert len(heading) - marks == len(row) and names[0] in heading
+    assert "..e" in heading, "what is left of a long name begins with a letter"
+
+
+def test_one_question_is_one(three):
+    scores, matrix = three
+    overall = {**scores["groups"]["overall"], "rows": 1, "closed_rows": 1}
+    text = screen("retrieval on tiny", {**scores, "groups": {**scores["groups"], "overall": overall}}, matrix)
+    assert text.startswith("\nretrieval on tiny: 1 question, 1 of them closed;")
 
 
 def test_what_is_not_there_is_left_out_or_said(three):

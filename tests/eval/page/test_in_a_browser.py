@@ -1,11 +1,16 @@
 """The page as a reader sees it, in a real browser: pictures, sorting, switch, filters, phone, paper, screen reader."""
 
+import shutil
+
 import pytest
 from browser import opened, serious_findings
-from tiny_evaluation import make_evaluation
+from real_data import vqa_rad_folder, vqa_rad_rows
+from tiny_evaluation import TASKS, make_evaluation
 
 from llava.continual.places import REPORT
+from llava.data.jsonl import json_values, write_jsonl
 from llava.eval.report import main
+from llava.toy.phantom import PhantomConfig, make_phantom
 
 BROKEN = "Array.from(document.images).filter((one) => !one.complete || !one.naturalWidth).length"
 WIDER = "document.documentElement.scrollWidth - document.documentElement.clientWidth"
@@ -75,3 +80,37 @@ def test_without_scripts_everything_is_there_unsorted(file):
         assert page.locator(".example:visible").count() == 16
         assert not page.locator(".switch").is_visible() and page.locator("thead button").count() == 0
         assert wrong == []
+
+
+def phantom(root):
+    """Generated phantoms, as the quick start has them."""
+    make_phantom(root, PhantomConfig(size=48, train_rows=1, train_images=1, test_rows=15, test_images=10))
+    write_jsonl(root / "test.jsonl", [row for _, row in json_values(root / "test.jsonl") if shown(row)])
+
+
+def vqa_rad(root):
+    """Questions about real X-rays and CT of two organs."""
+    rows = [row for row in vqa_rad_rows()["test"] if shown(row)]
+    rows = [row for task in TASKS for row in rows if row["domain"][task]][::8]
+    (root / "images").mkdir()
+    for name in {row["image"] for row in rows}:
+        shutil.copy(vqa_rad_folder() / "images" / name, root / "images" / name)
+    write_jsonl(root / "test.jsonl", rows)
+
+
+def shown(row):
+    return any(row["domain"][task] for task in TASKS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("data", [phantom, vqa_rad], ids=lambda make: make.__name__)
+def test_a_page_about_many_questions_has_24_examples_with_their_pictures(tmp_path, data):
+    data(tmp_path)
+    folder = make_evaluation(tmp_path)
+    main([str(folder)])
+    assert (folder / REPORT).stat().st_size < 8e6
+    with opened(folder / REPORT) as (page, wrong):
+        assert page.locator(".example img").count() == 24 and page.evaluate(BROKEN) == 0
+        assert not serious_findings(page)
+        page.set_viewport_size({"width": 390, "height": 800})
+        assert page.evaluate(WIDER) <= 0 and wrong == []
