@@ -84,7 +84,7 @@ def test_without_scripts_everything_is_there_unsorted(file):
 
 def phantom(root):
     """Generated phantoms, as the quick start has them."""
-    make_phantom(root, PhantomConfig(size=48, train_rows=1, train_images=1, test_rows=15, test_images=10))
+    make_phantom(root, PhantomConfig(size=48, train_rows=12, train_images=12, test_rows=15, test_images=12))
     write_jsonl(root / "test.jsonl", [row for _, row in json_values(root / "test.jsonl") if shown(row)])
 
 
