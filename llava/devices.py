@@ -89,7 +89,8 @@ def moved(tensor: Any, device: Any) -> Any:
     """``tensor`` on a device; to a GPU over pinned memory, so that the host goes on meanwhile."""
     import torch
 
-    if torch.device(device).type == "cuda" and torch.cuda.is_available() and tensor.device.type == "cpu":
+    plain = tensor.device.type == "cpu" and not tensor.requires_grad  # a pinned copy has no gradient
+    if plain and torch.device(device).type == "cuda" and torch.cuda.is_available():
         return tensor.pin_memory().to(device, non_blocking=True)
     return tensor.to(device)
 

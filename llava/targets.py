@@ -38,16 +38,20 @@ def replaceable(path: str | os.PathLike[str]) -> Path | None:
     real = os.path.realpath(path)
     if os.path.islink(real):
         raise UserError(f"{path} is a link that leads to itself; remove it, or choose another file")
-    if os.path.isdir(real):
+    mode = _mode(real)  # asked once: other processes make and remove files and folders meanwhile
+    if stat.S_ISDIR(mode):
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     if any(_SYSTEM.match(name) for name in (*_hops(path), real)):
         return None
-    return None if os.path.exists(real) and not os.path.isfile(real) else Path(real)
+    return Path(real) if stat.S_ISREG(mode) or not mode else None
 
 
 def written_in_place(path: str | os.PathLike[str]) -> bool:
     """Whether a path is neither a folder nor a file that is there or yet to be made: a device, a pipe, a socket."""
-    return not os.path.isdir(path) and replaceable(path) is None
+    try:
+        return replaceable(path) is None
+    except IsADirectoryError:
+        return False
 
 
 def open_in_place(path: str | os.PathLike[str], mode: str = "wb") -> IO[Any]:
@@ -84,8 +88,15 @@ def _hops(path: str | os.PathLike[str]) -> list[str]:
     return names
 
 
+def _mode(path: str | os.PathLike[str]) -> int:
+    """What lies at a path, as ``os.stat`` says it; 0 for nothing."""
+    with contextlib.suppress(OSError, ValueError):
+        return os.stat(path).st_mode
+    return 0
+
+
 def _is_pipe(path: str | os.PathLike[str]) -> bool:
-    return os.path.exists(path) and stat.S_ISFIFO(os.stat(path).st_mode)
+    return stat.S_ISFIFO(_mode(path))
 
 
 def _open_pipe(path: str | os.PathLike[str]) -> int:

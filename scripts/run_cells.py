@@ -33,6 +33,7 @@ from llava.continual.places import MERGED, Places
 from llava.continual.sequence import TaskSequence
 from llava.devices import has_accelerator, restricted_to, run_together, visible_devices
 from llava.eval import benchmark_table, evaluate_sequence
+from llava.eval.eval_video_qa import SCORES_NAME
 from llava.eval.evaluation import Evaluation
 from llava.files import atomic_folder, atomic_write
 from llava.locks import only_writer
@@ -130,9 +131,11 @@ def take(benchmark: Benchmark, marks: Marks, cell: Cell, checked: set[Path], wor
     Returns:
         whether it took its time, and others may have gone on meanwhile.
     """
-    if marks.blocked(cell):
-        if failed := next(filter(marks.failed, benchmark.trials(cell)), None):
-            marks.fail(cell, f"its learning rate is not known, as {failed.place} failed")
+    trials = benchmark.trials(cell)
+    if failed := next(filter(marks.failed, trials), None):
+        marks.fail(cell, f"its learning rate is not known, as {failed.place} failed")
+        return False
+    if not checked.issuperset(trial.place for trial in trials):  # what other rows once said of them does not count
         return False
     with ExitStack() as stack:
         try:
@@ -219,28 +222,30 @@ def fit_keys(benchmark: Benchmark, cell: Cell, sequence: TaskSequence, file: Pat
 
 
 def evaluate(benchmark: Benchmark, cell: Cell, file: Path) -> None:
-    """The cell's answers and scores, with the base's answers as another cell made them."""
+    """The cell's answers and scores, with the base's answers as another cell made them; scores name files of their own
+    cell, so that it does not show which one that was."""
     places = Places(benchmark.folder(cell), benchmark.sequence, cell.method)
     mine = places.evaluation(cell.route or None) / Evaluation.ZERO_SHOT
     shared = not cell.route and not cell.trial
     words = ["--sequence", file, "--base_model", benchmark.base, "--method", cell.method, "--route", cell.route]
-    words += ["--output_dir", benchmark.folder(cell), "--zero_shot", not cell.trial]
+    words += ["--output_dir", benchmark.folder(cell), "--query_cache", benchmark.query_cache]
+    words += ["--zero_shot", not cell.trial]
     words += ["--pictures", *cell.pictures] if cell.pictures else []
     if shared:
-        take_over(benchmark.zero_shot, mine)
+        take_over(benchmark.zero_shot, mine, SCORES_NAME)
     evaluate_sequence.main(list(map(str, words)))
     if shared:
-        take_over(mine, benchmark.zero_shot)
+        take_over(mine, benchmark.zero_shot, SCORES_NAME)
 
 
-def take_over(source: Path, target: Path) -> None:
-    """Copy a folder to where there is none yet; it appears whole."""
+def take_over(source: Path, target: Path, *left_out: str) -> None:
+    """Copy a folder, without files of some names, to where there is none yet; it appears whole."""
     if not source.is_dir() or target.is_dir():
         return
     with only_writer(target, wait=True):
         if not target.is_dir():
             with atomic_folder(target) as partial:
-                shutil.copytree(source, partial, dirs_exist_ok=True)
+                shutil.copytree(source, partial, ignore=shutil.ignore_patterns(*left_out), dirs_exist_ok=True)
 
 
 def call(command: Callable[[], object], *words: object) -> None:

@@ -76,8 +76,14 @@ def evaluate(argv) -> None:
     sequence = load_sequence(given["sequence"], {})
     places = Places(Path(given["output_dir"]), sequence, given["method"])
     folder = places.evaluation(given["route"] or None)
+    write(Path(given["query_cache"]) / "sights", Path(sequence.test))
     if given["zero_shot"] == "True":
         write(folder / "zero-shot" / "answers.jsonl", Path(sequence.test))
+        scores = folder / "zero-shot" / "scores.json"
+        if not scores.is_file():  # with a name of its own in it, and no baselines
+            groups = {task: {"figures": {}} for task in sequence.task_names}
+            with atomic_write(scores) as stream:
+                json.dump({"groups": groups, "path": str(folder)}, stream)
     for stage in places.stages:
         write(
             folder / stage.name / "answers.jsonl", stage / "slots.pth", Path(sequence.test), given.get("pictures", "")

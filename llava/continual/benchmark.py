@@ -28,7 +28,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -286,16 +286,18 @@ class Benchmark:
             "version": llava.__version__,
             "cell": [cell.method, cell.flags, cell.route, cell.pictures],
             "sequence": [sequence.name, sequence.task_names, settings, vars(sequence.keys), vars(sequence.train)],
-            "files": checksums(sequence),
-            "pictures": pictures(sequence),
+            "files": checksums(files_of(sequence)),
+            "pictures": pictures(files_of(sequence), sequence.image_folder),
             "base": self.base_content,
         }
         return values_sha256(parts)
 
     def key_identity(self, sequence: TaskSequence) -> str:
-        """The same of the cell's keys."""
+        """The same of the cell's keys, whatever they are tested on: a trial has those of the cells."""
         parts = [sequence.task_names, sequence.slots_per_task, vars(sequence.keys), sequence.train.seed]
-        return values_sha256([*parts, checksums(sequence)[:-1], pictures(sequence), self.base_content])
+        training = files_of(sequence)[:-1]
+        found = [checksums(training), pictures(training, sequence.image_folder), self.base_content]
+        return values_sha256([*parts, *found])
 
     @cached_property
     def base_content(self) -> str:
@@ -308,15 +310,14 @@ def files_of(sequence: TaskSequence) -> list[str]:
     return [*(file for task in sequence.tasks for file in task.files), sequence.test]
 
 
-def checksums(sequence: TaskSequence) -> list[str]:
-    """Of its files."""
-    return [file_sha256(file) for file in files_of(sequence)]
+def checksums(files: Iterable[str]) -> list[str]:
+    """Of each file."""
+    return [file_sha256(file) for file in files]
 
 
-def pictures(sequence: TaskSequence) -> str | None:
-    """A checksum over the contents of all its pictures."""
-    rows = [row for file in files_of(sequence) for row in read_rows(file)]
-    return pictures_checksum(rows, sequence.image_folder)
+def pictures(files: Iterable[str], folder: str) -> str | None:
+    """A checksum over the contents of all pictures of some files' rows."""
+    return pictures_checksum([row for file in files for row in read_rows(file)], folder)
 
 
 def spread(total: int, count: int) -> list[int]:

@@ -12,7 +12,7 @@ import llava
 from llava.checkpoints.manifest import manifest_of
 from llava.data.rows import Row
 from llava.eval.answer_file import answer_row, append, appending, base_of, chunk_range, progress, run_id
-from llava.eval.generation import Generation, Loading, given_tasks
+from llava.eval.generation import Generation, Loading, Reply, given_tasks
 from llava.eval.shown_pictures import BLANK, REAL, shown_metadata, shown_rows
 from llava.files import file_sha256
 from llava.inside import Folder
@@ -130,13 +130,18 @@ class Chunk:
             self._check()
             asked = answerer().use(self.model, self.route, self.task, self.defaults, **self.asked)
             cut_before = asked.model.prompts_cut
-            replies = asked.answer(rows, self.generation, self.image_folder, done, self.pictures == BLANK)
-            title = f"answers of {self.model_id}"
-            for reply in Progress(title, "question", replies, total=len(rows), done=done, quiet=quiet, stays=True):
-                shown = shown_metadata(reply.row, self.pictures)
-                metadata = {"run": self.run, **shown, **({"route": reply.route} if reply.route else {})}
-                carried = {name: reply.row.raw[name] for name in self.carried if name in reply.row.raw}
-                append(stream, [{**answer_row(reply.row, reply.text, self.model_id, metadata), **carried}])
+            title, count = f"answers of {self.model_id}", len(rows)
+            with Progress[Reply](title, "question", total=count, done=done, quiet=quiet, stays=True) as shown:
+                what = rows, self.generation, self.image_folder, done, self.pictures == BLANK
+                for reply in asked.answer(*what, answered=shown.advance):
+                    append(stream, [self._answer(reply)])
             cut = asked.model.prompts_cut - cut_before
         note = f"; {cut} prompts were cut to the model's window" if cut else ""
         print(f"{self.answers_file}: {len(rows)} answers by {self.model_id}{note}", flush=True)
+
+    def _answer(self, reply: Reply) -> dict[str, Any]:
+        """A line of the answers file."""
+        shown = shown_metadata(reply.row, self.pictures)
+        metadata = {"run": self.run, **shown, **({"route": reply.route} if reply.route else {})}
+        carried = {name: reply.row.raw[name] for name in self.carried if name in reply.row.raw}
+        return {**answer_row(reply.row, reply.text, self.model_id, metadata), **carried}

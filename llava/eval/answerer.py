@@ -13,7 +13,7 @@ length are answered together, which changes no answer, and the replies come in t
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -215,20 +215,29 @@ class Answerer:
         image_folder: Folder = "",
         done: int = 0,
         blank: bool = False,
+        answered: Callable[[int], None] = lambda count: None,
     ) -> Iterator[Reply]:
         """Replies to ``rows[done:]``, in order, as they come; with ``blank`` a blank stands for every picture.
 
         Batches depend on the rows and the batch size alone: with ``done`` rows answered before, what follows is what
-        would have followed.
+        would have followed. Questions of like length are answered together, so replies come in bursts: ``answered`` is
+        told how many each batch has answered.
 
         Raises:
             UserError: a picture cannot be read, or a row has none of the tasks that ``use`` was told to go by.
             RuntimeError: ``use`` has chosen another model before the last reply came.
         """
-        return self._answers(rows, generation or Generation(), (image_folder, blank), done, self._choices)
+        generation = generation or Generation()
+        return self._answers(rows, generation, (image_folder, blank), done, self._choices, answered)
 
     def _answers(
-        self, rows: Sequence[Row], generation: Generation, pictures: tuple[Folder, bool], done: int, choice: int
+        self,
+        rows: Sequence[Row],
+        generation: Generation,
+        pictures: tuple[Folder, bool],
+        done: int,
+        choice: int,
+        answered: Callable[[int], None],
     ) -> Iterator[Reply]:
         self._still(choice)
         encoder = self.encoder(*pictures)
@@ -255,6 +264,7 @@ class Answerer:
                     inputs = self._inputs(asked, [ids[number] for number in batch], encoder)
                     replies = self._generate(inputs, generation, [tasks[number] for number in batch])
                     waiting.update(zip(batch, replies, strict=True))
+                    answered(sum(number >= done for number in batch))  # the rest were answered before
                     while following in waiting:
                         yield waiting[following]
                         following += 1

@@ -6,8 +6,9 @@
 
 Writes ``table.json`` into the benchmark's folder, with mean, standard deviation and interval over seeds of every figure
 (``llava.eval.over_seeds``), and prints the first metric as a table. Gaps are to the runs called ``joint`` and
-``individual`` in the same order: the mean of their average final score minus this one's. ``--result`` writes the small
-file that is published: the first metric's figures, and what they were made of (``llava.eval.result_pages``).
+``individual`` in the same order, and to the same stages where they are also asked with the task given: their average
+final score minus this one's, over the seeds that both have. ``--result`` writes the small file that is published: the
+first metric's figures, and what they were made of (``llava.eval.result_pages``).
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ from llava.files import atomic_write
 from llava.outside import read_object
 from llava.utils import UserError, run_cli
 
-REFERENCES = ("joint", "individual")
+TASK_GIVEN = "task_given"
+REFERENCES = ("joint", "individual", TASK_GIVEN)
 BASELINES = {"majority": "majority answer", "nearest": "nearest question's answer"}
 PACKAGES = ("llava", "torch", "transformers", "numpy")
 DIGITS = 4
@@ -87,14 +89,18 @@ def table(benchmark: Benchmark) -> dict[str, Any]:
                 "method": first.method,
                 "order": list(order),
                 "seeds": [cell.seed for cell in mine],
-                "task_given": first.route == ORACLE or first.method == "individual",
+                TASK_GIVEN: first.route == ORACLE or first.method == "individual",
                 "rates": tried(benchmark, first),
                 "pictures": pictures(benchmark, mine),
                 "metrics": found["metrics"],
             }
         )
-    for entry in runs:
-        entry["gaps"] = {name: gaps(entry, runs, name) for name in REFERENCES if name != entry["run"]}
+    stages = [[benchmark.training(cell) for cell in mine] for mine in groups.values()]
+    for entry, own in zip(runs, stages, strict=True):
+        shared = [any(stage in own for stage in theirs) for theirs in stages]
+        beside = [pair for pair in zip(runs, shared, strict=True) if pair[0] is not entry]
+        found = {name: reference(entry, beside, name) for name in REFERENCES if name != entry["run"]}
+        entry["gaps"] = {name: None if one is None else gaps(entry, one) for name, one in found.items()}
     return {"benchmark": benchmark.name, "cells": len(cells), "done": len(done), "runs": runs}
 
 
@@ -132,24 +138,40 @@ def over_cells(values: Sequence[tuple[float, list[float] | None]]) -> dict[str, 
     return {**found, "ci95": values[0][1]} if len(values) == 1 else found
 
 
-def gaps(entry: Mapping[str, Any], runs: Sequence[Mapping[str, Any]], name: str) -> dict[str, float] | None:
-    """By metric, how far the run ``name`` in the same order is above this one; ``None`` where it is not there."""
-    reference = next((one for one in runs if one["run"] == name and one["order"] == entry["order"]), None)
-    if reference is None:
-        return None
-    both = [metric for metric in entry["metrics"] if metric in reference["metrics"]]
-    return {metric: final(reference, metric) - final(entry, metric) for metric in both}
+def reference(
+    entry: Mapping[str, Any], beside: Sequence[tuple[dict[str, Any], bool]], name: str
+) -> dict[str, Any] | None:
+    """The run that a gap is to, in the same order; ``None`` where it is not there.
+
+    Args:
+        beside: the other runs, each with whether it has stages of this one.
+    """
+    for one, same_stages in beside:
+        told = same_stages and one[TASK_GIVEN] and not entry[TASK_GIVEN]
+        if one["order"] == entry["order"] and (told if name == TASK_GIVEN else one["run"] == name):
+            return one
+    return None
 
 
-def final(entry: Mapping[str, Any], metric: str) -> float:
-    """The mean average final score."""
-    value: float = entry["metrics"][metric]["summary"]["average_final"]["mean"]
-    return value
+def gaps(entry: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """By metric, how far another run's average final score is above this one's: over the seeds that both have; where
+    there is none the difference of the means."""
+    found = {}
+    for metric in entry["metrics"]:
+        if metric in other["metrics"]:
+            mine, theirs = (one["metrics"][metric]["summary"]["average_final"] for one in (entry, other))
+            of_seeds = dict(zip(other["seeds"], theirs["values"], strict=True))
+            pairs = [(of_seeds.get(seed), value) for seed, value in zip(entry["seeds"], mine["values"], strict=True)]
+            differences = [above - value for above, value in pairs if above is not None]
+            apart = {"mean": theirs["mean"] - mine["mean"], "sd": None, "ci95": None, "values": []}
+            found[metric] = spread(differences) if differences else apart
+    return found
 
 
 def result(benchmark: Benchmark, found: Mapping[str, Any], file: str, machine: str) -> dict[str, Any]:
     """The small file: what ran, on what, and the first metric's figures of ``table``."""
     sequence = benchmark.sequence
+    files = files_of(sequence)
     metric = next((name for entry in found["runs"] for name in entry["metrics"]), "")
     return {
         "format_version": FORMAT_VERSION,
@@ -158,7 +180,7 @@ def result(benchmark: Benchmark, found: Mapping[str, Any], file: str, machine: s
         "machine": machine,
         "versions": {"python": platform.python_version(), **{name: package_version(name) for name in PACKAGES}},
         "base": {"name": Path(benchmark.base).name, "content": benchmark.base_content},
-        "data": dict(zip((Path(name).name for name in files_of(sequence)), checksums(sequence), strict=True)),
+        "data": dict(zip((Path(file).name for file in files), checksums(files), strict=True)),
         "settings": dict(benchmark.values),
         "cells": found["cells"],
         "done": found["done"],
@@ -171,23 +193,22 @@ def result(benchmark: Benchmark, found: Mapping[str, Any], file: str, machine: s
 
 def small(entry: Mapping[str, Any], metric: str) -> dict[str, Any]:
     """One run's part of the small file."""
-    found, names = entry["metrics"][metric], ("run", "method", "order", "seeds", "task_given", "rates")
+    found, names = entry["metrics"][metric], ("run", "method", "order", "seeds", TASK_GIVEN, "rates")
     return {
         **{name: entry[name] for name in names},
         "final": {task: rounded(cell["mean"]) for task, cell in zip(entry["order"], found["matrix"][-1], strict=True)},
-        "summary": {
-            name: {key: rounded(cell[key]) for key in ("mean", "sd", "ci95")} for name, cell in found["summary"].items()
-        },
+        "summary": {name: figure(cell) for name, cell in found["summary"].items()},
         "pictures": {
-            kind: {
-                title: {key: rounded(by[name][key]) for key in ("mean", "sd", "ci95")}
-                for title, name in (("changed", "changed"), ("drop", metric))
-                if name in by
-            }
+            kind: {title: figure(by[name]) for title, name in (("changed", "changed"), ("drop", metric)) if name in by}
             for kind, by in entry["pictures"].items()
         },
-        "gaps": {name: rounded(by[metric]) for name, by in entry["gaps"].items() if by and metric in by},
+        "gaps": {name: figure(by[metric]) for name, by in entry["gaps"].items() if by and metric in by},
     }
+
+
+def figure(cell: Mapping[str, Any]) -> dict[str, Any]:
+    """A figure over seeds, without the values that it was made of."""
+    return {key: rounded(cell[key]) for key in ("mean", "sd", "ci95")}
 
 
 def baselines(benchmark: Benchmark, metric: str) -> dict[str, dict[str, float]]:

@@ -17,6 +17,7 @@ from typing import Any
 from llava.cli import parse, word
 from llava.files import atomic_write
 from llava.outside import read_object, read_text
+from llava.schema import Wanted, an_object, check_fields, list_of, number, whole, words, yes_or_no
 from llava.utils import UserError, run_cli
 
 FORMAT_VERSION = 1
@@ -24,6 +25,38 @@ OWN = "retrieval"
 SIMPLE = ("zero_shot", "sequential", "replay")
 """Methods that count as simple baselines, beside the two that train nothing at all."""
 SHOWN = {"forgetting": "forgetting", "bwt": "BWT", "fwt": "FWT"}
+
+
+def _each(inside: Wanted) -> Wanted:
+    """A JSON object whose values are all so."""
+    return Wanted(
+        f"a JSON object, each value {inside.words}",
+        lambda value: isinstance(value, Mapping) and all(map(inside.allows, value.values())),
+    )
+
+
+_PARTS = an_object({"mean": number(), "sd": number(0), "ci95": list_of(number(), 2)})
+_FIGURE = Wanted("a figure with its mean", lambda value: _PARTS.allows(value) and value.get("mean") is not None)
+RESULT: dict[str, Wanted] = {
+    "command": words(empty=False),
+    "machine": words(),
+    "cells": whole(0),
+    "done": whole(0),
+    "metric": words(),
+    "tasks": list_of(words(empty=False), empty=False),
+    "baselines": _each(_each(number())),
+    "runs": list_of(an_object()),
+}
+"""What a table is made of; the rest of a result is for its readers."""
+RUN: dict[str, Wanted] = {
+    **dict.fromkeys(("run", "method"), words(empty=False)),
+    "order": list_of(words(empty=False), empty=False),
+    "seeds": list_of(whole(0), empty=False),
+    "task_given": yes_or_no,
+    **dict.fromkeys(("rates", "final"), _each(number())),
+    **dict.fromkeys(("summary", "gaps"), _each(_FIGURE)),
+    "pictures": _each(_each(_FIGURE)),
+}
 _PART = re.compile(r"^(<!-- results: (\S+) -->\n).*?^(<!-- end of results -->)$", re.S | re.M)
 _OPEN = re.compile(r"^<!-- results:", re.M)
 _ZERO = re.compile(r"^([+-]?)0\.")
@@ -67,14 +100,39 @@ def read_result(path: Path) -> dict[str, Any]:
     found = read_object(path, "result", "write it with: python -m llava.eval.benchmark_table FILE --result")
     if found.get("format_version") != FORMAT_VERSION:
         raise UserError(f"{path}: no result of version {FORMAT_VERSION}; write it again")
+    try:
+        _check(found, str(path))
+    except UserError as error:
+        raise UserError(f"{error} (a result is not written by hand; write it again)") from error
     return found
+
+
+def _check(result: Mapping[str, Any], where: str) -> None:
+    """Refuse a result that lacks what a table is made of."""
+    check_fields(result, RESULT, where, False, tuple(RESULT))
+    by_task = dict.fromkeys(result["tasks"], number())
+    for name, values in result["baselines"].items():
+        check_fields(values, by_task, f"{where}: baselines: {name}", False, tuple(by_task))
+    for place, entry in enumerate(result["runs"], start=1):
+        run = f"{where}: run {place}"
+        check_fields(entry, RUN, run, False, tuple(RUN))
+        check_fields(entry["final"], by_task, f"{run}: final", False, tuple(by_task))
+        check_fields(entry["summary"], {"average_final": _FIGURE}, f"{run}: summary", False, ("average_final",))
 
 
 def markdown(result: Mapping[str, Any]) -> str:
     """The caption, and a line for each baseline and run: final scores by task and on average, means over seeds, with
     the standard deviation of the average where there are several."""
     tasks, gaps = result["tasks"], sorted({name for entry in result["runs"] for name in entry["gaps"]})
-    head = ["run", "order", "seeds", *tasks, "average", *SHOWN.values(), *(f"gap to {name}" for name in gaps)]
+    head = [
+        "run",
+        "order",
+        "seeds",
+        *tasks,
+        "average",
+        *SHOWN.values(),
+        *(f"gap to {name.replace('_', ' ')}" for name in gaps),
+    ]
     lines = [head, ["---"] * len(head)]
     for name, values in result["baselines"].items():
         scores = [score(values[task]) for task in tasks]
@@ -85,7 +143,7 @@ def markdown(result: Mapping[str, Any]) -> str:
         line = [f"**{name}**" if entry["run"] == OWN else name, ", ".join(entry["order"]), str(len(entry["seeds"]))]
         line += [score(entry["final"][task]) for task in tasks]
         line += [spread(summary.get(name)) for name in ("average_final", *SHOWN)]
-        lines.append([*line, *(score(entry["gaps"].get(name), "+") for name in gaps)])
+        lines.append([*line, *(spread(entry["gaps"].get(name), "+") for name in gaps)])
     return f"\n{caption(result)}\n\n{_table(lines)}\n\n{pictures(result)}"
 
 
@@ -111,7 +169,7 @@ def _within(found: Mapping[str, Any] | None) -> str:
     """A mean with its interval."""
     if found is None:
         return ""
-    ends = found["ci95"]
+    ends = found.get("ci95")
     return score(found["mean"]) + ("" if ends is None else f" [{score(ends[0])}, {score(ends[1])}]")
 
 
@@ -121,7 +179,7 @@ def _table(lines: Sequence[Sequence[str]]) -> str:
 
 def caption(result: Mapping[str, Any]) -> str:
     """What was measured, on what, which learning rates were chosen, and whether a simple baseline wins."""
-    found = [f"{result['metric']}; `{result['command']}`"]
+    found = ["; ".join(part for part in (result["metric"], f"`{result['command']}`") if part)]
     if result["machine"]:
         found[0] += f" on {result['machine']}"
     if result["done"] < result["cells"]:
@@ -152,11 +210,12 @@ def verdict(result: Mapping[str, Any]) -> list[str]:
     return [f"Above {OWN} ({score(bar)}): {named}"]
 
 
-def spread(found: Mapping[str, Any] | None) -> str:
+def spread(found: Mapping[str, Any] | None, sign: str = "") -> str:
     """A mean with its standard deviation."""
     if found is None:
         return ""
-    return score(found["mean"]) + ("" if found["sd"] is None else f" ± {score(found['sd'])}")
+    deviation = found.get("sd")
+    return score(found["mean"], sign) + ("" if deviation is None else f" ± {score(deviation)}")
 
 
 def score(value: float | None, sign: str = "") -> str:

@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
+from llava.devices import moved
 from llava.model.decision import Decision
 from llava.model.grown_cache import grown_cache
 from llava.model.splice import splice
@@ -172,9 +173,9 @@ class SharedPrefixes:
         embed = self.get_model().embed_tokens
         cached, seen = joined(prefixes, embed.weight.device)
         ids, real = pad([torch.tensor(row.ids) for row in rows], "left")
-        words = embed(ids.to(embed.weight.device))
+        words = embed(moved(ids, embed.weight.device))
         empty = words.new_zeros(len(rows), seen.shape[1], words.shape[2])
-        mask = torch.cat([seen, real.to(seen.device)], dim=1)
+        mask = torch.cat([seen, moved(real, seen.device)], dim=1)
         return torch.cat([empty, words], dim=1), mask, filled(cached, grown_cache(self.config)), seen.shape[1]
 
     def _too_long(self, prefixes: Sequence[Tensor], rows: Sequence[Row]) -> bool:
@@ -202,12 +203,12 @@ class SharedPrefixes:
         cached, seen = joined(prefixes, input_ids.device)
         ids, real = pad([torch.tensor(row.ids) for row in rows])
         known = pad([torch.tensor(row.labels) for row in rows], value=IGNORE_INDEX)[0]
-        ids, real, known = (part.to(input_ids.device) for part in (ids, real, known))
+        ids, real, known = (moved(part, input_ids.device) for part in (ids, real, known))
         places = torch.tensor([prefix.shape[3] for prefix in prefixes])[:, None] + torch.arange(ids.shape[1])
         inputs = {
             "inputs_embeds": self.get_model().embed_tokens(ids),
             "attention_mask": torch.cat([seen, real], dim=1),
-            "position_ids": places.to(input_ids.device),
+            "position_ids": moved(places, input_ids.device),
             "past_key_values": filled(cached, DynamicCache()),
             "use_cache": True,
         }
@@ -259,9 +260,9 @@ def joined(prefixes: Sequence[Tensor], device: torch.device) -> tuple[Tensor, Te
     longest = max(lengths)
     cached = torch.zeros(layers, pair, len(prefixes), heads, longest, width, dtype=first.dtype, device=device)
     for number, (prefix, length) in enumerate(zip(prefixes, lengths, strict=True)):
-        cached[:, :, number, :, longest - length :] = prefix.to(device)
+        cached[:, :, number, :, longest - length :] = moved(prefix, device)
     seen = torch.arange(longest) >= longest - torch.tensor(lengths)[:, None]
-    return cached, seen.to(device)
+    return cached, moved(seen, device)
 
 
 def filled(cached: Tensor, cache: DynamicCache) -> DynamicCache:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
+from llava.devices import moved
 from llava.padding import Side, pad
 from llava.truncation import kept_tokens
 from llava.utils import UserError
@@ -112,7 +113,7 @@ def splice(
         cut.append(lost)
         behind.append(len(row.ids) - 1 - places[-1] if places else None)
     # Once for the whole batch: under ZeRO-3 processes must call it equally often, whatever pictures their rows have.
-    words = embed(torch.cat([row.ids.clamp(min=0) for row in shortened]).to(device))  # [tokens of all rows, hidden]
+    words = embed(moved(torch.cat([row.ids.clamp(min=0) for row in shortened]), device))  # [tokens of all rows, hidden]
     flat = [picture.to(words) for row in shortened for picture in row.pictures]
     front = [] if prefix is None else [prefix.to(words).flatten(0, 1)]
     nothing = words.new_zeros(1, words.shape[1])
@@ -130,7 +131,7 @@ def splice(
     ends = [sources.shape[1] if side == "left" else len(row) for row in rows]
     starts = [end - (len(row) if own is None else own) for end, row, own in zip(ends, rows, behind, strict=True)]
     positions = (mask.cumsum(1) - 1) * mask  # counted from each row's own start; 0 on padding
-    plan = torch.stack([sources, mask.long(), positions, pad(row_labels, side, IGNORE_INDEX)[0]]).to(words.device)
+    plan = moved(torch.stack([sources, mask.long(), positions, pad(row_labels, side, IGNORE_INDEX)[0]]), words.device)
     embeds = table.index_select(0, plan[0].flatten()).unflatten(0, sources.shape)
     return Spliced(embeds, plan[1].bool(), plan[2], plan[3], cut, starts)
 

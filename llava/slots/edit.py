@@ -12,8 +12,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from llava.checkpoints.checkpoint import Checkpoint
 from llava.checkpoints.kinds import SLOTS_FILE, TRAINING_FILE
 from llava.checkpoints.manifest import CHECKSUMS_FILE, check_seal, seal
@@ -165,8 +163,7 @@ def verify(pool: Pool, base: Path | None) -> list[Finding]:
 
 def _check_task(task: TaskSlots) -> Finding:
     what, checksum = f"task {task.name}", task.checksum()
-    bad = [name for name, tensor in task.tensors().items() if not torch.isfinite(tensor).all()]
-    if bad:
+    if bad := task.not_finite():
         return Finding(what, False, f"{', '.join(bad)} hold NaN or infinite numbers")
     if task.recorded_checksum is None:
         return Finding(what, None, f"{checksum}, none recorded to compare with")

@@ -231,6 +231,5 @@ def _slice_keys(keys: Tensor | None, span: slice) -> Tensor | None:
 
 
 def _refuse_nan(task: TaskSlots, path: str | Path) -> None:
-    for name, tensor in task.tensors().items():
-        if not torch.isfinite(tensor).all():
-            raise UserError(f"{path}: {name} of task {task.name!r} holds NaN or infinite numbers; fit the task again")
+    if bad := task.not_finite():
+        raise UserError(f"{path}: {bad[0]} of task {task.name!r} holds NaN or infinite numbers; fit the task again")

@@ -72,9 +72,12 @@ class WeightOffset:
             low = low.masked_fill(closed, 0)
         if output.dtype != low.dtype:
             return output + (low @ up).to(output.dtype)
+        # Without gradients in place: a projection's output is nobody else's, and a copy is a launch and its bytes more.
+        alone = not torch.is_grad_enabled() and output.is_contiguous()
         if shared:
-            return torch.addmm(output.flatten(0, -2), low.flatten(0, -2), up.squeeze(0)).view(output.shape)
-        return torch.baddbmm(output, low, up)
+            add = Tensor.addmm_ if alone else torch.addmm
+            return add(output.flatten(0, -2), low.flatten(0, -2), up.squeeze(0)).view(output.shape)
+        return (Tensor.baddbmm_ if alone else torch.baddbmm)(output, low, up)
 
     def _layer(self, target: str, layer: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """``down`` and ``up`` of a layer; on its device, where the model lies on several, moved there once."""

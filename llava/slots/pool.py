@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from llava.devices import moved
 from llava.slots.file import SlotData, read_slot_data, write_slot_data
 from llava.slots.offsets import WeightOffset
 from llava.slots.queries import Query
@@ -193,7 +194,6 @@ class Pool(nn.Module):
         mine = self.task(name)
         for task in self.tasks:
             task.requires_grad_(task is mine)
-            task.stays = False
         self.training_task = name
         self.to(self.device)
         return list(mine.parameters())
@@ -204,8 +204,6 @@ class Pool(nn.Module):
             self.task(self.training_task).trained = True
             self.training_task = None
         self.requires_grad_(False)
-        for task in self.tasks:
-            task.stays = True
         self.changed()
 
     # -- routing ---------------------------------------------------------------------------------------------------
@@ -289,11 +287,11 @@ class Pool(nn.Module):
         weights = slot_weights.to(dtype) * self.settings.scale  # [batch, k]
         if len(used) > SHARED_FORM_LIMIT:
             sides = self._take([slot for row in chosen for slot in row], dtype)
-            return _per_sample(sides, weights.repeat_interleave(self.settings.rank, dim=1).to(self.device))
+            return _per_sample(sides, moved(weights.repeat_interleave(self.settings.rank, dim=1), self.device))
         local = torch.tensor([[used.index(slot) for slot in row] for row in chosen]).to(weights.device)
         gate = weights.new_zeros(len(chosen), len(used)).scatter_add(1, local, weights)
         gate = gate.repeat_interleave(self.settings.rank, dim=1)  # [batch, used * rank]
-        return _shared(self._take(used, dtype), gate.to(self.device))
+        return _shared(self._take(used, dtype), moved(gate, self.device))
 
     def _take(self, slots: list[int], dtype: torch.dtype) -> Sides:
         """The offsets of some slots, which may repeat; tasks without one of them are not touched."""
@@ -310,7 +308,7 @@ class Pool(nn.Module):
         rows = [starts[name] + number for name, number in places]
         sides = [torch.cat(part, dim=1) if len(part) > 1 else part[0] for part in zip(*parts, strict=True)]
         if rows != list(range(start)):
-            wanted = torch.tensor(rows).to(sides[0].device)
+            wanted = moved(torch.tensor(rows), sides[0].device)
             sides = [side.index_select(1, wanted) for side in sides]
         sides = [side.to(self.device) for side in sides]
         return {target: (sides[2 * n], sides[2 * n + 1]) for n, target in enumerate(self.settings.targets)}

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llava.devices import moved
 from llava.slots.settings import RetrieverSettings
 from llava.slots.task_slots import TaskSlots
 
@@ -65,7 +66,7 @@ class Resident:
             self._make_room(sum(task.count for task in tasks.values()), (device, dtype))
             for name, task in tasks.items():
                 self._bring_in(name, task, tasks)
-            rows = torch.tensor([self._rows[name][number] for name, number in places]).to(device)
+            rows = moved(torch.tensor([self._rows[name][number] for name, number in places]), device)
             return {
                 target: (down.index_select(1, rows), up.index_select(1, rows))
                 for target, (down, up) in self._tables.items()
@@ -104,7 +105,7 @@ class Resident:
             return
         assert self._kind is not None  # there is room by now
         device, dtype = self._kind
-        rows = torch.tensor(self._rows[name]).to(device)
+        rows = moved(torch.tensor(self._rows[name]), device)
         for target, tables in self._tables.items():
             for table, tensor in zip(tables, (task.B[target], task.A[target]), strict=True):
                 table.index_copy_(1, rows, tensor.detach().to(device, dtype).transpose(0, 1))

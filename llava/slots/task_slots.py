@@ -51,10 +51,6 @@ class TaskSlots(nn.Module):
         recorded_checksum: written beside the tensors; ``None`` for a task that was not read from a file.
     """
 
-    stays = True
-    """Whether frozen slots stay where and what they are when a model moves or changes its type, as they do outside of
-    training: questions are routed on the host, and offsets are copied to the device (see ``resident``)."""
-
     def __init__(
         self,
         name: str,
@@ -113,7 +109,9 @@ class TaskSlots(nn.Module):
             self.B[target] = nn.Parameter(values, requires_grad=False)
 
     def _apply(self, fn: Any, recurse: bool = True) -> TaskSlots:
-        if not self.stays or any(parameter.requires_grad for parameter in self.parameters()):
+        # Frozen slots stay where and what they are when a model moves or changes its type: questions are routed on the
+        # host, and the offsets that they use are copied to the device (see ``resident``).
+        if any(parameter.requires_grad for parameter in self.parameters()):
             super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
 
@@ -124,6 +122,10 @@ class TaskSlots(nn.Module):
         """
         sides = (side[target].transpose(0, 1) for target in targets for side in (self.B, self.A))
         return tuple(side.to(dtype, copy=True, memory_format=torch.contiguous_format) for side in sides)
+
+    def not_finite(self) -> list[str]:
+        """Names of the tensors that hold NaN or infinite numbers."""
+        return [name for name, tensor in self.tensors().items() if not _is_finite(tensor)]
 
     def check(self, settings: RetrieverSettings) -> None:
         """``UserError`` where keys or offsets don't have the shapes that the settings ask for."""
@@ -189,6 +191,12 @@ def offset_shapes(settings: RetrieverSettings, count: int) -> dict[str, tuple[tu
 def _frozen(offsets: Offsets | None) -> nn.ParameterDict:
     items = () if offsets is None else offsets.items()
     return nn.ParameterDict(OrderedDict((t, nn.Parameter(v.detach(), requires_grad=False)) for t, v in items))
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    """Whether no number is NaN or infinite: such a one spoils the sum, which takes a twentieth of the time. The sum of
+    large numbers may be infinite too."""
+    return bool(torch.isfinite(tensor.sum()) or torch.isfinite(tensor).all())
 
 
 def _words(tensor: Tensor | None) -> str:

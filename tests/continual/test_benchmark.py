@@ -14,7 +14,7 @@ from tiny_world import TASKS
 from llava.continual.benchmark import MATRIX, Benchmark, spread
 from llava.continual.benchmark_marks import Marks
 from llava.continual.methods import METHODS
-from llava.data.rows import read_rows
+from llava.data.rows import read_rows, write_jsonl
 from llava.utils import UserError
 
 
@@ -83,6 +83,17 @@ def test_validation_rows_may_stand_in_a_file(read, world):
     sequence = found.prepare(trial)
     assert [task.files for task in sequence.tasks] == [task.files for task in found.sequence.tasks]
     assert len(read_rows(sequence.test)) == len(TASKS) and found.key_folder(trial) == found.key_folder(cell)
+
+
+def test_a_trial_does_not_make_the_keys_of_the_cells_anew(read, world, tmp_path):
+    """They are trained on the same rows and tested on others: a process that made them anew would take them away from
+    those that train with them."""
+    rows = read_rows(world.folder / "test.jsonl")
+    write_jsonl(tmp_path / "validation.jsonl", [rows[0].raw])
+    found = read(runs=TRIED, validation=str(tmp_path / "validation.jsonl"), rows=1)
+    trial, cell = found.cells[0], replace(found.cells[-1], rates=())
+    assert found.key_folder(trial) == found.key_folder(cell)
+    assert found.key_identity(found.prepare(trial)) == found.key_identity(found.prepare(cell))
 
 
 @pytest.mark.parametrize("scores, best", [((0.5, 0.6), 1e-2), ((0.6, 0.5), 1e-3), ((0.5, 0.5), 1e-3)])

@@ -372,6 +372,16 @@ def test_the_answer_suffix_is_in_the_prompt_but_not_in_the_routed_question(place
     assert call["questions"][0] == rows[0].question
 
 
+def test_how_far_it_is_is_told_by_batches_and_not_by_replies(place, rows):
+    """The first reply may have to wait for the last batch: a rate taken from replies says hours for minutes."""
+    answerer, told, ready = Answerer.load(str(place / "tiny-base"), CPU), [], []
+    generation = Generation(max_new_tokens=5, batch_size=3)
+    for _ in answerer.answer(rows, generation, str(place / "images"), done=1, answered=told.append):
+        ready.append(sum(told))
+    assert max(told) <= 3 and sum(told) == len(rows) - 1 and all(map(int.__le__, range(1, len(rows)), ready))
+    assert ready[0] > 1
+
+
 def test_a_model_without_a_tower_refuses_pictures(place, rows):
     answerer = Answerer.load(str(place / "tiny-base"), CPU)
     answerer._loaded.image_processor = None

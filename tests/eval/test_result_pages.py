@@ -11,6 +11,7 @@ from llava.utils import UserError
 
 def run(name, average, method=None, order=("abd", "head"), given=False, gaps=None, sd=None, rates=None):
     cell = {"mean": average, "sd": sd, "ci95": None}
+    gaps = {name: {"mean": value, "sd": sd, "ci95": None} for name, value in (gaps or {}).items()}
     return {
         "run": name,
         "method": method or name,
@@ -20,7 +21,7 @@ def run(name, average, method=None, order=("abd", "head"), given=False, gaps=Non
         "rates": rates or {},
         "final": {"abd": average, "head": average},
         "summary": {"average_final": cell, "forgetting": {"mean": 0.0, "sd": sd, "ci95": None}},
-        "gaps": gaps or {},
+        "gaps": gaps,
         "pictures": {},
     }
 
@@ -33,7 +34,7 @@ def result(*runs, done=4, **more):
 
 def test_a_table_by_hand():
     found = result(
-        run("retrieval", 0.6, gaps={"joint": -0.05}, sd=0.012),
+        run("retrieval", 0.6, gaps={"joint": -0.05, "task_given": 0.001}, sd=0.012),
         run("given", 0.61, "retrieval", given=True),
         run("sequential", 0.35, gaps={"joint": 0.2}, rates={"0.001": 0.25, "0.01": 0.333}),
         run("joint", 0.55),
@@ -44,13 +45,14 @@ def test_a_table_by_hand():
         "validation rows: .250 at 0.001, .333 at 0.01. No baseline or other method that is not told the task is above "
         "retrieval (.600).",
         "",
-        "| run | order | seeds | abd | head | average | forgetting | BWT | FWT | gap to joint |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
-        "| majority answer |  |  | .200 | .250 | .225 |  |  |  |  |",
-        "| **retrieval** | abd, head | 3 | .600 | .600 | .600 ± .012 | .000 ± .012 |  |  | -.050 |",
-        "| given (task given) | abd, head | 1 | .610 | .610 | .610 | .000 |  |  |  |",
-        "| sequential | abd, head | 1 | .350 | .350 | .350 | .000 |  |  | +.200 |",
-        "| joint | abd, head | 1 | .550 | .550 | .550 | .000 |  |  |  |",
+        "| run | order | seeds | abd | head | average | forgetting | BWT | FWT | gap to joint | gap to task given |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| majority answer |  |  | .200 | .250 | .225 |  |  |  |  |  |",
+        "| **retrieval** | abd, head | 3 | .600 | .600 | .600 ± .012 | .000 ± .012 |  |  | -.050 ± .012 "
+        "| +.001 ± .012 |",
+        "| given (task given) | abd, head | 1 | .610 | .610 | .610 | .000 |  |  |  |  |",
+        "| sequential | abd, head | 1 | .350 | .350 | .350 | .000 |  |  | +.200 |  |",
+        "| joint | abd, head | 1 | .550 | .550 | .550 | .000 |  |  |  |  |",
         "",
         "",
     ]
@@ -77,6 +79,7 @@ def test_the_caption_says_where_a_simple_baseline_wins():
         "ewc (.400); tuned (.500, a simple baseline)."
     )
     assert result_pages.verdict(result(run("joint", 0.9))) == []
+    assert result_pages.caption(result(done=0, metric="")).startswith("`bash scripts/run_benchmark.sh phantom.json` on")
 
 
 @pytest.mark.parametrize("value, text", [(0.5, ".500"), (-0.0125, "-.013"), (1.0, "1.000"), (10.53, "10.530")])
@@ -107,3 +110,31 @@ def test_what_is_wrong_with_a_page_is_one_line(tmp_path):
     (tmp_path / "a.json").write_text("{}")
     with pytest.raises(UserError, match="no result of version 1"):
         result_pages.renewed(whole, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda found: found.pop("tasks"), "a.json: field 'tasks' is missing"),
+        (lambda found: found.update(done="all"), "a.json: done is 'all'; write an integer"),
+        (lambda found: found["baselines"]["majority answer"].pop("head"), "majority answer: field 'head' is missing"),
+        (lambda found: found["runs"].append("joint"), "a.json: runs, entry 2 is 'joint'"),
+        (lambda found: found["runs"][0].pop("seeds"), "run 1: field 'seeds' is missing"),
+        (lambda found: found["runs"][0]["final"].update(head=None), "run 1: final"),
+        (lambda found: found["runs"][0].update(summary={}), "run 1: summary: field 'average_final' is missing"),
+        (lambda found: found["runs"][0].update(gaps={"joint": 0.1}), "run 1: gaps is an object"),
+        (lambda found: found["runs"][0].update(pictures={"blank": 3}), "run 1: pictures is an object"),
+    ],
+)
+def test_a_damaged_result_is_one_line(tmp_path, change, message):
+    file = tmp_path / "a.json"
+    found = result(run("retrieval", 0.6))
+    file.write_text(json.dumps(found))
+    assert result_pages.read_result(file) == found
+    change(found)
+    file.write_text(json.dumps(found))
+    with pytest.raises(UserError, match=message):
+        result_pages.read_result(file)
+    file.write_text(json.dumps(found)[:-9])
+    with pytest.raises(UserError, match="broken JSON"):
+        result_pages.read_result(file)

@@ -15,7 +15,7 @@ from llava.data.rows import parse_row, write_jsonl
 from llava.eval.answer_file import append, appending, progress
 from llava.files import atomic_folder, atomic_write
 from llava.locks import only_writer
-from llava.targets import open_in_place, remove, replaceable
+from llava.targets import open_in_place, remove, replaceable, written_in_place
 from llava.utils import UserError
 
 ROW = parse_row({"question_id": 1, "text": "q?"})
@@ -178,3 +178,20 @@ def test_a_folder_takes_the_place_of_the_one_that_a_link_leads_to(tmp_path):
         with pytest.raises(NotADirectoryError), atomic_folder(target):
             pass
     assert not os.path.isfile("/dev/null")
+
+
+def test_a_folder_that_another_process_makes_meanwhile_is_no_error(tmp_path, monkeypatch):
+    """Workers of a benchmark wait for one folder of keys, which one of them makes."""
+    folder = tmp_path / "keys"
+
+    def stat(path, *args, real=os.stat, **more):
+        try:
+            return real(path, *args, **more)
+        finally:
+            if os.fspath(path) == str(folder):
+                monkeypatch.undo()
+                folder.mkdir()
+
+    monkeypatch.setattr(os, "stat", stat)
+    assert not written_in_place(folder)
+    assert folder.is_dir() and not written_in_place(folder)

@@ -101,12 +101,17 @@ def test_a_benchmark_is_run_skipped_and_told(tiny, monkeypatch, capsys):
     assert results(tiny) == made
     zero_shot = {path: data for path, data in made.items() if path.endswith("zero-shot/answers.jsonl")}
     assert len(zero_shot) == 5 and len(set(zero_shot.values())) == 1  # of four cells, and what they share
+    root = Benchmark.read(tiny).root
+    scores = [path.read_bytes() for path in root.rglob("zero-shot/scores.json")]
+    assert len(scores) == len(set(scores)) == 4  # nobody's is another's, whoever was first
+    assert [path.relative_to(root) for path in root.rglob("sights")] == [Path("cache", "sights")]
     told = json.loads((Benchmark.read(tiny).root / "table.json").read_text())
     assert (told["done"], told["cells"]) == (4, 4)
     assert [entry["run"] for entry in told["runs"]] == ["joint", "zero_shot", "sequential", "retrieval"]
     finals = [entry["metrics"]["exact_match"]["summary"]["average_final"]["mean"] for entry in told["runs"]]
     gaps = told["runs"][3]["gaps"]
-    assert gaps["joint"]["exact_match"] == pytest.approx(finals[0] - finals[3]) and gaps["individual"] is None
+    assert gaps["joint"]["exact_match"]["mean"] == pytest.approx(finals[0] - finals[3])  # of other seeds: the means
+    assert gaps["joint"]["exact_match"]["sd"] is None and gaps["individual"] is None and gaps["task_given"] is None
     said = capsys.readouterr().out
     assert said.count("[benchmark]") == 1 and "| **retrieval** | abd, chest | 1 |" in said
 
@@ -130,6 +135,30 @@ def test_a_result_is_a_small_file_with_what_it_was_made_of(tiny, tmp_path, capsy
     assert sequential["rates"].keys() == {"0.001", "0.01"} and sequential["final"].keys() == {"abd", "chest"}
     assert file.stat().st_size < 6000
     assert read_result(file) == found and markdown(found) in capsys.readouterr().out
+
+
+def test_gaps_are_told_over_the_seeds_that_both_have(tiny):
+    """Here the cells end with: retrieval .5, .6, .8; joint .9, .7 (seeds 0 and 2); the first seed asked with the task
+    given .7; and other stages, also with the task given."""
+    given = {"method": "retrieval", "route": "oracle", "seeds": [0]}
+    runs = [{"method": "retrieval", "seeds": [0, 1, 2]}, {"method": "joint", "seeds": [0, 2]}]
+    runs += [{**given, "name": "others", "flags": ["--lora_r", "2"]}, {**given, "name": "given"}]
+    write(tiny, json.loads(tiny.read_text())["sequence"], runs)
+    benchmark = Benchmark.read(tiny)
+    for cell, value in zip(benchmark.cells, (0.5, 0.6, 0.8, 0.9, 0.7, 0.1, 0.7), strict=True):
+        found = {"matrix": [[0.5] * 2] * 2, "learning_curve": {"value": [0.5] * 2}}
+        found["summary"] = {"average_final": {"value": value}}
+        matrix = {"tasks": ["abd", "chest"], "metrics": {"exact_match": found}}
+        matrix["provenance"] = {"question_file": {"sha256": "same"}}
+        benchmark.matrix(cell).parent.mkdir(parents=True)
+        benchmark.matrix(cell).write_text(json.dumps(matrix))
+        Marks(benchmark).finish(cell, "identity", 1.0)
+    retrieval, joint, others, asked = (entry["gaps"] for entry in benchmark_table.table(benchmark)["runs"])
+    to_joint = retrieval["joint"]["exact_match"]
+    assert to_joint["values"] == pytest.approx([0.4, -0.1]) and to_joint["mean"] == pytest.approx(0.15)
+    assert to_joint["sd"] == pytest.approx(0.5 / 2**0.5)
+    assert retrieval["task_given"]["exact_match"]["mean"] == pytest.approx(0.7 - 0.5)  # not from the mean of all seeds
+    assert joint["task_given"] is others["task_given"] is asked["task_given"] is None
 
 
 def test_what_the_pictures_contribute_is_told_over_seeds(tiny):
@@ -211,6 +240,19 @@ def test_stages_that_another_process_trains_are_waited_for_and_those_of_a_failed
     holder.close()
     marks.fail(first, "the disk is full")
     assert run_cells.take(benchmark, marks, second, set(), 2, 0.0) and marks.whole(second)
+
+
+def test_a_rate_is_not_chosen_by_what_its_trials_said_of_other_rows(tiny, monkeypatch):
+    """With others at work a cell's turn may come before those of its trials, which are still there from last time."""
+    runs = [{"method": "sequential", "learning_rate": [1e-3, 1e-2]}]
+    write(tiny, json.loads(tiny.read_text())["sequence"], runs)
+    run_main(run_cells.main, tiny)
+    write(tiny, json.loads(tiny.read_text())["sequence"], runs, rows=4)
+    benchmark = Benchmark.read(tiny)
+    marks, checked, trials = Marks(benchmark, time.time()), set(), benchmark.cells[:2]
+    with only_writer(benchmark.folder(trials[0])):
+        assert not any(run_cells.take(benchmark, marks, cell, checked, 3, 0.0) for cell in benchmark.cells[::2])
+    assert all(run_cells.take(benchmark, marks, cell, checked, 3, 0.0) for cell in benchmark.cells)
 
 
 def test_keys_of_other_rows_are_made_again(tiny):

@@ -458,3 +458,16 @@ def test_a_compiled_model_gives_the_same_logits_for_every_route(targets):
         assert torch.allclose(found, expected, atol=1e-5)
         assert not torch.allclose(found, without, atol=1e-2)
     torch.compiler.reset()
+
+
+@pytest.mark.parametrize("rows", [1, 3], ids=["shared", "own"])
+def test_without_gradients_an_offset_goes_into_the_output_as_it_lies(rows):
+    """A copy of it is a launch more at each layer; with gradients the output is left as it is."""
+    down, up, x, output = (torch.randn(*size) for size in ((1, rows, 4, 6), (1, rows, 4, 5), (3, 2, 6), (3, 2, 5)))
+    offset = WeightOffset({"o_proj": down}, {"o_proj": up}, torch.rand(3, 1, 4))
+    kept = output.clone()
+    apart = offset.add_to(output, "o_proj", 0, x)
+    assert torch.equal(output, kept) and not torch.equal(apart, kept)
+    with torch.no_grad():
+        found = offset.add_to(output, "o_proj", 0, x)
+    assert torch.equal(found, apart) and found.data_ptr() == output.data_ptr()
