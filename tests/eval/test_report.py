@@ -215,9 +215,9 @@ def test_without_the_last_scores_the_matrix_is_left(tmp_path, capsys):
 @pytest.mark.parametrize(
     "given, shown",
     [
-        ("--model-path=/somewhere/llava", "--model-path=…/llava"),
+        ("--model-path=/scans/ann/llava", "--model-path=…/llava"),
         ("--model-path=~ann/llava", "--model-path=…/llava"),
-        ("DATA=file:///somewhere/x", "DATA=…/x"),
+        ("DATA=file:///scans/ann/x", "DATA=…/x"),
         ("~/llava", "…/llava"),
         ("/data/a=b/llava", "…/llava"),
         ("--route=prior=0.5", "--route=prior=0.5"),

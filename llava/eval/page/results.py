@@ -36,12 +36,7 @@ from llava.utils import UserError
 
 Found = TypeVar("Found")
 ANSWERS_NAME = "answers.jsonl"
-_NOTHING: tuple[Mapping[str, Any], list[dict[str, Any]]] = (
-    {"groups": {OVERALL: {"rows": 0, "figures": {}}}, "provenance": {}},
-    [],
-)
-"""Scores and rows of none."""
-_NO_RECORD: dict[str, Any] = {}
+_NO_SCORES: Mapping[str, Any] = {"groups": {OVERALL: {"rows": 0, "figures": {}}}, "provenance": {}}
 _PLACE, _VALUE = whole(0), number()
 _ROUTE = {"slots": list_of(_PLACE), "weights": list_of(_VALUE), "novelty": _VALUE}
 _MATRIX = {"stages": list_of(words(empty=False)), "provenance": an_object({"question_file": an_object()})}
@@ -82,7 +77,8 @@ class Scored:
     @classmethod
     def read(cls, file: Path, left: list[Damage]) -> Scored:
         """A scores file, and what lies beside it; ``left`` gets what cannot be read."""
-        scores, rows = read_or_leave(left, file, _scores_and_rows, _NOTHING)
+        none: tuple[Mapping[str, Any], list[dict[str, Any]]] = (_NO_SCORES, [])
+        scores, rows = read_or_leave(left, file, _scores_and_rows, none)
         answers_file = file.with_name(ANSWERS_NAME)
         metadata: list[Mapping[str, Any]] = []
         if rows and answers_file.exists():
@@ -133,7 +129,9 @@ class Results:
         zero_shot = Scored.read(base, left) if matrix.get("zero_shot_model") and base.exists() else None
         zero_shot = zero_shot if zero_shot and zero_shot.rows else None
         record = place / EVALUATION_NAME
-        about = read_or_leave(left, record, read_evaluation_record, _NO_RECORD) if record.exists() else _NO_RECORD
+        about: dict[str, Any] = {}
+        if record.exists():
+            about = read_or_leave(left, record, read_evaluation_record, about)
         return cls(place, label or place.name, matrix, stages, zero_shot, about, label is None, left)
 
     @property
