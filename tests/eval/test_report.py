@@ -344,11 +344,13 @@ def test_runs_are_called_by_what_tells_them_apart(folders, found):
 
 
 def test_a_benchmarks_cells_are_its_runs_and_its_trials_are_none(tmp_path):
-    for cell in ("ewc/abd_chest/seed-0", "trials/ewc-0.1/abd_chest/seed-0"):
+    for cell in ("ewc/abd_chest/seed-0", "retrieval/abd_chest/seed-1", "trials/ewc-0.1/abd_chest/seed-0"):
         place = tmp_path / cell / "eval" / "tiny"
         place.mkdir(parents=True)
         (place / "accuracy_matrix.json").write_text("{}")
-    assert evaluations(tmp_path) == [tmp_path / "ewc/abd_chest/seed-0/eval/tiny"]
+    # The project's own method is what the others are compared with.
+    runs = ("retrieval/abd_chest/seed-1", "ewc/abd_chest/seed-0")
+    assert evaluations(tmp_path) == [tmp_path / run / "eval/tiny" for run in runs]
 
 
 def test_the_routers_of_a_route_report(tmp_path):

@@ -26,6 +26,7 @@ from llava.eval.evaluation import Evaluation
 from llava.eval.evaluation_record import EVALUATION_NAME, read_evaluation_record
 from llava.eval.metrics.base import OVERALL
 from llava.eval.over_seeds import read_matrix
+from llava.eval.result_pages import OWN
 from llava.eval.score_schema import read_scores
 from llava.files import file_sha256
 from llava.inside import Folder, inside, opened_to_links
@@ -275,7 +276,8 @@ def _log(file: Path) -> list[dict[str, float]]:
 
 
 def evaluations(output: str | Path) -> list[Path]:
-    """The evaluations' folders that an argument names: itself, those under its ``eval``, or a benchmark's cells.
+    """The evaluations' folders that an argument names: itself, those under its ``eval``, or a benchmark's cells, the
+    project's own method first: the first is what others are compared with.
 
     Raises:
         UserError: there is none.
@@ -283,8 +285,11 @@ def evaluations(output: str | Path) -> list[Path]:
     place = Path(output)
     if (place / MATRIX_NAME).is_file():
         return [place]
-    found = sorted(place.glob(f"eval/*/{MATRIX_NAME}")) or sorted(place.glob(f"*/*/*/eval/*/{MATRIX_NAME}"))
-    folders = [file.parent for file in found if file.relative_to(place).parts[0] != "trials"]
+    found = sorted(place.glob(f"eval/*/{MATRIX_NAME}"))
+    if not found:
+        cells = ((file.relative_to(place).parts[0], file) for file in place.glob(f"*/*/*/eval/*/{MATRIX_NAME}"))
+        found = [file for run, file in sorted(cells, key=lambda one: (one[0] != OWN, one)) if run != "trials"]
+    folders = [file.parent for file in found]
     if not folders:
         raise UserError(f"{place}: no {MATRIX_NAME} there, in eval/*, or in cells of a benchmark; evaluate first")
     return folders
