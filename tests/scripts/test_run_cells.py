@@ -255,6 +255,15 @@ def test_a_rate_is_not_chosen_by_what_its_trials_said_of_other_rows(tiny, monkey
     assert all(run_cells.take(benchmark, marks, cell, checked, 3, 0.0) for cell in benchmark.cells)
 
 
+def test_a_run_with_further_rates_to_try_is_not_done(tiny, capsys):
+    sequence = json.loads(tiny.read_text())["sequence"]
+    write(tiny, sequence, [{"method": "joint"}, {"method": "sequential", "learning_rate": [1e-3]}])
+    run_main(run_cells.main, tiny)
+    write(tiny, sequence, [{"method": "joint"}, {"method": "sequential", "learning_rate": [1e-3, 1e-2]}])
+    run_main(benchmark_table.main, tiny)
+    assert "1 of 2 cells are done" in capsys.readouterr().out
+
+
 def test_keys_of_other_rows_are_made_again(tiny):
     values = json.loads(tiny.read_text())
     found = []
