@@ -69,13 +69,9 @@ class Bench:
         """Training steps; ``until`` as in ``measure``."""
         base = Training(self.model, self.shape)
         steps: dict[str, Step] = {BASE: base, AGAIN: base}
-        for name, tasks, targets in (
-            ("o_proj", FEW, ("o_proj",)),
-            (f"o_proj, {MANY} tasks", MANY, ("o_proj",)),
-            ("seven targets", FEW, TARGETS),
-        ):
-            steps[f"slots, {name}"] = Training(with_slots(self.model, self.shape, tasks, targets), self.shape)
         for name, targets in (("o_proj", ("o_proj",)), ("seven targets", TARGETS)):
+            # A stage trains with its own task's slots alone, whatever others are stored.
+            steps[f"slots, {name}"] = Training(with_slots(self.model, self.shape, 1, targets), self.shape)
             lora = with_lora(self.model, trained_rank(self.shape), 1, targets)
             steps[f"LoRA, {name}"] = Training(lora, self.shape)
         if self.references:

@@ -194,6 +194,7 @@ class Pool(nn.Module):
         mine = self.task(name)
         for task in self.tasks:
             task.requires_grad_(task is mine)
+            task.stays = False
         self.training_task = name
         self.to(self.device)
         return list(mine.parameters())
@@ -204,6 +205,8 @@ class Pool(nn.Module):
             self.task(self.training_task).trained = True
             self.training_task = None
         self.requires_grad_(False)
+        for task in self.tasks:
+            task.stays = True
         self.changed()
 
     # -- routing ---------------------------------------------------------------------------------------------------

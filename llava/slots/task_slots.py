@@ -51,6 +51,12 @@ class TaskSlots(nn.Module):
         recorded_checksum: written beside the tensors; ``None`` for a task that was not read from a file.
     """
 
+    stays = True
+    """Whether frozen slots stay where and what they are when a model moves or changes its type, as they do outside of
+    training: questions are routed on the host, and offsets are copied to the device (see ``resident``). In training all
+    of a pool's slots are where the model is: engines of several devices take no parameters from elsewhere, and a recipe
+    puts only what acts into its pool."""
+
     def __init__(
         self,
         name: str,
@@ -109,9 +115,7 @@ class TaskSlots(nn.Module):
             self.B[target] = nn.Parameter(values, requires_grad=False)
 
     def _apply(self, fn: Any, recurse: bool = True) -> TaskSlots:
-        # Frozen slots stay where and what they are when a model moves or changes its type: questions are routed on the
-        # host, and the offsets that they use are copied to the device (see ``resident``).
-        if any(parameter.requires_grad for parameter in self.parameters()):
+        if not self.stays or any(parameter.requires_grad for parameter in self.parameters()):
             super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
 

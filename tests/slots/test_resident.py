@@ -97,16 +97,6 @@ def test_what_is_written_for_a_batch_is_what_it_takes(pool):
     assert sum(written) == len(places) * SLOT_BYTES // 2
 
 
-def test_frozen_slots_stay_while_another_task_trains(pool):
-    """On a GPU a thousand stored tasks would else be 67 GB of it."""
-    mine, other = pool.task("t1"), pool.task("t2")
-    before = other.A["gate_proj"].data_ptr()
-    pool.train_only("t1")
-    pool.to(torch.float64)
-    assert mine.A["gate_proj"].dtype == torch.float64 and pool.device == CPU
-    assert other.A["gate_proj"].dtype == torch.float32 and other.A["gate_proj"].data_ptr() == before
-
-
 def test_large_numbers_whose_sum_is_infinite_are_finite(pool):
     task = pool.task("t0")
     task.A["gate_proj"].data.fill_(3e38)
