@@ -51,6 +51,10 @@ class TaskSlots(nn.Module):
         recorded_checksum: written beside the tensors; ``None`` for a task that was not read from a file.
     """
 
+    stays = True
+    """Whether frozen slots stay where and what they are when a model moves or changes its type: questions are routed on
+    the host, and the offsets that they use are copied to the device (see ``resident``)."""
+
     def __init__(
         self,
         name: str,
@@ -109,9 +113,7 @@ class TaskSlots(nn.Module):
             self.B[target] = nn.Parameter(values, requires_grad=False)
 
     def _apply(self, fn: Any, recurse: bool = True) -> TaskSlots:
-        # Frozen slots stay where and what they are when a model moves or changes its type: questions are routed on the
-        # host, and the offsets that they use are copied to the device (see ``resident``).
-        if any(parameter.requires_grad for parameter in self.parameters()):
+        if not self.stays or any(parameter.requires_grad for parameter in self.parameters()):
             super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
 

@@ -45,6 +45,9 @@ class BesideFrozen(Retriever):
     """A retriever in which the slots of earlier tasks act, frozen, while a task trains."""
 
     def train_only(self, task: str) -> list[nn.Parameter]:
+        # All act at every step, and DDP and ZeRO-2 want all weights on their device, also those that do not train.
+        for one in self.pool.tasks:
+            one.stays = False
         parameters = super().train_only(task)
         self.pool.training_task = None
         self.pool.changed()
