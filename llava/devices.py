@@ -89,7 +89,8 @@ def moved(tensor: Any, device: Any) -> Any:
     """``tensor`` on a device; to a GPU over pinned memory, so that the host goes on meanwhile."""
     import torch
 
-    plain = tensor.device.type == "cpu" and not tensor.requires_grad  # a pinned copy has no gradient
+    # A pinned copy has no gradient, and torch.compile cannot trace how it is made.
+    plain = tensor.device.type == "cpu" and not tensor.requires_grad and not torch.compiler.is_compiling()
     if plain and torch.device(device).type == "cuda" and torch.cuda.is_available():
         return tensor.pin_memory().to(device, non_blocking=True)
     return tensor.to(device)

@@ -1,4 +1,5 @@
-"""TF32: set for a GPU's products of float32 matrices alone, and left out, which is said, where there is none."""
+"""TF32: set for a GPU's products of float32 matrices alone, and left out, which is said, where there is none; and how
+a tensor goes to a GPU."""
 
 from types import SimpleNamespace
 
@@ -50,3 +51,16 @@ def test_training_on_a_gpu_without_it_goes_on_without_it(monkeypatch, capsys, gp
     asked = SimpleNamespace(tf32=True, bf16=False, fp16=False, use_cpu=False)
     machine.settle_machine(asked)
     assert asked.tf32 == (True if gpu else None) and ("is left out" in capsys.readouterr().out) != gpu
+
+
+@pytest.mark.parametrize("gradient", [False, True])
+@pytest.mark.parametrize("compiling", [False, True])
+def test_what_is_copied_to_a_gpu_is_pinned_unless_that_cannot_be(monkeypatch, gradient, compiling):
+    """A pinned copy has no gradient; under torch.compile making one is an error."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiling)
+    pinned = SimpleNamespace(to=lambda device, non_blocking: (device, non_blocking))
+    given = SimpleNamespace(device=torch.device("cpu"), requires_grad=gradient, pin_memory=lambda: pinned)
+    given.to = lambda device: device
+    assert devices.moved(given, "cuda:1") == ("cuda:1" if gradient or compiling else ("cuda:1", True))
+    assert devices.moved(given, "cpu") == "cpu"

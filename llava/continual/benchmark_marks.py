@@ -38,10 +38,17 @@ class Marks:
         found, matrix = self._mark(cell), self.benchmark.matrix(cell)
         return "matrix" in found and matrix.is_file() and found["matrix"] == file_sha256(matrix)
 
+    def settled(self, cell: Cell) -> bool:
+        """Whether the cell is whole, with the learning rate that its trials choose: some may have been added since."""
+        if not self.whole(cell) or self.blocked(cell):
+            return False
+        chosen = self.benchmark.rate(cell)
+        return bool(self._mark(cell).get("rate", chosen) == chosen)
+
     def finish(self, cell: Cell, identity: str, seconds: float) -> None:
         """Mark a cell as whole, with what it took."""
-        matrix = file_sha256(self.benchmark.matrix(cell))
-        self._write(cell, {"identity": identity, "matrix": matrix, "seconds": round(seconds, 1)})
+        matrix, rate = file_sha256(self.benchmark.matrix(cell)), self.benchmark.rate(cell)
+        self._write(cell, {"identity": identity, "matrix": matrix, "rate": rate, "seconds": round(seconds, 1)})
 
     def fail(self, cell: Cell, why: str) -> None:
         """Mark a cell as failed, so that no other process tries it again before the command is given again."""

@@ -77,7 +77,7 @@ def table(benchmark: Benchmark) -> dict[str, Any]:
     groups: dict[tuple[str, tuple[str, ...]], list[Cell]] = {}
     marks = Marks(benchmark)
     cells = [cell for cell in benchmark.cells if not cell.trial]
-    done = [cell for cell in cells if marks.whole(cell) and not marks.blocked(cell)]  # rates may have been added
+    done = list(filter(marks.settled, cells))
     for cell in done:
         groups.setdefault((cell.run, cell.order), []).append(cell)
     runs: list[dict[str, Any]] = []

@@ -260,7 +260,8 @@ def joined(prefixes: Sequence[Tensor], device: torch.device) -> tuple[Tensor, Te
     longest = max(lengths)
     cached = torch.zeros(layers, pair, len(prefixes), heads, longest, width, dtype=first.dtype, device=device)
     for number, (prefix, length) in enumerate(zip(prefixes, lengths, strict=True)):
-        cached[:, :, number, :, longest - length :] = moved(prefix, device)
+        # Not over pinned memory: of that torch keeps what a batch once took, and a 7B's prefix is 300 MB.
+        cached[:, :, number, :, longest - length :] = prefix.to(device)
     seen = torch.arange(longest) >= longest - torch.tensor(lengths)[:, None]
     return cached, moved(seen, device)
 

@@ -12,6 +12,7 @@ from transformers import CLIPVisionConfig
 
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava.data.samples import DataCollatorForSupervisedDataset
+from llava.model import prefixes
 from llava.model.language_model.retriever import Retriever
 from llava.model.prefixes import PrefixStore
 from llava.padding import pad
@@ -339,6 +340,15 @@ def test_half_precision_runs():
     assert torch.isfinite(loss)
     (kept, *_) = half.prefixes._kept.values()
     assert kept.dtype == torch.bfloat16
+
+
+def test_prefixes_go_to_a_gpu_without_pinned_memory(monkeypatch):
+    """Torch keeps what was once pinned: 16 prefixes of a 7B would be 8 GB beside those that are kept."""
+    pinned, prefix = [], torch.randn(2, 2, 1, 5, 3)
+    monkeypatch.setattr(prefixes, "moved", lambda tensor, device: pinned.append(tensor.nbytes) or tensor.to(device))
+    cached, seen = prefixes.joined([prefix, prefix[:, :, :, :3]], torch.device("cpu"))
+    assert pinned == [seen.nbytes] and seen.tolist() == [[True] * 5, [False] * 2 + [True] * 3]
+    assert torch.equal(cached[:, :, 0], prefix) and torch.equal(cached[:, :, 1, :, 2:], prefix[:, :, :, :3])
 
 
 def test_a_stage_keeps_prefixes_in_the_memory_that_features_leave():

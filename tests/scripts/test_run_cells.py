@@ -262,6 +262,15 @@ def test_a_run_with_further_rates_to_try_is_not_done(tiny, capsys):
     write(tiny, sequence, [{"method": "joint"}, {"method": "sequential", "learning_rate": [1e-3, 1e-2]}])
     run_main(benchmark_table.main, tiny)
     assert "1 of 2 cells are done" in capsys.readouterr().out
+    benchmark = Benchmark.read(tiny)
+    for number, trial in enumerate(cell for cell in benchmark.cells if cell.trial):
+        matrix = benchmark.matrix(trial)
+        matrix.parent.mkdir(parents=True)
+        summary = {"average_final": {"value": 0.4 + 0.1 * number}}  # the further one is better
+        matrix.write_text(json.dumps({"metrics": {"exact_match": {"summary": summary}}}))
+        Marks(benchmark).finish(trial, "identity", 1.0)
+    run_main(benchmark_table.main, tiny)
+    assert "1 of 2 cells are done" in capsys.readouterr().out, "the cell has the rate of before"
 
 
 def test_keys_of_other_rows_are_made_again(tiny):

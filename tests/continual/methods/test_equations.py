@@ -174,6 +174,18 @@ def test_an_adapter_that_adds_up_trains_the_current_task_alone():
     assert frozen.A["o_proj"].grad is None and frozen.B["o_proj"].grad is None
 
 
+@pytest.mark.parametrize("make", [OLoRAAdapter, lambda pool: ContextualAdapter(pool, {MIX: torch.zeros(2, 2)})])
+def test_frozen_slots_that_act_while_another_task_trains_go_where_the_model_goes(make):
+    """On a GPU they could not be put beside those that train, and DDP takes weights of one kind of device alone."""
+    adapter = make(pool(slots("a", 0, [10], [1], [0.0]), slots("b", 1, [7], [3], [1.0]), text_dim=1, query_mode="text"))
+    adapter.train_only("b")
+    adapter.to("meta")
+    assert {parameter.device.type for parameter in adapter.parameters()} == {"meta"}
+    route = adapter.decide(Query(text=torch.ones(1, 1)))
+    offset = adapter.pool(route.slot_indices, route.slot_weights, torch.float32)
+    assert offset.up["o_proj"].device.type == "meta"
+
+
 # -- keeplora --------------------------------------------------------------------------------------------------------
 
 
