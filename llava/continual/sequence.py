@@ -106,7 +106,7 @@ class TaskSequence:
         return f"llava-{self.learned_by(method)}_" + "_".join(self.task_names[:number])
 
     def learned_by(self, method: str) -> str:
-        """``<sequence>[-<method>]``: what a method makes of the sequence is called; retrieval is not named."""
+        """``<sequence>[-<method>]``, as what a method makes of the sequence is called; retrieval is not named."""
         return self.name if method == "retrieval" else f"{self.name}-{method}"
 
     def overridden(self, environ: Mapping[str, str]) -> TaskSequence:

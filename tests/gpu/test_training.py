@@ -54,6 +54,7 @@ RUNS = {
     "checkpointed": (*FIXED, "--gradient_checkpointing", "True"),
     "bf16": ("--bf16", "True"),
     "fp16": ("--fp16", "True"),
+    "contextual": ("--method", "contextual"),
 }
 HALVES = ("bf16", "fp16")
 
@@ -97,6 +98,7 @@ def runs(device, world, tmp_path_factory):
         made.end(one)
     made.end(killed, -signal.SIGKILL)
     second = [made.start("killed", FIXED), made.start("next", FIXED, "chest", before="fixed")]
+    second.append(made.start("contextual next", RUNS["contextual"], "chest", before="contextual"))
     for one in second:
         made.end(one)
     return made
@@ -127,6 +129,12 @@ def test_a_killed_run_ends_as_an_undisturbed_one(runs):
 def test_the_next_task_leaves_the_first_one_bit_for_bit(runs):
     first, both = runs.slots("fixed"), runs.slots("next", "chest")
     assert both.names == ["abd", "chest"] and same_slots(first.task("abd"), both.task("abd"))
+
+
+def test_frozen_slots_act_beside_those_that_train(runs):
+    first, both = runs.slots("contextual"), runs.slots("contextual next", "chest")
+    assert both.names == ["abd", "chest"] and same_slots(first.task("abd"), both.task("abd"))
+    assert any(side.any() for side in both.task("chest").A.values())
 
 
 def test_checkpointing_gradients_changes_little(runs):
