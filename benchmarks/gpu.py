@@ -3,10 +3,11 @@
     python benchmarks/gpu.py --json output/gpu.json
 
 The model has random weights in bfloat16, made on the device: nothing is downloaded or loaded. Its contenders share
-them: the frozen base, the base against itself, our slots, in training those of a task on the attention outputs or on all
-seven projections, in answering with 3 and with 1,000 stored tasks, and PEFT's LoRA, alone or as a mixed batch. Each takes a step in every round, in turn; the
-figures are medians of at least 9 rounds, and where the base is not within 3 % of itself no ratio counts. A step's
-kernels, copies, its memory beyond what lay there, and how often the host waits for the GPU are counted beside.
+them: the frozen base, the base against itself, our slots, in training a task's own on the attention outputs or on all
+seven projections, in answering those of 3 and of 1,000 stored tasks, and PEFT's LoRA, alone or as a mixed batch. Each
+takes a step in every round, in turn; the figures are medians of at least 9 rounds, and where the base is not within 3 %
+of itself no ratio counts. A step's kernels, copies, its memory beyond what lay there, and how often the host waits for
+the GPU are counted beside.
 
     train     4 samples of 636 positions, 4 of them answers, with the optimizer of what trains
     prefill   16 questions of 636 positions
