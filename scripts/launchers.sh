@@ -20,14 +20,15 @@ launch_with() { # module -> the array "launcher"
             --no_local_rank --module "$1")
         return
     fi
-    local words
+    local words hosts
     read -ra words <<<"$LAUNCHER"
     case ${words[0]} in
         torchrun) launcher=(python -m torch.distributed.run "${words[@]:1}" -m "$1") ;;
         srun)
             export MASTER_PORT=${MASTER_PORT:-29500} MASTER_ADDR=${MASTER_ADDR:-}
             if [ -z "$MASTER_ADDR" ]; then
-                MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+                hosts=$(scontrol show hostnames "$SLURM_JOB_NODELIST") # whole: a closed pipe would end it, and the script
+                MASTER_ADDR=${hosts%%$'\n'*}
             fi
             # shellcheck disable=SC2016 # each process reads its own
             launcher=("${words[@]}" bash -c 'export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID \

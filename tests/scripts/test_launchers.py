@@ -15,12 +15,14 @@ SRUN = """#!/usr/bin/env bash
 export SLURM_NTASKS=2
 for number in 0 1; do SLURM_PROCID=$number SLURM_LOCALID=$number "${@:3}"; done
 """
+# Two writes with time between: whoever stops reading after the first name ends it with a broken pipe.
+SCONTROL = "#!/bin/sh\necho node7; sleep 0.2; echo node8\n"
 
 
 @pytest.fixture
 def launch(tmp_path):
     """Run ``SCRIPT``; returns what the programs were told."""
-    for name, text in {"python": PYTHON, "srun": SRUN, "scontrol": "#!/bin/sh\necho node7; echo node8\n"}.items():
+    for name, text in {"python": PYTHON, "srun": SRUN, "scontrol": SCONTROL}.items():
         (tmp_path / name).write_text(text)
         (tmp_path / name).chmod(0o755)
 
