@@ -99,7 +99,8 @@ class Counting(TorchDispatchMode):
         self.cost.written += sum(map(_moved, made))
         if not name.endswith("_"):  # those write into what was there
             self.cost.largest = max([self.cost.largest, *(tensor.nbytes for tensor in made)])
-        if (flops := flop_registry.get(getattr(torch.ops.aten, name.rstrip("_"), None))) is not None:
+        twin = getattr(torch.ops.aten, name.rstrip("_"), None)  # one that writes in place is registered nowhere
+        if (flops := flop_registry.get(twin)) is not None:
             self.cost.flops += flops(*args, **kwargs, out_val=out)
         return out
 
