@@ -12,15 +12,16 @@
 A run is a cell for each of its orders (the first, or ``"all"``) and seeds. Of several learning rates it takes the one
 that is best on validation rows, by the sequence's first metric: each is tried once, with the first order and seed.
 ``validation`` is a file of rows, or a share of the training pictures, which the trials then do without. ``rows`` of
-each task's training files and ``test_rows`` of each domain, spread evenly, are used; left out, all are. ``train``
-overrides the sequence's block, ``flags`` are the method's own, ``route`` and ``pictures`` are the evaluation's.
+each task's training files and ``test_rows`` of each domain, spread evenly, are used; left out, all are. ``data`` is a
+folder with files of the same names as the sequence's, in their stead. ``train`` and ``keys`` override the sequence's
+blocks, ``flags`` are the method's own, ``route`` and ``pictures`` are the evaluation's.
 ``workers`` is how many processes share the cells (default: one a device). Cells that differ only in what they are asked
 (route, pictures, a trial's rows where it trains on all pictures) have the stages of the first of them. Under
 ``output/benchmarks/<name>``::
 
     <run>/<order>/seed-<n>/          a cell: sequence.json, its stages, eval/, and cell.json once it is whole
     trials/<run>-<rate>/<order>/...  the same for a learning rate that is tried
-    keys/<order>/seed-<n>/           what cells of one order and seed share
+    keys/<order>/seed-<n>/           what cells of one order and seed share; of a run with ``keys``, keys/<run>/...
     cache, zero-shot, data           what all share
 """
 
@@ -40,6 +41,7 @@ from llava.checkpoints.manifest import content_of
 from llava.continual.methods import METHODS
 from llava.continual.places import Places
 from llava.continual.sequence import SEQUENCE_FOLDER, TaskSequence, load_sequence
+from llava.continual.settings import KeySettings, read_block
 from llava.data.rows import Row, read_rows, write_jsonl
 from llava.data.samples import pictures_checksum
 from llava.files import atomic_write, file_sha256, values_sha256
@@ -53,6 +55,7 @@ _NAME = words(empty=False)
 _SEEDS = list_of(whole(0), empty=False)
 _SCHEMA = {
     "sequence": _NAME,
+    "data": _NAME,
     "rows": whole(1),
     "test_rows": whole(1),
     "validation": _NAME | number(above=0, most=0.5),
@@ -68,6 +71,7 @@ _RUN_SCHEMA = {
     "seeds": _SEEDS,
     "learning_rate": list_of(number(above=0), empty=False),
     "train": an_object(),
+    "keys": an_object(),
     "flags": list_of(words()),
     "route": words(),
     "pictures": list_of(_NAME),
@@ -91,6 +95,7 @@ class Cell:
     seed: int
     rates: tuple[float, ...] = ()
     train: Mapping[str, Any] = field(default_factory=dict)
+    keys: Mapping[str, Any] = field(default_factory=dict)
     flags: tuple[str, ...] = ()
     route: str = ""
     pictures: tuple[str, ...] = ()
@@ -139,11 +144,12 @@ class Benchmark:
         for place, entry in enumerate(values["runs"], start=1):
             check_fields(entry, _RUN_SCHEMA, f"{file}: run {place}", needed=("method",))
             METHODS.get(entry["method"])  # refuses a name that is no method
+            read_block(KeySettings, entry.get("keys") or {}, f"{file}: run {place}: keys")
             if len(entry.get("learning_rate") or ()) > 1 and values.get("validation") is None:
                 raise UserError(f"{file}: run {place} tries learning rates; give a field 'validation' to choose by")
         source = Path(values["sequence"])
         source = source if source.suffix == ".json" else SEQUENCE_FOLDER / f"{source}.json"
-        sequence = load_sequence(source, environ)
+        sequence = _with_files_of(values.get("data"), load_sequence(source, environ))
         places = Places.of(sequence, environ=environ)
         root = places.root / "benchmarks" / file.stem
         made = cls(file.stem, root, places.base_model(), values, read_object(source), sequence)
@@ -189,7 +195,8 @@ class Benchmark:
 
     def training(self, cell: Cell) -> tuple[Any, ...]:
         """What decides the stages of a cell whose trials are whole; cells that share it are only asked otherwise."""
-        return cell.method, cell.order, cell.seed, cell.flags, cell.train, self._fewer(cell), self.rate(cell)
+        settings = cell.method, cell.order, cell.seed, cell.flags, cell.train, cell.keys
+        return *settings, self._fewer(cell), self.rate(cell)
 
     def score(self, cell: Cell) -> float:
         """The average final score of a cell by the sequence's first metric."""
@@ -201,8 +208,10 @@ class Benchmark:
         return self.root / cell.place
 
     def key_folder(self, cell: Cell) -> Path:
-        """Keys of the cell's order and seed; trials that do without the validation pictures have their own."""
-        return self.root / ("trials/keys" if self._fewer(cell) else "keys") / cell.shared
+        """Keys of the cell's order and seed; trials that do without the validation pictures have their own, and so have
+        runs that override the sequence's ``keys``."""
+        mine = (cell.run,) if cell.keys else ()
+        return Path(self.root, "trials/keys" if self._fewer(cell) else "keys", *mine, cell.shared)
 
     def _fewer(self, cell: Cell) -> bool:
         """Whether a cell trains without the validation pictures."""
@@ -235,6 +244,7 @@ class Benchmark:
             **self.raw,
             "tasks": [{"name": name, "train": tasks[name]} for name in cell.order],
             "test": test,
+            "keys": {**self.raw.get("keys", {}), **cell.keys},
             "train": {**self.raw.get("train", {}), **cell.train, "seed": cell.seed, **rates},
         }
         with atomic_write(path) as stream:
@@ -303,6 +313,18 @@ class Benchmark:
     def base_content(self) -> str:
         """A checksum of the base's files."""
         return content_of(Checkpoint.open(self.base).manifest)
+
+
+def _with_files_of(folder: str | None, sequence: TaskSequence) -> TaskSequence:
+    """The sequence with the files of the same names in another folder."""
+    if folder is None:
+        return sequence
+
+    def moved(file: str) -> str:
+        return str(Path(folder, Path(file).name))
+
+    tasks = tuple(replace(task, files=tuple(map(moved, task.files))) for task in sequence.tasks)
+    return replace(sequence, tasks=tasks, test=moved(sequence.test))
 
 
 def files_of(sequence: TaskSequence) -> list[str]:

@@ -109,6 +109,24 @@ def test_the_best_rate_is_taken_and_of_equal_ones_the_smallest(read, scores, bes
     assert found.rate(cell) == best and not Marks(found).blocked(cell)
 
 
+def test_a_run_with_keys_of_its_own_has_a_folder_of_them(read):
+    found = read(runs=[{"method": "retrieval"}, {"name": "wide", "method": "retrieval", "keys": {"rank": 5}}])
+    plain, wide = found.cells
+    sequences = [found.prepare(cell) for cell in found.cells]
+    assert [sequence.keys.rank for sequence in sequences] == [found.sequence.keys.rank, 5]
+    assert found.key_folder(plain) != found.key_folder(wide) and found.training(plain) != found.training(wide)
+    assert found.identity(plain, sequences[0]) != found.identity(wide, sequences[1])
+
+
+def test_files_of_the_same_names_lie_in_another_folder(read, world, tmp_path):
+    other = shutil.copytree(world.folder, tmp_path / "other", ignore=shutil.ignore_patterns("images"))
+    found = read(runs=[{"method": "retrieval"}], data=str(other))
+    sequence = found.prepare(found.cells[0])
+    wanted = [str(other / Path(file).name) for task in found.sequence.tasks for file in task.files]
+    assert [file for task in sequence.tasks for file in task.files] == wanted
+    assert sequence.test == str(other / "test.jsonl") and sequence.image_folder == found.sequence.image_folder
+
+
 def test_rows_are_spread_evenly():
     assert spread(10, 4) == [0, 2, 5, 7] and spread(3, 5) == [0, 1, 2]
 
@@ -169,6 +187,7 @@ def test_what_failed_counts_until_the_next_start(read):
             "run 1 tries learning rates; give a field 'validation",
         ),
         ({"runs": [{"method": "ewk"}]}, "unknown method 'ewk'"),
+        ({"runs": [{"method": "ewc", "keys": {"rnak": 2}}]}, "run 1: keys: unknown field 'rnak'; did you mean 'rank'"),
         ({"runs": [{"orders": "all"}]}, "run 1: field 'method' is missing"),
         ({"runs": [{"method": "ewc"}], "seeds": [True]}, "seeds, entry 1 is True; write an integer"),
         ({"runs": [{"method": "ewc"}], "orders": [["abd"]]}, r"order \['abd'\] has other tasks than"),
@@ -187,4 +206,5 @@ def test_those_that_ship_name_methods_and_tasks_that_there_are(world, tmp_path):
     environ = {"OUTPUT_DIR": str(tmp_path), "BASE_MODEL": str(world.base)}
     found = {file.stem: {cell.method for cell in Benchmark.read(file, environ).cells} for file in files}
     slake = {"zero_shot", "retrieval", "sequential", "joint"}
-    assert found == {"phantom": every, "slake": slake, "vqa-rad": every}
+    fewer = {"phantom-scope": {"zero_shot", "retrieval"}, "vqa-rad-unseen": slake}
+    assert found == {"phantom": every, "slake": slake, "vqa-rad": every, **fewer}
