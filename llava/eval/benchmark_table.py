@@ -37,6 +37,8 @@ TASK_GIVEN = "task_given"
 REFERENCES = ("joint", "individual", TASK_GIVEN)
 BASELINES = {"majority": "majority answer", "nearest": "nearest question's answer"}
 PACKAGES = ("llava", "torch", "transformers", "numpy")
+ALSO = ("closed_accuracy", "open_recall")
+"""Metrics that are published beside the first, where they are measured."""
 DIGITS = 4
 
 
@@ -91,6 +93,7 @@ def table(benchmark: Benchmark) -> dict[str, Any]:
                 "seeds": [cell.seed for cell in mine],
                 TASK_GIVEN: first.route == ORACLE or first.method == "individual",
                 "rates": tried(benchmark, first),
+                "overall": overall(benchmark, mine),
                 "pictures": pictures(benchmark, mine),
                 "metrics": found["metrics"],
             }
@@ -109,11 +112,23 @@ def tried(benchmark: Benchmark, cell: Cell) -> dict[str, float]:
     return {f"{trial.rates[0]:g}": benchmark.score(trial) for trial in benchmark.trials(cell)}
 
 
+def overall(benchmark: Benchmark, cells: Sequence[Cell]) -> dict[str, dict[str, Any]]:
+    """What the last stage reaches over all questions, whatever their task, by metric, over the cells' seeds."""
+    found = [scores.get("groups", {}).get(OVERALL, {}).get("figures", {}) for scores in last_scores(benchmark, cells)]
+    values = {name: [figures.get(name, {}).get("value") for figures in found] for name in found[0]}
+    return {name: spread(mine) for name, mine in values.items() if None not in mine}
+
+
+def last_scores(benchmark: Benchmark, cells: Sequence[Cell]) -> list[dict[str, Any]]:
+    """The scores of each cell's last stage; empty where they are not there."""
+    files = [matrix.parent / stage.name / SCORES_NAME for matrix, stage in (last(benchmark, cell) for cell in cells)]
+    return [read_object(file) if file.is_file() else {} for file in files]
+
+
 def pictures(benchmark: Benchmark, cells: Sequence[Cell]) -> dict[str, dict[str, Any]]:
     """What the pictures contribute to the last stage, by kind shown in their place: ``changed``, the share of
     answers that change, and by metric the drop, over the cells' seeds. With one seed the interval is over questions."""
-    files = [matrix.parent / stage.name / SCORES_NAME for matrix, stage in (last(benchmark, cell) for cell in cells)]
-    found = [read_object(file).get("pictures") or {} if file.is_file() else {} for file in files]
+    found = [scores.get("pictures") or {} for scores in last_scores(benchmark, cells)]
     told = {}
     for kind in [kind for kind in found[0] if all(kind in one for one in found)]:
         groups = [one[kind]["groups"][OVERALL] for one in found]
@@ -198,6 +213,7 @@ def small(entry: Mapping[str, Any], metric: str) -> dict[str, Any]:
         **{name: entry[name] for name in names},
         "final": {task: rounded(cell["mean"]) for task, cell in zip(entry["order"], found["matrix"][-1], strict=True)},
         "summary": {name: figure(cell) for name, cell in found["summary"].items()},
+        "overall": {name: figure(entry["overall"][name]) for name in (metric, *ALSO) if name in entry["overall"]},
         "pictures": {
             kind: {title: figure(by[name]) for title, name in (("changed", "changed"), ("drop", metric)) if name in by}
             for kind, by in entry["pictures"].items()

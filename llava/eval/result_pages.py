@@ -57,6 +57,7 @@ RUN: dict[str, Wanted] = {
     **dict.fromkeys(("summary", "gaps"), _each(_FIGURE)),
     "pictures": _each(_each(_FIGURE)),
 }
+"""Of a run; ``overall`` may be absent."""
 _PART = re.compile(r"^(<!-- results: (\S+) -->\n).*?^(<!-- end of results -->)$", re.S | re.M)
 _OPEN = re.compile(r"^<!-- results:", re.M)
 _ZERO = re.compile(r"^([+-]?)0\.")
@@ -115,34 +116,37 @@ def _check(result: Mapping[str, Any], where: str) -> None:
         check_fields(values, by_task, f"{where}: baselines: {name}", False, tuple(by_task))
     for place, entry in enumerate(result["runs"], start=1):
         run = f"{where}: run {place}"
-        check_fields(entry, RUN, run, False, tuple(RUN))
+        check_fields(entry, {**RUN, "overall": _each(_FIGURE)}, run, False, tuple(RUN))
         check_fields(entry["final"], by_task, f"{run}: final", False, tuple(by_task))
         check_fields(entry["summary"], {"average_final": _FIGURE}, f"{run}: summary", False, ("average_final",))
 
 
 def markdown(result: Mapping[str, Any]) -> str:
-    """The caption, and a line for each baseline and run: final scores by task and on average, means over seeds, with
-    the standard deviation of the average where there are several."""
+    """The caption, and a line for each baseline and run: final scores by task, on average, and over all questions,
+    means over seeds, with the standard deviation of the latter two where there are several."""
     tasks, gaps = result["tasks"], sorted({name for entry in result["runs"] for name in entry["gaps"]})
+    also = list(dict.fromkeys(name for entry in result["runs"] for name in entry.get("overall", {})))
     head = [
         "run",
         "order",
         "seeds",
         *tasks,
         "average",
+        *("overall" if name == result["metric"] else name for name in also),
         *SHOWN.values(),
         *(f"gap to {name.replace('_', ' ')}" for name in gaps),
     ]
     lines = [head, ["---"] * len(head)]
     for name, values in result["baselines"].items():
         scores = [score(values[task]) for task in tasks]
-        lines.append([name, "", "", *scores, score(_mean(values)), *[""] * (len(SHOWN) + len(gaps))])
+        lines.append([name, "", "", *scores, score(_mean(values)), *[""] * (len(also) + len(SHOWN) + len(gaps))])
     for entry in result["runs"]:
         summary = entry["summary"]
         name = entry["run"] + (" (task given)" if entry["task_given"] else "")
         line = [f"**{name}**" if entry["run"] == OWN else name, ", ".join(entry["order"]), str(len(entry["seeds"]))]
         line += [score(entry["final"][task]) for task in tasks]
-        line += [spread(summary.get(name)) for name in ("average_final", *SHOWN)]
+        line += [spread(summary.get("average_final")), *(spread(entry.get("overall", {}).get(name)) for name in also)]
+        line += [spread(summary.get(name)) for name in SHOWN]
         lines.append([*line, *(spread(entry["gaps"].get(name), "+") for name in gaps)])
     return f"\n{caption(result)}\n\n{_table(lines)}\n\n{pictures(result)}"
 

@@ -69,6 +69,16 @@ def test_what_the_pictures_contribute_is_a_table_of_its_own():
     assert second == "| joint | abd, head | .250 | .250 [.200, .310] |  |  |"
 
 
+def test_figures_over_all_questions_stand_behind_the_average():
+    one, other = run("retrieval", 0.6, sd=0.02), run("joint", 0.5)
+    one["overall"] = {"exact_match": {"mean": 0.61, "sd": 0.01, "ci95": None}}
+    one["overall"]["open_recall"] = {"mean": 0.25, "sd": None, "ci95": None}
+    _, _, _, head, _, baseline, first, second, _, _ = result_pages.markdown(result(one, other)).split("\n")
+    assert "| average | overall | open_recall | forgetting |" in head
+    assert "| .225 |  |  |  |" in baseline and "| .600 ± .020 | .610 ± .010 | .250 | .000 ± .020 |" in first
+    assert "| .500 |  |  | .000 |" in second
+
+
 def test_the_caption_says_where_a_simple_baseline_wins():
     runs = [run("retrieval", 0.3), run("joint", 0.9), run("individual", 0.8, given=True), run("ewc", 0.4)]
     runs += [run("tuned", 0.5, "sequential"), run("replay", 0.6, order=("head", "abd")), run("lwf", 0.2)]

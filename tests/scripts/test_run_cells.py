@@ -174,9 +174,14 @@ def test_what_the_pictures_contribute_is_told_over_seeds(tiny):
         matrix, stage = benchmark_table.last(benchmark, cell)
         figure = {"drop": 0.1 * place, "ci95": [0.0, 0.3]}
         group = {"changed": {"value": 0.5, "ci95": [0.4, 0.6]}, "figures": {"exact_match": figure}}
-        scores = {"groups": {}, "pictures": {"blank": {"groups": {"overall": group}}}}
+        all_questions = {"exact_match": {"value": 0.4 + 0.2 * place}, "open_recall": {"value": None}}
+        scores = {"groups": {"overall": {"figures": all_questions}}}
+        scores["pictures"] = {"blank": {"groups": {"overall": group}}}
         (matrix.parent / stage.name / "scores.json").write_text(json.dumps(scores))
-    joint, ewc = (entry["pictures"]["blank"] for entry in benchmark_table.table(benchmark)["runs"])
+    runs = benchmark_table.table(benchmark)["runs"]
+    assert [entry["overall"].keys() for entry in runs] == [{"exact_match"}] * 2
+    assert [entry["overall"]["exact_match"]["mean"] for entry in runs] == pytest.approx([0.5, 0.8])
+    joint, ewc = (entry["pictures"]["blank"] for entry in runs)
     assert joint["exact_match"]["mean"] == pytest.approx(0.05) and joint["changed"]["sd"] == 0
     assert ewc["exact_match"] == {"mean": 0.2, "sd": None, "ci95": [0.0, 0.3], "values": [0.2]}
 
