@@ -9,7 +9,6 @@ a file by links. Nobody writes into such a file: every writer makes a new one th
 from __future__ import annotations
 
 import hashlib
-import pickle
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -20,6 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
+from llava.checkpoints.weights import UNREADABLE
 from llava.files import link_or_copy
 from llava.schema import Wanted, an_object, check_fields, list_of, words
 from llava.slots.names import check_task_name
@@ -93,7 +93,7 @@ def parts_of(path: Path) -> dict[str, Path]:
     try:
         entries = torch.load(path, map_location="cpu", weights_only=True)["tasks"]
         return {entry["sha256"]: part_file(path, entry["name"]) for entry in entries if "sha256" in entry}
-    except (OSError, RuntimeError, LookupError, TypeError, ValueError, AttributeError, pickle.UnpicklingError):
+    except UNREADABLE:
         return {}
 
 
