@@ -1,22 +1,23 @@
-"""What a thousand stored tasks cost over three: reading and attaching them, a training step, an answer, a stage's file.
+"""What a thousand stored tasks cost over three: reading and attaching them, a step of training, an answer, a stage.
 
     python benchmarks/pool_growth.py --json output/pool_growth.json
 
-The model has random weights, each task slots of its own in a file as a stage keeps it. Contenders are pools of so many
-tasks, the smallest one twice; they take a step in turn, and the figures are medians (``benchmarks/parts/timing.py``).
+The model has random weights, each task slots of its own in a stage's folder. Contenders are pools of so many tasks, the
+smallest one twice; they take a step in turn, and the figures are medians (``benchmarks/parts/timing.py``).
 
-    attach   read the file and put its slots on the model
+    attach   read a stage's slots, with all checksums, and put them on the model
     train    4 samples, with the optimizer of one task's slots
     decode   a step of one token for 16 questions, which take the tasks in turn
-    write    the file, as a stage writes it
+    write    the folder as a stage writes it: its own task's file, links to those before, the list of checksums
 
-and beside them the size of each file, and what reading it adds to the memory of the process: slots are not copied until
-a question uses them.
+and beside them the bytes of each stage, those that are its own, and what reading it adds to the memory of the process.
 """
 
 from __future__ import annotations
 
 import copy
+import ctypes
+import gc
 import os
 import sys
 import tempfile
@@ -34,7 +35,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.parts.bench import machine, write  # noqa: E402
 from benchmarks.parts.contenders import SMALL, TINY, Decoding, Shape, Training, random_model, sharing, with_slots  # noqa: E402
 from benchmarks.parts.timing import AGAIN, BASE, ROUNDS, Found, lines, measure, record  # noqa: E402
+from llava.checkpoints.kinds import SLOTS_FILE  # noqa: E402
+from llava.checkpoints.manifest import seal  # noqa: E402
 from llava.cli import flag, parse  # noqa: E402
+from llava.files import atomic_folder  # noqa: E402
 from llava.model.language_model.retriever import Retriever  # noqa: E402
 from llava.slots.pool import Pool  # noqa: E402
 from llava.utils import run_cli  # noqa: E402
@@ -51,10 +55,12 @@ class Growth:
         self.shape, self.rounds = shape, rounds
         self.model = random_model(shape, torch.device("cpu"))
         self.sizes = {BASE: tasks[0], AGAIN: tasks[0], **{f"{count:,} tasks": count for count in tasks[1:]}}
-        self.files = {name: folder / f"{count}.pth" for name, count in self.sizes.items()}
+        self.files = {name: folder / f"{count} tasks" / SLOTS_FILE for name, count in self.sizes.items()}
         for count, file in dict(zip(self.sizes.values(), self.files.values(), strict=True)).items():
             pool = with_slots(self.model, shape, count).retriever.pool
-            pool.with_tasks(map(copy.deepcopy, pool.tasks)).write(file)  # with numbers of their own
+            pool = pool.with_tasks(map(copy.deepcopy, pool.tasks))  # with numbers of their own
+            _write_stage(pool.with_tasks(pool.tasks[:-1]), _before(file))
+            _write_stage(pool, file, _before(file))
 
     def measure(self, part: str) -> dict[str, Found]:
         """All contenders' steps of a part."""
@@ -72,8 +78,9 @@ class Growth:
         return Decoding(model, self.shape, tasks=self.sizes[name])
 
     def write(self, name: str) -> Callable[[], Any]:
-        pool, file = Pool.read(self.files[name]), self.files[name]
-        return partial(pool.write, file.with_name(f"written-{file.name}"))
+        file = self.files[name]
+        written = file.parent.with_name(f"written, {name}") / SLOTS_FILE
+        return partial(_write_stage, Pool.read(file), written, _before(file))
 
     @staticmethod
     def _attached(file: Path, model: Any) -> Any:
@@ -81,12 +88,15 @@ class Growth:
         return model
 
     def sizes_in_memory(self) -> dict[str, dict[str, int]]:
-        """Bytes of each pool's file, and what this process takes more of when it is read."""
+        """Bytes of each stage's slots and of its own files, and what this process takes more of when they are read."""
         found = {}
         for name, file in self.files.items():
             before = _resident()
             pool = Pool.read(file)
-            found[name] = {"file_bytes": file.stat().st_size, "memory_bytes": max(_resident() - before, 0)}
+            more = max(_resident() - before, 0)
+            sizes = [(place.stat().st_size, place.stat().st_nlink) for place in file.parent.rglob("*.*")]
+            own = sum(size for size, names in sizes if names == 1)
+            found[name] = {"file_bytes": sum(size for size, _ in sizes), "own_bytes": own, "memory_bytes": more}
             del pool
         return found
 
@@ -94,9 +104,23 @@ class Growth:
 PARTS = ("attach", "train", "decode", "write")
 
 
+def _before(file: Path) -> Path:
+    """The same of the stage before, which lacks the last task."""
+    return file.parent.with_name(f"before {file.parent.name}") / SLOTS_FILE
+
+
+def _write_stage(pool: Pool, file: Path, *earlier: Path) -> None:
+    with atomic_folder(file.parent) as partial:
+        pool.write_stage(partial / SLOTS_FILE, earlier)
+        seal(partial)
+
+
 def _resident() -> int:
-    """Bytes of this process that are in memory; 0 where the system does not tell."""
+    """Bytes of this process that are in memory and in use; 0 where the system does not tell."""
     place = Path("/proc/self/statm")
+    gc.collect()
+    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
+        trim(0)  # what an earlier pool took would be given to the next, which then seemed to take nothing
     return int(place.read_bytes().split()[1]) * os.sysconf("SC_PAGE_SIZE") if place.exists() else 0
 
 
@@ -123,7 +147,10 @@ def main() -> None:
         sizes = growth.sizes_in_memory()
         figures: dict[str, Any] = {**machine(device), "shape": arguments.shape, "sizes": sizes, "parts": {}}
         for name, size in sizes.items():
-            print(f"{name:<14} file {size['file_bytes'] / 1e6:>9.1f} MB, ", end="")
+            print(
+                f"{name:<14} files {size['file_bytes'] / 1e6:>8.1f} MB, own {size['own_bytes'] / 1e6:>8.1f} MB, ",
+                end="",
+            )
             print(f"memory {size['memory_bytes'] / 1e6:>9.1f} MB more")
         for part in arguments.parts:
             begun = time.monotonic()

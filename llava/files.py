@@ -83,7 +83,8 @@ def atomic_folder(path: str | os.PathLike) -> Iterator[Path]:
     """A new folder beside ``path`` that takes its place only when the block ends without an error.
 
     A folder that stood there before is replaced as a whole, and is put back where that fails; of a link, the folder
-    that it leads to. Until then nobody else may look into the new one; then whoever the umask lets.
+    that it leads to. Until then nobody else may look into the new one; then whoever the umask lets. A file in it that
+    has another name elsewhere (see ``link_or_copy``) stays as it is.
     """
     target = Path(os.path.realpath(path))
     if target.exists() and not target.is_dir():
@@ -94,7 +95,7 @@ def atomic_folder(path: str | os.PathLike) -> Iterator[Path]:
         with system_errors_named(target):
             partial.mkdir(parents=True, mode=0o700)
             yield partial
-            inside = list(partial.rglob("*"))
+            inside = [place for place in partial.rglob("*") if place.is_dir() or place.lstat().st_nlink == 1]
             share(file for file in inside if file.is_file())
             partial.chmod(stat.S_IMODE(partial.stat().st_mode) | (0o777 & ~_umask()))
             for place in (*inside, partial):
@@ -179,6 +180,17 @@ def _sync(place: Path) -> None:
             raise
     finally:
         os.close(handle)
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    """Give a file, or those of a folder, which nobody writes into, a second name; a copy where there are no links."""
+    if source.is_dir():
+        shutil.copytree(source, target, copy_function=lambda one, other: link_or_copy(Path(one), Path(other)))
+        return
+    try:
+        os.link(os.path.realpath(source), target)
+    except OSError:
+        shutil.copyfile(source, target)
 
 
 def share(files: Iterable[Path]) -> None:

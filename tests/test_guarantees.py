@@ -46,9 +46,14 @@ class Stages:
             self.world.train(order[-1], stage, previous)
         return Pool.read(stage / "slots.pth")
 
-    def bytes(self, *order) -> bytes:
+    def bytes(self, *order) -> dict[str, bytes]:
         self.slots(*order)
-        return (self.folder_of(order) / "slots.pth").read_bytes()
+        return slot_bytes(self.folder_of(order))
+
+
+def slot_bytes(stage) -> dict[str, bytes]:
+    """All files of a stage's slots."""
+    return {file.name: file.read_bytes() for file in (stage / "slots.pth", *(stage / "slots").iterdir())}
 
 
 @pytest.fixture(scope="module")
@@ -148,7 +153,7 @@ def test_training_leaves_the_base_as_it_was(base_digest, stages, world, tmp_path
     before, after = load_file(world.base / "model.safetensors"), load_file(whole / "model.safetensors")
     assert sorted(before) == sorted(after)
     assert all(torch.equal(before[name], after[name]) for name in before)
-    assert (whole / "slots.pth").read_bytes() == stages.bytes("abd")
+    assert slot_bytes(whole) == stages.bytes("abd")
 
 
 # -- 2. order invariance -----------------------------------------------------------------------------------------------
@@ -168,8 +173,8 @@ def test_every_order_of_tasks_ends_in_the_same_bytes(stages, order):
 def test_a_removed_task_was_never_there(stages, gone, world, rows, tmp_path):
     others = tuple(task for task in TASKS if task != gone)
     left = remove_tasks(stages.slots(*TASKS), [gone])
-    left.write(tmp_path / "left.pth")
-    assert (tmp_path / "left.pth").read_bytes() == stages.bytes(*others)
+    left.write_stage(tmp_path / "slots.pth")
+    assert slot_bytes(tmp_path) == stages.bytes(*others)
 
 
 def test_a_task_removed_from_a_loaded_model_leaves_no_trace(stages, world, rows):
@@ -209,8 +214,8 @@ def test_tasks_trained_apart_and_merged_equal_the_sequence(stages, world, tmp_pa
     assert [task.name for task in merged.tasks] == list(TASKS)
     assert all(same_slots(merged.task(task), sequence.task(task)) for task in TASKS)
     merged.base = sequence.base  # the same base under another path
-    merged.write(tmp_path / "merged.pth")
-    assert (tmp_path / "merged.pth").read_bytes() == stages.bytes(*TASKS)
+    merged.write_stage(tmp_path / "slots.pth")
+    assert slot_bytes(tmp_path) == stages.bytes(*TASKS)
 
 
 def test_keys_do_not_depend_on_the_order_or_company_in_which_they_are_fitted(world, tmp_path):

@@ -26,7 +26,7 @@ from llava.slots.pool import Pool
 from llava.utils import UserError, rank0_print
 
 STATES = 5
-"""How many times its slots a stage takes while it trains: two checkpoints with optimizer states, and itself."""
+"""How many times its task's slots a stage takes while it trains: two checkpoints with optimizer states, and itself."""
 MEGABYTE = 2**20
 
 
@@ -55,8 +55,9 @@ def check_training(places: Places, base: str, keys: str | None, image_folder: Fo
             "with train_prompt_key.py and merge again"
         )
     check_slots_fit(llava_config(checkpoint), pool, checkpoint)
-    left = sum(not (stage / SLOTS_FILE).is_file() for stage in places.stages)
-    check_space(places.root, left * STATES * _bytes_of(pool), "the stages")
+    stages = zip(sequence.task_names, places.stages, strict=True)
+    left = pool.with_tasks([pool.task(task) for task, stage in stages if not (stage / SLOTS_FILE).is_file()])
+    check_space(places.root, STATES * _bytes_of(left), "the stages")
 
 
 def tasks_of(recipe: Recipe, sequence: TaskSequence, task: str | None) -> list[str]:

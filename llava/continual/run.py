@@ -1,8 +1,9 @@
 """One trained stage: what identifies it, whether it is finished, what stands in its folder.
 
-A stage folder is light: ``slots.pth`` (the slots of the tasks so far, with the prompt), ``training.json`` (the record),
-``config.json`` and the tokenizer, ``log_history.json``, and where its method keeps something for later stages or for
-answering, ``memory.pth`` (tensors) and ``kept_rows.jsonl`` (rows). It appears under its name only when it is whole.
+A stage folder is light: ``slots.pth`` (the tasks so far, with the prompt) and ``slots`` (the numbers of each, in files
+that are linked from stage to stage; see ``llava.slots.parts``), ``training.json`` (the record), ``config.json`` and the
+tokenizer, ``log_history.json``, and where its method keeps something for later stages or for answering, ``memory.pth``
+(tensors) and ``kept_rows.jsonl`` (rows). It appears under its name only when it is whole.
 """
 
 from __future__ import annotations
@@ -146,24 +147,27 @@ class Run:
         tokenizer: Any,
         log_history: list[dict[str, Any]],
         more_files: Iterable[Callable[[Path], None]] = (),
+        previous: Run | None = None,
     ) -> None:
-        """Write the finished stage; ``more_files`` put further files into its folder before it appears."""
+        """Write the finished stage; ``more_files`` put further files into its folder before it appears.
+
+        Slots that ``previous`` has already, the stage before, are not written again: their files are linked.
+        """
         self.pool = pool
-        record = {**self.record, SLOTS: {task.name: task.checksum() for task in pool.tasks}}
         with atomic_folder(self.folder) as partial:
             config.save_pretrained(partial)
             tokenizer.save_pretrained(partial)
-            for name, value in ((TRAINING_FILE, record), (LOG_FILE, log_history)):
-                with atomic_write(partial / name) as stream:
-                    json.dump(value, stream, indent=1)
             if self.memory:
                 write_memory(partial, self.memory)
             if self.kept_rows:
                 write_jsonl(partial / KEPT_ROWS_FILE, [row.raw for row in self.kept_rows])
             for write_more in more_files:
                 write_more(partial)
-            if self.has_slots:
-                pool.write(partial / SLOTS_FILE)
+            earlier = [] if previous is None else [previous.folder / SLOTS_FILE]
+            written = pool.write_stage(partial / SLOTS_FILE, earlier) if self.has_slots else {}
+            for name, value in ((TRAINING_FILE, {**self.record, SLOTS: written}), (LOG_FILE, log_history)):
+                with atomic_write(partial / name) as stream:
+                    json.dump(value, stream, indent=1)
             seal(partial)
 
     def _refuse_another(self, path: Path, folder: Path) -> None:

@@ -26,6 +26,7 @@ from llava.files import atomic_folder, atomic_write, share
 from llava.slots.adapter import MEMORY_FILE, write_memory
 from llava.slots.card import write_slots_card
 from llava.slots.encoders import QUERY_TABLE_FILE, BaseEmbeddingEncoder, table_fingerprints
+from llava.slots.parts import parts_of
 from llava.slots.pool import Pool
 from llava.targets import remove
 from llava.utils import UserError, rank0_print
@@ -79,8 +80,10 @@ class StageFolder:
         _check_target(model, folder, adapter, own)
         writes = is_main_process and adapter is not None
         if writes:
-            for name in (SLOTS_FILE, MEMORY_FILE, QUERY_TABLE_FILE):  # of an earlier save: they are written last
-                remove(folder / name)
+            parts = parts_of(folder / SLOTS_FILE).values()  # of a stage; here its slots will be one file
+            beside = [folder / name for name in (SLOTS_FILE, MEMORY_FILE, QUERY_TABLE_FILE)]
+            for file in (*beside, *parts):  # of an earlier save: they are written last
+                remove(file)
         if is_main_process:
             remove(folder / CHECKSUMS_FILE)  # of an earlier save; the caller may write more than this
         stage = adapter is not None

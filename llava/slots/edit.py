@@ -15,10 +15,11 @@ from pathlib import Path
 from llava.checkpoints.checkpoint import Checkpoint
 from llava.checkpoints.kinds import SLOTS_FILE, TRAINING_FILE
 from llava.checkpoints.manifest import CHECKSUMS_FILE, check_seal, seal
-from llava.files import atomic_folder, atomic_write
+from llava.files import atomic_folder, atomic_write, link_or_copy
 from llava.slots.card import TRAINING, write_slots_card
 from llava.slots.merge import merge_pools, refuse_more_than_slots
 from llava.slots.names import check_task_name
+from llava.slots.parts import FOLDER as PARTS_FOLDER
 from llava.slots.pool import Pool
 from llava.slots.task_slots import TaskSlots
 from llava.utils import UserError
@@ -50,9 +51,8 @@ def write_place(pool: Pool, output: str | Path, like: Sequence[str | Path], done
     if target.suffix == ".pth":
         pool.write(target)
         return target
-    if (target / SLOTS_FILE).is_file():  # in place: the folder's other files stay
-        pool.write(target / SLOTS_FILE)
-        write_slots_card(target, pool)
+    if (target / SLOTS_FILE).is_file():
+        _write_in_place(pool, target, like)
         return target / SLOTS_FILE
     folders = [Path(place) for place in like if Path(place).is_dir()]
     if not folders:
@@ -68,9 +68,19 @@ def write_place(pool: Pool, output: str | Path, like: Sequence[str | Path], done
         with atomic_write(partial / TRAINING_FILE) as stream:
             json.dump({"made_by": done, "tasks": pool.names}, stream, indent=1)
         write_slots_card(partial, pool, target.name, drop=[TRAINING])
-        pool.write(partial / SLOTS_FILE)
+        pool.write_stage(partial / SLOTS_FILE, [folder / SLOTS_FILE for folder in folders])
         seal(partial)
     return target / SLOTS_FILE
+
+
+def _write_in_place(pool: Pool, stage: Path, like: Sequence[str | Path]) -> None:
+    """Replace a stage folder by one of other slots, whose other files are the same."""
+    with atomic_folder(stage) as partial:
+        for file in sorted(stage.iterdir()):
+            if file.name not in (SLOTS_FILE, PARTS_FOLDER) and not file.name.startswith("."):
+                link_or_copy(file, partial / file.name)
+        pool.write_stage(partial / SLOTS_FILE, [Path(place) / SLOTS_FILE for place in (stage, *like)])
+        write_slots_card(partial, pool, stage.name)
 
 
 def merge(places: Sequence[str | Path], pack: bool = False) -> Pool:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from llava.devices import moved
-from llava.slots.file import SlotData, read_slot_data, write_slot_data
+from llava.slots.file import SlotData, read_slot_data, write_slot_data, write_stage_data
 from llava.slots.offsets import WeightOffset
 from llava.slots.queries import Query
 from llava.slots.resident import Resident, Sides
@@ -78,12 +78,19 @@ class Pool(nn.Module):
 
     @classmethod
     def read(cls, path: str | Path) -> Pool:
-        """The pool of a slot file; ``UserError`` names the file and what is wrong with it."""
+        """The pool of a slot file, or of a stage's ``slots.pth``; ``UserError`` names the file and what is wrong."""
         return cls(*read_slot_data(path))
 
     def write(self, path: str | Path) -> None:
         """Write a slot file, atomically; equal pools give equal bytes, whatever made them."""
-        write_slot_data(path, SlotData(self.settings, self.tasks, self.base, self.prompt, self.adapter))
+        write_slot_data(path, self._data())
+
+    def write_stage(self, path: Path, earlier: Iterable[Path] = ()) -> dict[str, str]:
+        """Write the ``slots.pth`` of a new stage folder and a file of each task; see ``file.write_stage_data``."""
+        return write_stage_data(path, self._data(), earlier)
+
+    def _data(self) -> SlotData:
+        return SlotData(self.settings, self.tasks, self.base, self.prompt, self.adapter)
 
     # -- tasks -----------------------------------------------------------------------------------------------------
 

@@ -56,7 +56,10 @@ TASK: dict[str, Wanted] = {
     "held_out": an_object(dict.fromkeys(("text", "image"), tensor_of(2))),
     "info": an_object(),
     "checksum": words(),
+    **dict.fromkeys(("text_keys", "image_keys"), tensor_of(3)),
+    **dict.fromkeys(("A", "B"), an_object()),
 }
+"""The last two rows are those of a stage, whose tasks have files of their own."""
 PROMPT: dict[str, Wanted] = {
     **dict.fromkeys(("conv_mode", "answer_suffix", "answer_style", "aspect_ratio"), words()),
     "max_length": whole(1),
@@ -71,7 +74,7 @@ FILE: dict[str, Wanted] = {
     "offsets": an_object(),
 }
 _FEATURE = list_of(_count, 2)
-_SIDES = ("A", "B")
+_SIDES, _OFFSET = ("A", "B"), tensor_of(4)
 
 
 def check_slot_data(data: Mapping[str, Any], where: str) -> None:
@@ -110,6 +113,7 @@ def _check_place(entry: Mapping[str, Any], taken: dict[str, tuple[int, int]], wh
                 raise UserError(f"{where}: task {name!r}: {kind}: scatter and total are of different sizes")
     if found := entry.get("extent"):
         check_fields(found, EXTENT, f"{where}: task {name!r}: extent", needed=tuple(EXTENT))
+    _check_sides({side: entry.get(side) or {} for side in _SIDES}, f"{where}: task {name!r}")
 
 
 def _check_offsets(task: Any, offsets: Any, taken: Mapping[str, Any], where: str) -> None:
@@ -118,6 +122,10 @@ def _check_offsets(task: Any, offsets: Any, taken: Mapping[str, Any], where: str
     sides = {side: an_object() for side in _SIDES}
     an_object().check(offsets, f"{where}: offsets: {task}")
     check_fields(offsets, sides, f"{where}: offsets: {task}", needed=_SIDES)
+    _check_sides(offsets, f"{where}: offsets: {task}")
+
+
+def _check_sides(sides: Mapping[str, Mapping[str, Any]], where: str) -> None:
     for side in _SIDES:
-        for target, values in offsets[side].items():
-            tensor_of(4).check(values, f"{where}: offsets: {task}: {side}: {target}")
+        for target, values in sides[side].items():
+            _OFFSET.check(values, f"{where}: {side}: {target}")

@@ -63,7 +63,8 @@ def test_pools_of_several_sizes_are_measured(tmp_path, capsys):
     assert all(list(part["contenders"]) == [BASE, AGAIN, "6 tasks"] for part in written["parts"].values())
     sizes = {name: size["file_bytes"] for name, size in written["sizes"].items()}
     assert 2 * sizes[BASE] < sizes["6 tasks"] < 4 * sizes[BASE]  # every task has numbers of its own
-    assert "6 tasks        file" in capsys.readouterr().out
+    assert "6 tasks        files" in capsys.readouterr().out
+    assert all(0 < size["own_bytes"] < size["file_bytes"] for size in written["sizes"].values())
 
 
 def test_starts_of_processes_are_measured(tmp_path, monkeypatch):

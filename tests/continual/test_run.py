@@ -98,6 +98,20 @@ def test_a_task_removed_in_place_is_not_finished(world, stage, capsys):
     assert "slots.pth: task 'chest' was removed since the stage was trained" in line and "or evaluate it" in line
 
 
+def test_a_stage_links_the_files_of_the_tasks_before_and_reads_like_one_that_has_them_whole(world, stage, tmp_path):
+    second, alone = stage.with_name("llava-tiny_abd_chest"), tmp_path / "alone" / "llava-tiny_abd_chest"
+    world.train("chest", second, stage)
+    assert (second / "slots" / "abd.safetensors").samefile(stage / "slots" / "abd.safetensors")
+    assert (second / "slots" / "chest.safetensors").stat().st_nlink == 1
+    Pool.read(stage / "slots.pth").write(stage / "slots.pth")  # as earlier versions wrote it: one file
+    shutil.rmtree(stage / "slots")
+    world.train("chest", alone, stage)
+    assert (alone / "slots.pth").read_bytes() == (second / "slots.pth").read_bytes()
+    for name in ("abd.safetensors", "chest.safetensors"):
+        assert (alone / "slots" / name).read_bytes() == (second / "slots" / name).read_bytes()
+    assert Run.open(alone).contents() == Run.open(second).contents()
+
+
 def test_slots_that_changed_in_place_are_not_finished(world, stage, capsys):
     pool = Pool.read(stage / "slots.pth")
     pool.task("abd").A["o_proj"].data += 1
@@ -216,10 +230,9 @@ def test_a_stage_of_another_kind_is_not_replaced(world, stage, capsys):
 @pytest.mark.parametrize("damage", ["flip", "cut", "empty", "remove"])
 def test_a_damaged_file_of_a_finished_stage_is_named(stage, damage):
     """A flipped bit in a stage was trained on, and its slots, tokenizer or log passed for finished."""
-    files = sorted(path for path in stage.iterdir() if path.name not in ("README.md", CHECKSUMS_FILE))
-    assert {"slots.pth", "training.json", "config.json", "tokenizer.json", "log_history.json"} <= {
-        f.name for f in files
-    }
+    files = sorted(path for path in stage.rglob("*.*") if path.name not in ("README.md", CHECKSUMS_FILE))
+    names = {"slots.pth", "abd.safetensors", "training.json", "config.json", "tokenizer.json", "log_history.json"}
+    assert names <= {file.name for file in files}
     run = Run(stage, Run.open(stage).record)
     del run.record["slots"]
     assert run.finished()
@@ -228,10 +241,11 @@ def test_a_damaged_file_of_a_finished_stage_is_named(stage, damage):
         middle = len(data) // 2
         changed = {"flip": data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :], "cut": data[:middle]}
         file.unlink() if damage == "remove" else file.write_bytes(changed.get(damage, b""))
-        for look in (lambda: Run.open(stage), run.finished, lambda: Checkpoint(stage).kind):
+        told = (lambda: Checkpoint(stage).kind) if file.parent == stage else (lambda: Pool.read(stage / "slots.pth"))
+        for look in (lambda: Run.open(stage), run.finished, told):
             if damage == "remove" and file.name == "slots.pth":  # no stage any more, which is trained
                 continue
-            with pytest.raises(UserError, match=rf"{stage.name}/{file.name}"):
+            with pytest.raises(UserError, match=rf"{stage.name}/{file.relative_to(stage)}"):
                 look()
         file.write_bytes(data)
     assert run.finished()

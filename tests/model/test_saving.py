@@ -284,6 +284,17 @@ def test_a_failed_save_leaves_no_slots_behind(world, tmp_path, monkeypatch):
         load(tmp_path)
 
 
+def test_a_stage_that_is_saved_over_keeps_no_file_of_its_tasks(world, tmp_path):
+    stage = tmp_path / "llava-saved-over"
+    shutil.copytree(world.folder / "llava-retrieval", stage)
+    before = Pool.read(stage / "slots.pth")
+    assert list((stage / "slots").iterdir())
+    load(stage)[1].save_pretrained(stage)
+    assert not list((stage / "slots").iterdir())
+    after = Pool.read(stage / "slots.pth")
+    assert [task.checksum() for task in before.tasks] == [task.checksum() for task in after.tasks]
+
+
 def test_without_a_tokenizer_the_loader_names_what_is_missing(world, tmp_path):
     model = load(world.folder / "llava-retrieval")[1]
     model.tokenizer = None

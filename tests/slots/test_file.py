@@ -268,7 +268,7 @@ def test_only_plain_data_is_ever_unpickled(tmp_path):
     [
         ({"weights": torch.zeros(2)}, "not a slot file .no format mark 'llava-slots'"),
         ([1, 2], "holds a list, not a slot file"),
-        ({"format": "llava-slots", "version": 9}, "slot file version 9, this package reads up to 1"),
+        ({"format": "llava-slots", "version": 9}, "slot file version 9, this package reads up to 2"),
         ({"format": "llava-slots", "version": 1}, "the slot file is incomplete or damaged .no field 'settings'"),
     ],
 )

@@ -165,11 +165,11 @@ def test_a_stage_over_earlier_slots_that_have_changed_is_refused(world, capsys, 
 
 
 def kill_before_the_stage_appears(*_):
-    def write(pool, path):
-        Path(path).write_bytes(b"half")
+    def write(pool, path, earlier):
+        path.write_bytes(b"half")
         kill_this_process()
 
-    Pool.write = write
+    Pool.write_stage = write
 
 
 def logged(stage):

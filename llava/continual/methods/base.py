@@ -106,4 +106,5 @@ class Recipe:
     def write(self, context: Context) -> None:
         """Write the stage's folder."""
         model = context.model
-        context.run.write(self.slots(context), model.config, context.tokenizer, context.log_history, context.more_files)
+        slots, log, more = self.slots(context), context.log_history, context.more_files
+        context.run.write(slots, model.config, context.tokenizer, log, more, context.previous)
