@@ -26,6 +26,7 @@ sys.path.insert(0, str(ROOT))
 
 import merge_prompt_key
 import train_prompt_key
+from llava.checkpoints.kinds import TRAINING_FILE
 from llava.cli import flag, parse, word
 from llava.continual.benchmark import Benchmark, Cell
 from llava.continual.benchmark_marks import Marks
@@ -33,8 +34,7 @@ from llava.continual.places import MERGED, Places
 from llava.continual.sequence import TaskSequence
 from llava.devices import has_accelerator, restricted_to, run_together, visible_devices
 from llava.eval import benchmark_table, evaluate_sequence
-from llava.eval.eval_video_qa import SCORES_NAME
-from llava.eval.evaluation import Evaluation
+from llava.eval.evaluation import Evaluation, Settings
 from llava.files import atomic_folder, atomic_write
 from llava.locks import only_writer
 from llava.outside import read_text
@@ -222,30 +222,48 @@ def fit_keys(benchmark: Benchmark, cell: Cell, sequence: TaskSequence, file: Pat
 
 
 def evaluate(benchmark: Benchmark, cell: Cell, file: Path) -> None:
-    """The cell's answers and scores, with the base's answers as another cell made them; scores name files of their own
-    cell, so that it does not show which one that was."""
-    places = Places(benchmark.folder(cell), benchmark.sequence, cell.method)
-    mine = places.evaluation(cell.route or None) / Evaluation.ZERO_SHOT
-    shared = not cell.route and not cell.trial
-    words = ["--sequence", file, "--base_model", benchmark.base, "--method", cell.method, "--route", cell.route]
-    words += ["--output_dir", benchmark.folder(cell), "--query_cache", benchmark.query_cache]
-    words += ["--zero_shot", not cell.trial]
+    """The cell's answers and scores, with the base's answers as another cell was given them."""
+    words: list[object] = ["--sequence", file, "--base_model", benchmark.base, "--method", cell.method]
+    words += ["--route", cell.route, "--output_dir", benchmark.folder(cell), "--query_cache", benchmark.query_cache]
+    words += ["--zero_shot", not cell.trial, "--chunks", max(1, len(visible_devices()))]
     words += ["--pictures", *cell.pictures] if cell.pictures else []
-    if shared:
-        take_over(benchmark.zero_shot, mine, SCORES_NAME)
+    shared = base_answers(benchmark, Evaluation.of(parse(Settings, list(map(str, words))), 1))
+    for mine, kept in shared.items():
+        renew(mine, kept)
     evaluate_sequence.main(list(map(str, words)))
-    if shared:
-        take_over(mine, benchmark.zero_shot, SCORES_NAME)
+    for mine, kept in shared.items():
+        renew(kept, mine)
 
 
-def take_over(source: Path, target: Path, *left_out: str) -> None:
-    """Copy a folder, without files of some names, to where there is none yet; it appears whole."""
-    if not source.is_dir() or target.is_dir():
+def base_answers(benchmark: Benchmark, evaluation: Evaluation) -> dict[Path, Path]:
+    """An evaluation's files of answers by the base alone, each with its place among those that all cells share: in a
+    folder of the run that gives them, so that other questions, pictures, weights or settings have other places."""
+    kinds = [kind for name, kind in evaluation.passes if name == Evaluation.ZERO_SHOT]
+    chunks = [
+        evaluation.chunk(Evaluation.ZERO_SHOT, number, kind) for kind in kinds for number in range(evaluation.chunks)
+    ]
+    return {chunk.answers_file: benchmark.zero_shot / chunk.run / chunk.answers_file.name for chunk in chunks}
+
+
+def renew(target: Path, source: Path) -> None:
+    """Give a file the contents of another one that is there."""
+    if source.is_file() and not (target.is_file() and target.read_bytes() == source.read_bytes()):
+        with atomic_write(target, "wb") as stream:
+            stream.write(source.read_bytes())
+
+
+def take_over(source: Path, target: Path) -> None:
+    """Copy a stage to where there is none yet, or one that was trained otherwise; it appears whole."""
+    if not source.is_dir() or (target.is_dir() and same_training(source, target)):
         return
-    with only_writer(target, wait=True):
-        if not target.is_dir():
-            with atomic_folder(target) as partial:
-                shutil.copytree(source, partial, ignore=shutil.ignore_patterns(*left_out), dirs_exist_ok=True)
+    with only_writer(target, wait=True), atomic_folder(target) as partial:
+        shutil.copytree(source, partial, dirs_exist_ok=True)
+
+
+def same_training(*stages: Path) -> bool:
+    """Whether some stages have the same record, with the checksums of their slots in it."""
+    files = [stage / TRAINING_FILE for stage in stages]
+    return len({file.read_bytes() if file.is_file() else None for file in files}) == 1
 
 
 def call(command: Callable[[], object], *words: object) -> None:

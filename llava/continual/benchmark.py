@@ -214,7 +214,7 @@ class Benchmark:
 
     @property
     def zero_shot(self) -> Path:
-        """Answers of the base, which no cell makes twice."""
+        """Answers of the base, a folder for each run that gives them, which no cell makes twice."""
         return self.root / "zero-shot"
 
     def matrix(self, cell: Cell) -> Path:

@@ -99,9 +99,9 @@ def test_a_benchmark_is_run_skipped_and_told(tiny, monkeypatch, capsys):
     monkeypatch.setattr(run_cells, "call", lambda *words: pytest.fail("nothing is left to do"))
     run_main(run_cells.main, tiny)
     assert results(tiny) == made
-    zero_shot = {path: data for path, data in made.items() if path.endswith("zero-shot/answers.jsonl")}
-    assert len(zero_shot) == 5 and len(set(zero_shot.values())) == 1  # of four cells, and what they share
     root = Benchmark.read(tiny).root
+    zero_shot = [*root.glob("zero-shot/*/1_0.jsonl"), *root.rglob("zero-shot/chunks/1_0.jsonl")]
+    assert len(zero_shot) == 5 and len({path.read_bytes() for path in zero_shot}) == 1  # what four cells share
     scores = [path.read_bytes() for path in root.rglob("zero-shot/scores.json")]
     assert len(scores) == len(set(scores)) == 4  # nobody's is another's, whoever was first
     assert [path.relative_to(root) for path in root.rglob("sights")] == [Path("cache", "sights")]
@@ -189,6 +189,35 @@ def test_the_best_rate_on_validation_rows_is_taken(tiny):
     best = max(tried, key=tried.__getitem__)
     assert benchmark.rate(cell) == best and len(set(tried.values())) == 2
     assert json.loads((benchmark.folder(cell) / "sequence.json").read_text())["train"]["learning_rate"] == best
+
+
+def test_what_the_base_answers_is_shared_also_after_a_change(tiny, monkeypatch):
+    """Of test rows; and where they are as before again, nothing is asked a second time."""
+    sequence = json.loads(tiny.read_text())["sequence"]
+    runs = [{"method": method, "pictures": ["real", "blank"]} for method in ("joint", "ewc", "lwf")]
+    made = []
+    for test_rows, more in ((None, []), (2, [{"method": "replay"}]), (None, [{"method": "replay"}])):
+        monkeypatch.setattr(tiny_cells, "written", [])
+        write(tiny, sequence, [*runs, *more], **({} if test_rows is None else {"test_rows": test_rows}))
+        run_main(run_cells.main, tiny)
+        made.append([path for path in tiny_cells.written if path.parts[-3:] == ("zero-shot", "chunks", "1_0.jsonl")])
+        benchmark = Benchmark.read(tiny)
+        chunks = [benchmark.matrix(cell).parent / "zero-shot" / "chunks" / "1_0.jsonl" for cell in benchmark.cells]
+        assert len({path.read_bytes() for path in chunks}) == 1
+    assert [[path.parents[6].name for path in paths] for paths in made] == [["joint"], ["joint"], []]
+
+
+def test_a_copied_stage_is_renewed_with_the_one_it_was_copied_from(tmp_path):
+    source, target = tmp_path / "a", tmp_path / "b"
+    for folder in (source, target):
+        folder.mkdir()
+        (folder / "training.json").write_text("{}")
+    (target / "README.md").write_text("with figures of its own")
+    run_cells.take_over(source, target)
+    assert (target / "README.md").is_file()
+    (source / "training.json").write_text('{"seed": 1}')
+    run_cells.take_over(source, target)
+    assert (target / "training.json").read_text() == '{"seed": 1}' and not (target / "README.md").exists()
 
 
 GIVEN = {"name": "given", "method": "retrieval", "route": "oracle", "seeds": [1]}
