@@ -168,7 +168,7 @@ def take(benchmark: Benchmark, marks: Marks, cell: Cell, checked: set[Path], wor
 def progress(marks: Marks, workers: int, started: float, now: Cell | None = None) -> str:
     """One line: how far the whole is, and how long the rest will take."""
     cells = marks.benchmark.cells
-    todo = [cell for cell in cells if not marks.whole(cell)]
+    todo = [cell for cell in cells if not marks.fresh(cell)]
     left = marks.time_left(todo, workers) if todo else None
     took, rest = duration(time.monotonic() - started), "" if left is None else f", about {duration(left)} left"
     doing = f"; now {now.place}" if now else ""
