@@ -28,13 +28,14 @@ import merge_prompt_key
 import train_prompt_key
 from llava.checkpoints.kinds import TRAINING_FILE
 from llava.cli import flag, parse, word
-from llava.continual.benchmark import Benchmark, Cell
+from llava.continual.benchmark import SEQUENCE, Benchmark, Cell
 from llava.continual.benchmark_marks import Marks
 from llava.continual.places import MERGED, Places
 from llava.continual.sequence import TaskSequence
 from llava.devices import has_accelerator, restricted_to, run_together, visible_devices
 from llava.eval import benchmark_table, evaluate_sequence
 from llava.eval.evaluation import Evaluation, Settings
+from llava.eval.scored import scores_are_whole
 from llava.files import atomic_folder, atomic_write
 from llava.locks import only_writer
 from llava.outside import read_text
@@ -146,6 +147,8 @@ def take(benchmark: Benchmark, marks: Marks, cell: Cell, checked: set[Path], wor
         try:
             sequence = benchmark.prepare(cell)
             identity = benchmark.identity(cell, sequence)
+            if marks.answered(cell, identity):
+                score_again(benchmark, cell, marks)
             if marks.done(cell, identity):
                 checked.add(cell.place)
                 return False
@@ -179,7 +182,7 @@ def run_cell(
     benchmark: Benchmark, cell: Cell, sequence: TaskSequence, workers: int = 1, teacher: Cell | None = None
 ) -> None:
     """Keys, stages and evaluation of a cell; the stages of ``teacher``, which are the same, are not trained again."""
-    file = benchmark.folder(cell) / "sequence.json"
+    file = benchmark.folder(cell) / SEQUENCE
     keys = fit_keys(benchmark, cell, sequence, file)
     places = Places(benchmark.folder(cell), sequence, cell.method)
     for task in sequence.task_names:
@@ -193,7 +196,7 @@ def run_cell(
         words += [part for name, value in sequence.train.flags().items() for part in (f"--{name}", value)]
         words += on_gpu(words, workers) if has_accelerator() else ["--use_cpu", "True"]
         call(train, *words, "--disable_tqdm", "True", *cell.flags)
-    evaluate(benchmark, cell, file)
+    evaluate(benchmark, cell)
 
 
 def on_gpu(words: list[object], workers: int) -> list[str]:
@@ -221,18 +224,35 @@ def fit_keys(benchmark: Benchmark, cell: Cell, sequence: TaskSequence, file: Pat
     return folder / MERGED
 
 
-def evaluate(benchmark: Benchmark, cell: Cell, file: Path) -> None:
+def evaluate(benchmark: Benchmark, cell: Cell) -> None:
     """The cell's answers and scores, with the base's answers as another cell was given them."""
-    words: list[object] = ["--sequence", file, "--base_model", benchmark.base, "--method", cell.method]
-    words += ["--route", cell.route, "--output_dir", benchmark.folder(cell), "--query_cache", benchmark.query_cache]
-    words += ["--zero_shot", not cell.trial, "--chunks", max(1, len(visible_devices()))]
-    words += ["--pictures", *cell.pictures] if cell.pictures else []
-    shared = base_answers(benchmark, Evaluation.of(parse(Settings, list(map(str, words))), 1))
+    words = asked(benchmark, cell)
+    shared = base_answers(benchmark, Evaluation.of(parse(Settings, words), 1))
     for mine, kept in shared.items():
         renew(mine, kept)
-    evaluate_sequence.main(list(map(str, words)))
+    evaluate_sequence.main(words)
     for mine, kept in shared.items():
         renew(kept, mine)
+
+
+def asked(benchmark: Benchmark, cell: Cell) -> list[str]:
+    """The command line of the cell's evaluation."""
+    folder = benchmark.folder(cell)
+    words: list[object] = ["--sequence", folder / SEQUENCE, "--base_model", benchmark.base, "--method", cell.method]
+    words += ["--route", cell.route, "--output_dir", folder, "--query_cache", benchmark.query_cache]
+    words += ["--zero_shot", not cell.trial, "--chunks", max(1, len(visible_devices()))]
+    words += ["--pictures", *cell.pictures] if cell.pictures else []
+    return list(map(str, words))
+
+
+def score_again(benchmark: Benchmark, cell: Cell, marks: Marks) -> None:
+    """Score the answers of a cell where scores are missing, or lack what they would not if they were made here. That
+    needs no stage: the cell may have come from another machine, without them."""
+    if marks.whole(cell) and scores_are_whole(benchmark.matrix(cell).parent):
+        return
+    print(f"[benchmark] {cell.place}: its scores are incomplete; scoring its answers", flush=True)
+    evaluate_sequence.score_answers(Evaluation.of(parse(Settings, asked(benchmark, cell)), 1))
+    marks.renew(cell)
 
 
 def base_answers(benchmark: Benchmark, evaluation: Evaluation) -> dict[Path, Path]:

@@ -36,7 +36,7 @@ from typing import Any
 
 import llava
 from llava.checkpoints.checkpoint import Checkpoint
-from llava.checkpoints.manifest import content_of
+from llava.checkpoints.manifest import content_of, manifest_of
 from llava.continual.methods import METHODS
 from llava.continual.places import Places
 from llava.continual.sequence import SEQUENCE_FOLDER, TaskSequence, load_sequence, sequence_of
@@ -46,9 +46,10 @@ from llava.files import atomic_write, file_sha256, values_sha256
 from llava.folds import held_out
 from llava.outside import read_object
 from llava.schema import an_object, check_fields, list_of, number, whole, words
+from llava.slots.encoders import OWN, chosen
 from llava.utils import UserError
 
-MATRIX = "accuracy_matrix.json"
+MATRIX, SEQUENCE = "accuracy_matrix.json", "sequence.json"
 _NAME = words(empty=False)
 _SEEDS = list_of(whole(0), empty=False)
 _SCHEMA = {
@@ -224,7 +225,7 @@ class Benchmark:
 
     def prepare(self, cell: Cell) -> TaskSequence:
         """Write the cell's task sequence; ``sequence_of`` it."""
-        path = self.folder(cell) / "sequence.json"
+        path = self.folder(cell) / SEQUENCE
         with atomic_write(path) as stream:
             json.dump(self._values(cell), stream, indent=1)
         return load_sequence(path)
@@ -235,7 +236,7 @@ class Benchmark:
         Raises:
             UserError: rows that are missing or broken.
         """
-        return sequence_of(self._values(cell), self.folder(cell) / "sequence.json")
+        return sequence_of(self._values(cell), self.folder(cell) / SEQUENCE)
 
     def _values(self, cell: Cell) -> dict[str, Any]:
         rates = {} if (rate := self.rate(cell)) is None else {"learning_rate": rate}
@@ -295,7 +296,7 @@ class Benchmark:
         parts = {
             "version": llava.__version__,
             "cell": [cell.method, cell.flags, cell.route, cell.pictures],
-            "sequence": [sequence.name, sequence.task_names, settings, vars(sequence.keys), vars(sequence.train)],
+            "sequence": [sequence.name, sequence.task_names, settings, keys_of(sequence), vars(sequence.train)],
             "files": checksums(files_of(sequence)),
             "pictures": pictures(files_of(sequence), sequence.image_folder),
             "base": self.base_content,
@@ -304,7 +305,7 @@ class Benchmark:
 
     def key_identity(self, sequence: TaskSequence) -> str:
         """The same of the cell's keys, whatever they are tested on: a trial has those of the cells."""
-        parts = [sequence.task_names, sequence.slots_per_task, vars(sequence.keys), sequence.train.seed]
+        parts = [sequence.task_names, sequence.slots_per_task, keys_of(sequence), sequence.train.seed]
         training = files_of(sequence)[:-1]
         found = [checksums(training), pictures(training, sequence.image_folder), self.base_content]
         return values_sha256([*parts, *found])
@@ -313,6 +314,13 @@ class Benchmark:
     def base_content(self) -> str:
         """A checksum of the base's files."""
         return content_of(Checkpoint.open(self.base).manifest)
+
+
+def keys_of(sequence: TaskSequence) -> dict[str, Any]:
+    """The settings of stage 1, with the content of an encoder that lies in a folder in place of its name."""
+    choice = chosen(sequence.keys.text_encoder)
+    found = {} if choice in OWN else {"text_encoder": manifest_of(choice)}
+    return {**vars(sequence.keys), **found}
 
 
 def files_of(sequence: TaskSequence) -> list[str]:
