@@ -42,6 +42,7 @@ from llava.eval.score_schema import read_scores
 from llava.eval.screen import screen
 from llava.eval.shown_pictures import REAL
 from llava.locks import only_writer
+from llava.slots.names import QUESTION
 from llava.utils import UserError, quiet_libraries, run_cli
 
 
@@ -153,7 +154,9 @@ def answer(evaluation: Evaluation, number: int = 0, count: int = 1) -> None:
         from llava.eval.answerer import Answerer
         from llava.eval.question_cache import QuestionCache
 
-        return Answerer(evaluation.base, evaluation.loading, QuestionCache(folder=evaluation.query_cache))
+        shared = evaluation.sequence.keys.offset_scope == QUESTION
+        cache = QuestionCache(folder=evaluation.query_cache, prefixes=shared)
+        return Answerer(evaluation.base, evaluation.loading, cache)
 
     for name, kind in evaluation.passes:
         for index in range(number, evaluation.chunks, count):
