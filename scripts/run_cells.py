@@ -26,15 +26,16 @@ sys.path.insert(0, str(ROOT))
 
 import merge_prompt_key
 import train_prompt_key
+from llava.checkpoints.kinds import TRAINING_FILE
 from llava.cli import flag, parse, word
-from llava.continual.benchmark import Benchmark, Cell
+from llava.continual.benchmark import SEQUENCE, Benchmark, Cell
 from llava.continual.benchmark_marks import Marks
 from llava.continual.places import MERGED, Places
 from llava.continual.sequence import TaskSequence
 from llava.devices import has_accelerator, restricted_to, run_together, visible_devices
 from llava.eval import benchmark_table, evaluate_sequence
-from llava.eval.eval_video_qa import SCORES_NAME
-from llava.eval.evaluation import Evaluation
+from llava.eval.evaluation import Evaluation, Settings
+from llava.eval.scored import scores_are_whole
 from llava.files import atomic_folder, atomic_write
 from llava.locks import only_writer
 from llava.outside import read_text
@@ -146,6 +147,8 @@ def take(benchmark: Benchmark, marks: Marks, cell: Cell, checked: set[Path], wor
         try:
             sequence = benchmark.prepare(cell)
             identity = benchmark.identity(cell, sequence)
+            if marks.answered(cell, identity):
+                score_again(benchmark, cell, marks)
             if marks.done(cell, identity):
                 checked.add(cell.place)
                 return False
@@ -168,7 +171,7 @@ def take(benchmark: Benchmark, marks: Marks, cell: Cell, checked: set[Path], wor
 def progress(marks: Marks, workers: int, started: float, now: Cell | None = None) -> str:
     """One line: how far the whole is, and how long the rest will take."""
     cells = marks.benchmark.cells
-    todo = [cell for cell in cells if not marks.whole(cell)]
+    todo = [cell for cell in cells if not marks.fresh(cell)]
     left = marks.time_left(todo, workers) if todo else None
     took, rest = duration(time.monotonic() - started), "" if left is None else f", about {duration(left)} left"
     doing = f"; now {now.place}" if now else ""
@@ -179,7 +182,7 @@ def run_cell(
     benchmark: Benchmark, cell: Cell, sequence: TaskSequence, workers: int = 1, teacher: Cell | None = None
 ) -> None:
     """Keys, stages and evaluation of a cell; the stages of ``teacher``, which are the same, are not trained again."""
-    file = benchmark.folder(cell) / "sequence.json"
+    file = benchmark.folder(cell) / SEQUENCE
     keys = fit_keys(benchmark, cell, sequence, file)
     places = Places(benchmark.folder(cell), sequence, cell.method)
     for task in sequence.task_names:
@@ -193,7 +196,7 @@ def run_cell(
         words += [part for name, value in sequence.train.flags().items() for part in (f"--{name}", value)]
         words += on_gpu(words, workers) if has_accelerator() else ["--use_cpu", "True"]
         call(train, *words, "--disable_tqdm", "True", *cell.flags)
-    evaluate(benchmark, cell, file)
+    evaluate(benchmark, cell)
 
 
 def on_gpu(words: list[object], workers: int) -> list[str]:
@@ -221,31 +224,66 @@ def fit_keys(benchmark: Benchmark, cell: Cell, sequence: TaskSequence, file: Pat
     return folder / MERGED
 
 
-def evaluate(benchmark: Benchmark, cell: Cell, file: Path) -> None:
-    """The cell's answers and scores, with the base's answers as another cell made them; scores name files of their own
-    cell, so that it does not show which one that was."""
-    places = Places(benchmark.folder(cell), benchmark.sequence, cell.method)
-    mine = places.evaluation(cell.route or None) / Evaluation.ZERO_SHOT
-    shared = not cell.route and not cell.trial
-    words = ["--sequence", file, "--base_model", benchmark.base, "--method", cell.method, "--route", cell.route]
-    words += ["--output_dir", benchmark.folder(cell), "--query_cache", benchmark.query_cache]
-    words += ["--zero_shot", not cell.trial]
+def evaluate(benchmark: Benchmark, cell: Cell) -> None:
+    """The cell's answers and scores, with the base's answers as another cell was given them."""
+    words = asked(benchmark, cell)
+    shared = base_answers(benchmark, Evaluation.of(parse(Settings, words), 1))
+    for mine, kept in shared.items():
+        renew(mine, kept)
+    evaluate_sequence.main(words)
+    for mine, kept in shared.items():
+        renew(kept, mine)
+
+
+def asked(benchmark: Benchmark, cell: Cell) -> list[str]:
+    """The command line of the cell's evaluation."""
+    folder = benchmark.folder(cell)
+    words: list[object] = ["--sequence", folder / SEQUENCE, "--base_model", benchmark.base, "--method", cell.method]
+    words += ["--route", cell.route, "--output_dir", folder, "--query_cache", benchmark.query_cache]
+    words += ["--zero_shot", not cell.trial, "--chunks", max(1, len(visible_devices()))]
     words += ["--pictures", *cell.pictures] if cell.pictures else []
-    if shared:
-        take_over(benchmark.zero_shot, mine, SCORES_NAME)
-    evaluate_sequence.main(list(map(str, words)))
-    if shared:
-        take_over(mine, benchmark.zero_shot, SCORES_NAME)
+    return list(map(str, words))
 
 
-def take_over(source: Path, target: Path, *left_out: str) -> None:
-    """Copy a folder, without files of some names, to where there is none yet; it appears whole."""
-    if not source.is_dir() or target.is_dir():
+def score_again(benchmark: Benchmark, cell: Cell, marks: Marks) -> None:
+    """Score the answers of a cell where scores are missing, or lack what they would not if they were made here. That
+    needs no stage: the cell may have come from another machine, without them."""
+    if marks.whole(cell) and scores_are_whole(benchmark.matrix(cell).parent):
         return
-    with only_writer(target, wait=True):
-        if not target.is_dir():
-            with atomic_folder(target) as partial:
-                shutil.copytree(source, partial, ignore=shutil.ignore_patterns(*left_out), dirs_exist_ok=True)
+    print(f"[benchmark] {cell.place}: its scores are incomplete; scoring its answers", flush=True)
+    evaluate_sequence.score_answers(Evaluation.of(parse(Settings, asked(benchmark, cell)), 1))
+    marks.renew(cell)
+
+
+def base_answers(benchmark: Benchmark, evaluation: Evaluation) -> dict[Path, Path]:
+    """An evaluation's files of answers by the base alone, each with its place among those that all cells share: in a
+    folder of the run that gives them, so that other questions, pictures, weights or settings have other places."""
+    kinds = [kind for name, kind in evaluation.passes if name == Evaluation.ZERO_SHOT]
+    chunks = [
+        evaluation.chunk(Evaluation.ZERO_SHOT, number, kind) for kind in kinds for number in range(evaluation.chunks)
+    ]
+    return {chunk.answers_file: benchmark.zero_shot / chunk.run / chunk.answers_file.name for chunk in chunks}
+
+
+def renew(target: Path, source: Path) -> None:
+    """Give a file the contents of another one that is there."""
+    if source.is_file() and not (target.is_file() and target.read_bytes() == source.read_bytes()):
+        with atomic_write(target, "wb") as stream:
+            stream.write(source.read_bytes())
+
+
+def take_over(source: Path, target: Path) -> None:
+    """Copy a stage to where there is none yet, or one that was trained otherwise; it appears whole."""
+    if not source.is_dir() or (target.is_dir() and same_training(source, target)):
+        return
+    with only_writer(target, wait=True), atomic_folder(target) as partial:
+        shutil.copytree(source, partial, dirs_exist_ok=True)
+
+
+def same_training(*stages: Path) -> bool:
+    """Whether some stages have the same record, with the checksums of their slots in it."""
+    files = [stage / TRAINING_FILE for stage in stages]
+    return len({file.read_bytes() if file.is_file() else None for file in files}) == 1
 
 
 def call(command: Callable[[], object], *words: object) -> None:

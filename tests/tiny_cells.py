@@ -1,8 +1,9 @@
 """Commands that stand for the real ones in a benchmark's cells: each writes a few bytes made of all that it is given.
 
-Like the real ones they skip what is there, write each file whole, and go on where they were stopped. ``ticks`` counts
-the places where a run can be killed. As a program this is ``scripts/run_cells.py`` with these commands; with
-``STOP_AT=n`` it stops at place ``n`` and writes the file ``STOPPED`` names, so that whoever waits for that can kill it.
+Like the real ones they skip what they would write again, write each file whole, and go on where they were stopped.
+``ticks`` counts the places where a run can be killed. As a program this is ``scripts/run_cells.py`` with these
+commands; with ``STOP_AT=n`` it stops at place ``n`` and writes the file ``STOPPED`` names, so that whoever waits for
+that can kill it.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from llava.continual.sequence import load_sequence
 from llava.files import atomic_write, file_sha256
 
 ticks: Iterator[Callable[[], None]] = iter(())
+written: list[Path] = []
+"""What was made, and not found."""
 
 
 def tick() -> None:
@@ -31,10 +34,12 @@ def tick() -> None:
 def write(path, *parts) -> None:
     """A file made of some texts and files, unless it is there."""
     tick()
-    if not Path(path).is_file():
-        data = [part.read_bytes() if isinstance(part, Path) else str(part).encode() for part in parts]
+    data = [part.read_bytes() if isinstance(part, Path) else str(part).encode() for part in parts]
+    text = hashlib.sha256(b"|".join(data)).hexdigest()
+    if not Path(path).is_file() or Path(path).read_text() != text:
+        written.append(Path(path))
         with atomic_write(path) as stream:
-            stream.write(hashlib.sha256(b"|".join(data)).hexdigest())
+            stream.write(text)
         tick()
 
 
@@ -78,7 +83,9 @@ def evaluate(argv) -> None:
     folder = places.evaluation(given["route"] or None)
     write(Path(given["query_cache"]) / "sights", Path(sequence.test))
     if given["zero_shot"] == "True":
-        write(folder / "zero-shot" / "answers.jsonl", Path(sequence.test))
+        chunk = folder / "zero-shot" / "chunks" / "1_0.jsonl"
+        write(chunk, Path(sequence.test))
+        write(folder / "zero-shot" / "answers.jsonl", chunk)
         scores = folder / "zero-shot" / "scores.json"
         if not scores.is_file():  # with a name of its own in it, and no baselines
             groups = {task: {"figures": {}} for task in sequence.task_names}

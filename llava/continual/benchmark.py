@@ -31,16 +31,16 @@ import json
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
 import llava
 from llava.checkpoints.checkpoint import Checkpoint
-from llava.checkpoints.manifest import content_of
+from llava.checkpoints.manifest import content_of, manifest_of
 from llava.continual.methods import METHODS
 from llava.continual.places import Places
-from llava.continual.sequence import SEQUENCE_FOLDER, TaskSequence, load_sequence
+from llava.continual.sequence import SEQUENCE_FOLDER, TaskSequence, load_sequence, sequence_of
 from llava.continual.settings import KeySettings, read_block
 from llava.data.rows import Row, read_rows, write_jsonl
 from llava.data.samples import pictures_checksum
@@ -48,9 +48,10 @@ from llava.files import atomic_write, file_sha256, values_sha256
 from llava.folds import held_out
 from llava.outside import read_object
 from llava.schema import an_object, check_fields, list_of, number, whole, words
+from llava.slots.encoders import OWN, chosen
 from llava.utils import UserError
 
-MATRIX = "accuracy_matrix.json"
+MATRIX, SEQUENCE = "accuracy_matrix.json", "sequence.json"
 _NAME = words(empty=False)
 _SEEDS = list_of(whole(0), empty=False)
 _SCHEMA = {
@@ -223,7 +224,7 @@ class Benchmark:
 
     @property
     def zero_shot(self) -> Path:
-        """Answers of the base, which no cell makes twice."""
+        """Answers of the base, a folder for each run that gives them, which no cell makes twice."""
         return self.root / "zero-shot"
 
     def matrix(self, cell: Cell) -> Path:
@@ -232,34 +233,42 @@ class Benchmark:
         return places.evaluation(cell.route or None) / MATRIX
 
     def prepare(self, cell: Cell) -> TaskSequence:
-        """Write the cell's task sequence, and the rows that all cells use where these are not all; the sequence.
+        """Write the cell's task sequence; ``sequence_of`` it."""
+        path = self.folder(cell) / SEQUENCE
+        with atomic_write(path) as stream:
+            json.dump(self._values(cell), stream, indent=1)
+        return load_sequence(path)
+
+    def sequence_of(self, cell: Cell) -> TaskSequence:
+        """The cell's task sequence. The rows that all cells use are written where these are not all.
 
         Raises:
             UserError: rows that are missing or broken.
         """
+        return sequence_of(self._values(cell), self.folder(cell) / SEQUENCE)
+
+    def _values(self, cell: Cell) -> dict[str, Any]:
         rates = {} if (rate := self.rate(cell)) is None else {"learning_rate": rate}
-        tasks, test = self._trial_files() if cell.trial else self._files()
-        path = self.folder(cell) / "sequence.json"
-        values = {
+        tasks, test = self._trial_files if cell.trial else self._files
+        return {
             **self.raw,
             "tasks": [{"name": name, "train": tasks[name]} for name in cell.order],
             "test": test,
             "keys": {**self.raw.get("keys", {}), **cell.keys},
             "train": {**self.raw.get("train", {}), **cell.train, "seed": cell.seed, **rates},
         }
-        with atomic_write(path) as stream:
-            json.dump(values, stream, indent=1)
-        return load_sequence(path)
 
+    @cached_property
     def _files(self) -> tuple[dict[str, list[str]], str]:
         """Training files by task, and the test file."""
         rows = self.values.get("rows")
         tasks = {task.name: [self._some(file, rows) for file in task.files] for task in self.sequence.tasks}
         return tasks, self._some(self.sequence.test, self.values.get("test_rows"))
 
+    @cached_property
     def _trial_files(self) -> tuple[dict[str, list[str]], str]:
         """The same of a trial, which is tested on validation rows."""
-        tasks, _ = self._files()
+        tasks, _ = self._files
         validation, count = self.values["validation"], self.values.get("test_rows")
         if isinstance(validation, str):
             return tasks, self._some(validation, count)
@@ -285,8 +294,10 @@ class Benchmark:
         return self._written(f"some_{Path(file).stem}", kept)
 
     def _written(self, name: str, rows: list[Row]) -> str:
-        target = self.root / "data" / f"{name}.jsonl"
-        write_jsonl(target, [row.raw for row in rows])
+        """A file of rows, named by them: whoever runs with others, or only looks, takes it away from nobody."""
+        found = [row.raw for row in rows]
+        target = self.root / "data" / f"{name}-{values_sha256(found)[:8]}.jsonl"
+        write_jsonl(target, found)
         return str(target)
 
     def identity(self, cell: Cell, sequence: TaskSequence) -> str:
@@ -295,7 +306,7 @@ class Benchmark:
         parts = {
             "version": llava.__version__,
             "cell": [cell.method, cell.flags, cell.route, cell.pictures],
-            "sequence": [sequence.name, sequence.task_names, settings, vars(sequence.keys), vars(sequence.train)],
+            "sequence": [sequence.name, sequence.task_names, settings, keys_of(sequence), vars(sequence.train)],
             "files": checksums(files_of(sequence)),
             "pictures": pictures(files_of(sequence), sequence.image_folder),
             "base": self.base_content,
@@ -304,7 +315,7 @@ class Benchmark:
 
     def key_identity(self, sequence: TaskSequence) -> str:
         """The same of the cell's keys, whatever they are tested on: a trial has those of the cells."""
-        parts = [sequence.task_names, sequence.slots_per_task, vars(sequence.keys), sequence.train.seed]
+        parts = [sequence.task_names, sequence.slots_per_task, keys_of(sequence), sequence.train.seed]
         training = files_of(sequence)[:-1]
         found = [checksums(training), pictures(training, sequence.image_folder), self.base_content]
         return values_sha256([*parts, *found])
@@ -327,6 +338,13 @@ def _with_files_of(folder: str | None, sequence: TaskSequence) -> TaskSequence:
     return replace(sequence, tasks=tasks, test=moved(sequence.test))
 
 
+def keys_of(sequence: TaskSequence) -> dict[str, Any]:
+    """The settings of stage 1, with the content of an encoder that lies in a folder in place of its name."""
+    choice = chosen(sequence.keys.text_encoder)
+    found = {} if choice in OWN else {"text_encoder": manifest_of(choice)}
+    return {**vars(sequence.keys), **found}
+
+
 def files_of(sequence: TaskSequence) -> list[str]:
     """The training files in the tasks' order, and the test file."""
     return [*(file for task in sequence.tasks for file in task.files), sequence.test]
@@ -339,7 +357,13 @@ def checksums(files: Iterable[str]) -> list[str]:
 
 def pictures(files: Iterable[str], folder: str) -> str | None:
     """A checksum over the contents of all pictures of some files' rows."""
-    return pictures_checksum([row for file in files for row in read_rows(file)], folder)
+    return pictures_checksum([row for file in files for row in _rows(file, file_sha256(file))], folder)
+
+
+@lru_cache(maxsize=64)
+def _rows(file: str, checksum: str) -> list[Row]:
+    """The rows of a file of this checksum; many cells have the same ones."""
+    return read_rows(file)
 
 
 def spread(total: int, count: int) -> list[int]:

@@ -1,21 +1,24 @@
 """Which cells of a benchmark are whole, which have failed, and how long the rest will take: a small file in each.
 
-``cell.json`` says with which settings and results a cell was finished, and what it took; or what has stopped it.
+``cell.json`` says with which settings and results a cell was finished, and what it took; or what has stopped it. No
+path or place is in it, so that a cell's folder may come from elsewhere.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from llava.continual.benchmark import Benchmark, Cell
-from llava.files import atomic_write, file_sha256
+from llava.files import atomic_write, file_sha256, is_still
 from llava.outside import read_object
+from llava.utils import UserError
 
-MARK = "cell.json"
+MARK, ANSWERS = "cell.json", "answers.jsonl"
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,20 @@ class Marks:
 
     benchmark: Benchmark
     since: float = 0.0
+    _identities: dict[tuple[Path, float | None], str] = field(default_factory=dict, init=False, repr=False)
+
+    def fresh(self, cell: Cell) -> bool:
+        """Whether the cell is there, whole, as a run would make it now: by trials that are, where it has some.
+
+        One whose data are missing is not, as nothing can be made of it. Data are looked at once.
+        """
+        if not all(map(self.fresh, self.benchmark.trials(cell))) or not self.whole(cell):
+            return False
+        name = cell.place, self.benchmark.rate(cell)
+        if name not in self._identities:
+            with suppress(UserError):
+                self._identities[name] = self.benchmark.identity(cell, self.benchmark.sequence_of(cell))
+        return bool(self._mark(cell).get("identity", "") == self._identities.get(name))
 
     def done(self, cell: Cell, identity: str) -> bool:
         """Whether the cell is there, whole, as it would be made now."""
@@ -38,17 +55,25 @@ class Marks:
         found, matrix = self._mark(cell), self.benchmark.matrix(cell)
         return "matrix" in found and matrix.is_file() and found["matrix"] == file_sha256(matrix)
 
-    def settled(self, cell: Cell) -> bool:
-        """Whether the cell is whole, with the learning rate that its trials choose: some may have been added since."""
-        if not self.whole(cell) or self.blocked(cell):
-            return False
-        chosen = self.benchmark.rate(cell)
-        return bool(self._mark(cell).get("rate", chosen) == chosen)
+    def answered(self, cell: Cell, identity: str) -> bool:
+        """Whether the cell's answers are there, as they would be given now, whatever became of its scores."""
+        found, folder = self._mark(cell), self.benchmark.folder(cell)
+        answers: dict[str, str] = found.get("answers", {}) if found.get("identity") == identity else {}
+        return bool(answers) and all(is_still(folder / name, checksum) for name, checksum in answers.items())
 
     def finish(self, cell: Cell, identity: str, seconds: float) -> None:
         """Mark a cell as whole, with what it took."""
-        matrix, rate = file_sha256(self.benchmark.matrix(cell)), self.benchmark.rate(cell)
-        self._write(cell, {"identity": identity, "matrix": matrix, "rate": rate, "seconds": round(seconds, 1)})
+        self._write(cell, {"identity": identity, **self._results(cell), "seconds": round(seconds, 1)})
+
+    def renew(self, cell: Cell) -> None:
+        """Mark a cell that was finished as whole, with other scores."""
+        self._write(cell, {**self._mark(cell), **self._results(cell)})
+
+    def _results(self, cell: Cell) -> dict[str, Any]:
+        matrix, folder = self.benchmark.matrix(cell), self.benchmark.folder(cell)
+        answers = sorted(matrix.parent.rglob(ANSWERS))
+        found = {str(file.relative_to(folder)): file_sha256(file) for file in answers}
+        return {"matrix": file_sha256(matrix), "answers": found}
 
     def fail(self, cell: Cell, why: str) -> None:
         """Mark a cell as failed, so that no other process tries it again before the command is given again."""

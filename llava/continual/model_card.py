@@ -82,10 +82,12 @@ def refresh_figures(stages: Sequence[Path], matrix: Mapping[str, Any], evaluatio
     """Put each stage's row of an accuracy matrix into its card, which is made where an older stage has none.
 
     Args:
-        stages: folders, in the matrix's order. matrix: what ``accuracy_matrix.json`` holds.
+        stages: folders, in the matrix's order; one that is elsewhere is passed over.
+        matrix: what ``accuracy_matrix.json`` holds.
         evaluation: its name, which tells a given route and other methods apart.
     """
-    for number, stage in enumerate(stages):
+    here = [(number, stage) for number, stage in enumerate(stages) if stage.is_dir()]
+    for number, stage in here:
         text = figures(matrix, number, evaluation)
         try:
             with only_writer(stage / CARD_FILE, wait=True):

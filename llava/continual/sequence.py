@@ -152,7 +152,14 @@ def load_sequence(name_or_path: str | os.PathLike[str], environ: Mapping[str, st
     if path.suffix != ".json":
         path = SEQUENCE_FOLDER / f"{name_or_path}.json"
     values = read_object(path, "task sequence", f"give a JSON file, or one of {', '.join(shipped_names())}")
-    return _validated(values, path).overridden(os.environ if environ is None else environ)
+    return sequence_of(values, path, environ)
+
+
+def sequence_of(
+    values: dict[str, Any], path: str | os.PathLike[str], environ: Mapping[str, str] | None = None
+) -> TaskSequence:
+    """The task sequence that a file of these values would be; ``path`` names it in errors. ``environ`` as above."""
+    return _validated(values, Path(path)).overridden(os.environ if environ is None else environ)
 
 
 def sequence_flag(**more: Any) -> Any:

@@ -176,7 +176,7 @@ class Answerer:
         if self._loaded is None or self._loaded.key != key:
             self._loaded = None  # two models may not fit into the memory
             gc.collect()
-            self._loaded = Loaded.load(place, base, self.loading)
+            self._loaded = Loaded.load(place, base, self.loading, self.cache)
             if self.base is not None and place != self.base:
                 rank0_print(f"{place}: has weights of its own, so it was loaded by itself")
         self._loaded.clear()

@@ -79,12 +79,21 @@ def table(benchmark: Benchmark) -> dict[str, Any]:
     groups: dict[tuple[str, tuple[str, ...]], list[Cell]] = {}
     marks = Marks(benchmark)
     cells = [cell for cell in benchmark.cells if not cell.trial]
-    done = list(filter(marks.settled, cells))
+    done = list(filter(marks.fresh, cells))
+    if stale := sum(map(marks.whole, cells)) - len(done):
+        print(
+            f"note: {stale} more were made with other rates, settings, data or another version, or their data are gone"
+        )
     for cell in done:
         groups.setdefault((cell.run, cell.order), []).append(cell)
     runs: list[dict[str, Any]] = []
+    matrices = {cell.place: read_matrix(benchmark.matrix(cell).parent) for cell in done}
+    if len({matrix["provenance"].get("tokenizer") for matrix in matrices.values()}) > 1:
+        print(
+            "note: some cells were scored without Java, which moves BLEU, ROUGE and CIDEr: run again where there is one"
+        )
     for (run, order), mine in groups.items():
-        first, found = mine[0], over_seeds([read_matrix(benchmark.matrix(cell).parent) for cell in mine])
+        first, found = mine[0], over_seeds([matrices[cell.place] for cell in mine])
         runs.append(
             {
                 "run": run,
@@ -229,7 +238,8 @@ def figure(cell: Mapping[str, Any]) -> dict[str, Any]:
 
 def baselines(benchmark: Benchmark, metric: str) -> dict[str, dict[str, float]]:
     """What majority answer and nearest question reach on each task, as the evaluation of any cell found it."""
-    cells = (cell for cell in benchmark.cells if not cell.trial and Marks(benchmark).whole(cell))
+    marks = Marks(benchmark)
+    cells = (cell for cell in benchmark.cells if not cell.trial and marks.fresh(cell))
     scores = next((path for cell in cells for path in benchmark.matrix(cell).parent.glob(f"*/{SCORES_NAME}")), None)
     if scores is None:
         return {}

@@ -41,7 +41,7 @@ from llava.eval.metrics.scoring import Prepared
 from llava.eval.score_schema import read_scores
 from llava.eval.score_table import score_table
 from llava.eval.statistics import DRAWS, SEED
-from llava.eval.text_metrics import TextScorer
+from llava.eval.text_metrics import METEOR_FAILED, TextScorer
 from llava.files import atomic_write, file_sha256, values_sha256
 from llava.inside import check_file_name
 from llava.progress import Progress
@@ -218,7 +218,7 @@ class _Job(_Answers):
             scores, _ = read_scores(self.target)
         except UserError:  # an older, foreign or damaged file: it is replaced
             return None
-        same = scores.get("format_version") == FORMAT_VERSION
+        same = scores.get("format_version") == FORMAT_VERSION and not _failed(scores)
         return scores if same and _checksums(scores["provenance"]) == _checksums(self.provenance(tokenizer)) else None
 
     def score(self, train_rows: Sequence[Row], scorer: TextScorer) -> dict[str, Any]:
@@ -339,6 +339,12 @@ def package_version(name: str) -> str:
         return version(name)
     except PackageNotFoundError:
         return "missing"
+
+
+def _failed(scores: Mapping[str, Any]) -> bool:
+    """Whether figures are missing because a process ended, which another time it may not."""
+    figures = (figure for group in scores["groups"].values() for figure in group["figures"].values())
+    return any(str(figure.get("reason", "")).startswith(METEOR_FAILED) for figure in figures)
 
 
 def _plugins() -> dict[str, Any]:

@@ -26,6 +26,7 @@ import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 from llava.cli import parse
 from llava.continual.model_card import refresh_figures
@@ -41,6 +42,7 @@ from llava.eval.score_schema import read_scores
 from llava.eval.screen import screen
 from llava.eval.shown_pictures import REAL
 from llava.locks import only_writer
+from llava.slots.names import QUESTION
 from llava.utils import UserError, quiet_libraries, run_cli
 
 
@@ -93,7 +95,20 @@ def _evaluate_together(evaluation: Evaluation, devices: Sequence[str], words: Se
 
 def score(evaluation: Evaluation) -> None:
     """Join the chunks of every model, score them, draw the accuracy matrix and print the screen of the last stage."""
-    answered = {found: str(merge(evaluation, *found)) for found in evaluation.passes}
+    for name, kind in evaluation.passes:
+        merge(evaluation, name, kind)
+    matrix, stages = score_answers(evaluation)
+    write_evaluation_record(evaluation)
+    print(screen(title(evaluation), read_scores(stages[-1])[0], matrix, where(evaluation)), flush=True)
+
+
+def score_answers(evaluation: Evaluation) -> tuple[dict[str, Any], list[Path]]:
+    """Score the answers that are there, and draw the accuracy matrix; the stages themselves may be elsewhere.
+
+    Returns:
+        the matrix, and the stages' scores.
+    """
+    answered = {found: str(evaluation.answers_file(*found)) for found in evaluation.passes}
     say(f"scoring {len(answered)} answer files")
     sequence = evaluation.sequence
     train_files = [file for task in sequence.tasks for file in task.files]
@@ -116,8 +131,7 @@ def score(evaluation: Evaluation) -> None:
         evaluation.folder, stages, sequence.task_names, metrics, zero_shot, references=references, tables=False
     )
     refresh_figures(evaluation.places.stages, matrix, evaluation.folder.name)
-    write_evaluation_record(evaluation)
-    print(screen(title(evaluation), read_scores(stages[-1])[0], matrix, where(evaluation)), flush=True)
+    return matrix, stages
 
 
 def title(evaluation: Evaluation) -> str:
@@ -140,7 +154,9 @@ def answer(evaluation: Evaluation, number: int = 0, count: int = 1) -> None:
         from llava.eval.answerer import Answerer
         from llava.eval.question_cache import QuestionCache
 
-        return Answerer(evaluation.base, evaluation.loading, QuestionCache(folder=evaluation.query_cache))
+        shared = evaluation.sequence.keys.offset_scope == QUESTION
+        cache = QuestionCache(folder=evaluation.query_cache, prefixes=shared)
+        return Answerer(evaluation.base, evaluation.loading, cache)
 
     for name, kind in evaluation.passes:
         for index in range(number, evaluation.chunks, count):
@@ -169,12 +185,10 @@ def answer_on(devices: Sequence[str], words: Sequence[str], first: int = 0, coun
         raise UserError(f"answering failed on device {named} (message above); run the same command again")
 
 
-def merge(evaluation: Evaluation, name: str, pictures: str) -> Path:
+def merge(evaluation: Evaluation, name: str, pictures: str) -> None:
     """Join a model's chunks of one kind of picture into one file of answers."""
-    target = evaluation.answers_folder(name, pictures) / "answers.jsonl"
     chunks = [evaluation.chunk(name, index, pictures).answers_file for index in range(evaluation.chunks)]
-    write_jsonl(target, merge_answers(evaluation.rows, chunks))
-    return target
+    write_jsonl(evaluation.answers_file(name, pictures), merge_answers(evaluation.rows, chunks))
 
 
 def say(text: str) -> None:

@@ -122,6 +122,10 @@ class Evaluation:
         """Where a model's answers to a kind of picture go."""
         return self.folder / name / ("" if pictures == REAL else pictures)
 
+    def answers_file(self, name: str, pictures: str = REAL) -> Path:
+        """A model's answers to a kind of picture, once all are there."""
+        return self.answers_folder(name, pictures) / "answers.jsonl"
+
     def references(self, scores: str) -> dict[str, Path]:
         """Scores files, where they are there, of what the last stage is compared with: by the reference's name."""
         others = {name: replace(self.places, method=name) for name in ("joint", "individual")}

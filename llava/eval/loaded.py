@@ -12,10 +12,11 @@ from llava.conversation import get_conversation
 from llava.data.prompt import check_aspect_ratio
 from llava.devices import default_device
 from llava.eval.generation import Loading
-from llava.eval.question_cache import MEGABYTES
+from llava.eval.question_cache import MEGABYTES, QuestionCache, contents_of
 from llava.mm_utils import get_model_name_from_path
 from llava.model.builder import load_pretrained_model
 from llava.model.configs import llava_config
+from llava.model.kept_prefixes import PrefixFolder
 from llava.model.loading import settle_tf32
 from llava.model.prefixes import PrefixStore
 from llava.utils import UserError
@@ -40,8 +41,8 @@ class Loaded:
     entries: dict[str, Any]
 
     @classmethod
-    def load(cls, place: str, base: str | None, loading: Loading) -> Loaded:
-        """Load the model of ``place``, over ``base`` where it needs one.
+    def load(cls, place: str, base: str | None, loading: Loading, cache: QuestionCache) -> Loaded:
+        """Load the model of ``place``, over ``base`` where it needs one; with prefixes, if the cache says so.
 
         Raises:
             UserError: a device that is not here; no checkpoint; a model without pictures.
@@ -62,7 +63,10 @@ class Loaded:
         tokenizer, model, image_processor, _ = found
         if not hasattr(model, "get_vision_tower"):
             raise UserError(f"{place} is a plain language model, not a LLaVA checkpoint")
-        model.prefixes = PrefixStore(MEGABYTES * 2**20)
+        if cache.prefixes:
+            model.requires_grad_(False)  # of weights that may change nothing is kept
+            folder = PrefixFolder(cache.folder, contents_of(place, base)) if cache.folder else None
+            model.prefixes = PrefixStore(MEGABYTES * 2**20, folder)
         entries = {name: value for name, value in vars(model.config).items() if name in _PROMPT_ENTRIES}
         return cls((place, base), tokenizer, model.eval(), image_processor, model.retriever, entries)
 

@@ -58,6 +58,8 @@ class QuestionCache:
     Args:
         megabytes: memory for pictures; those that find no room are looked at again for each stage.
         folder: of queries and sights on the disk (``llava.continual.queries``); empty: none.
+        prefixes: whether models keep what they make of all in front of a question (``llava.model.prefixes``), in as
+            much memory again, and in the folder: for a base and stages whose offsets act behind the picture alone.
 
     Attributes:
         device: where questions are encoded; set by whoever asks.
@@ -65,9 +67,12 @@ class QuestionCache:
 
     device: str = "cpu"
 
-    def __init__(self, megabytes: int = MEGABYTES, folder: str | os.PathLike[str] | None = None) -> None:
+    def __init__(
+        self, megabytes: int = MEGABYTES, folder: str | os.PathLike[str] | None = None, prefixes: bool = False
+    ) -> None:
         self.limit, self.used = megabytes * 2**20, 0
         self.folder = Path(folder) if folder else None
+        self.prefixes = prefixes
         self.stores: dict[str, SightStore | None] = {}
         self.sights: dict[tuple, Sight] = {}
         self.recent: OrderedDict[tuple, Sight] = OrderedDict()
@@ -171,13 +176,8 @@ class QuestionCache:
         mode, model = encoder.prompt.aspect_ratio, self.model()
         if mode not in self.stores:
             tower, dtype = model.get_vision_tower(), model.get_model().embed_tokens.weight.dtype
-            models = (
-                {"base": manifest_of(place)}
-                if base is None
-                else {"base": manifest_of(base), "over": manifest_of(place)}
-            )
             attention = str(getattr(tower.config, "_attn_implementation", "sdpa"))
-            eye = eye_of(models, model.config, mode, tower.device, dtype, attention)
+            eye = eye_of(contents_of(place, base), model.config, mode, tower.device, dtype, attention)
             self.stores[mode] = SightStore(self.folder / SIGHTS, eye)
         return self.stores[mode]
 
@@ -194,6 +194,11 @@ class QuestionCache:
         if len(self.recent) > RECENT:
             self.recent.popitem(last=False)
         return sight
+
+
+def contents_of(place: str, base: str | None) -> dict[str, Any]:
+    """What the weights of a model come from that was loaded from a place, over a base where it has one."""
+    return {"base": manifest_of(place)} if base is None else {"base": manifest_of(base), "over": manifest_of(place)}
 
 
 def _key(name: str, encoder: PromptEncoder) -> tuple:

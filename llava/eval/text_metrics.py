@@ -36,6 +36,7 @@ PLAIN_TOKENIZER = (
 )
 NO_JAVA = "Java was not found; install a Java runtime (8 or newer) to have METEOR"
 JAVA_OFF = "Java was switched off, and METEOR needs it"
+METEOR_FAILED = "METEOR's Java process failed"
 FORMULAS = {
     **{
         f"bleu_{order}": f"corpus BLEU-{order}: geometric mean of clipped 1..{order}-gram precisions times the brevity "
@@ -100,7 +101,7 @@ class TextScorer:
                 self._meteor = MeteorProcess(self._java or "java")
             rows = self._known_rows(self._meteor, list(zip(references, predictions, strict=True)))
         except (OSError, ValueError) as error:
-            self.meteor_reason = f"METEOR's Java process failed: {error}"
+            self.meteor_reason = f"{METEOR_FAILED}: {error}"
             return self.meteor_reason
         return Statistic(FORMULAS["meteor"], rows, meteor_value, len(rows))
 

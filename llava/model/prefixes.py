@@ -4,13 +4,14 @@ Where no offset acts up to a row's last picture (they are scoped to the question
 values of these positions, the row's **prefix**, depend on ids, pictures and the frozen base alone. ``PrefixStore``
 keeps them, for every question, epoch, task and stage; a pass then runs only the positions behind, on top of a cache
 that is filled from it, and no gradient goes through the picture. Each prefix is worked out by itself, so that it does
-not depend on the batch in which it is first met.
+not depend on the batch in which it is first met; with a folder (``llava.model.kept_prefixes``) once for all processes.
 """
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -21,6 +22,7 @@ from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava.devices import moved
 from llava.model.decision import Decision
 from llava.model.grown_cache import grown_cache
+from llava.model.kept_prefixes import PrefixFolder
 from llava.model.splice import splice
 from llava.model.vision.hand_out import sizes_of
 from llava.padding import pad
@@ -45,10 +47,11 @@ class PrefixStore:
 
     Args:
         limit: bytes at most.
+        folder: where other processes find them too; what lies there is mapped, and takes nothing of ``limit``.
     """
 
-    def __init__(self, limit: int) -> None:
-        self.limit, self.used, self.full = limit, 0, False
+    def __init__(self, limit: int, folder: PrefixFolder | None = None) -> None:
+        self.limit, self.used, self.full, self.folder = limit, 0, False, folder
         self._kept: dict[Hashable, Tensor] = {}
         self._lock = threading.Lock()
 
@@ -62,14 +65,15 @@ class PrefixStore:
         """The prefix, ``None`` where it is not kept."""
         return self._kept.get(key)
 
-    def keep(self, key: Hashable, prefix: Tensor) -> None:
+    def keep(self, key: Hashable, prefix: Tensor, mapped: bool = False) -> None:
         """Keep a prefix where there is room; from the first that finds none on the store counts as full."""
+        taken = 0 if mapped else prefix.nbytes
         with self._lock:
-            if self.used + prefix.nbytes > self.limit:
+            if self.used + taken > self.limit:
                 self.full = True
             elif key not in self._kept:
                 self._kept[key] = prefix.cpu()
-                self.used += prefix.nbytes
+                self.used += taken
 
 
 class Row(NamedTuple):
@@ -229,13 +233,20 @@ class SharedPrefixes:
         sizes, here = iter(sizes_of(features, image_sizes)), {}
         for row, own, pictures in zip(rows, names, features, strict=True):
             taken, key = [next(sizes) for _ in pictures], (tuple(own), row.head)
-            if row.head and key not in here:
-                found = self.prefixes.get(key)
-                here[key] = self._prefix(row.head, pictures, taken) if found is None else found
-                if found is None:
-                    self.prefixes.keep(key, here[key])
+            if not row.head or key in here:
+                continue
+            if (found := self.prefixes.get(key)) is None:
+                found, mapped = self._from_folder(row.head, pictures, taken)
+                self.prefixes.keep(key, found, mapped)
+            here[key] = found
         none = next(iter(here.values()))[:, :, :, :0]
         return [here[tuple(own), row.head] if row.head else none for row, own in zip(rows, names, strict=True)]
+
+    def _from_folder(self, head: tuple[int, ...], pictures: list[Tensor], sizes: list[Any]) -> tuple[Tensor, bool]:
+        """A prefix that is not in the memory, and whether it lies in the store's folder."""
+        assert self.prefixes is not None  # _may_share
+        work_out, folder = partial(self._prefix, head, pictures, sizes), self.prefixes.folder
+        return (work_out(), False) if folder is None else folder.prefix(self, head, pictures, sizes, work_out)
 
     def _prefix(self, head: tuple[int, ...], pictures: list[Tensor], sizes: list[Any]) -> Tensor:
         """Keys and values ``[layers, 2, heads, length, head_dim]`` of a head, in the type of attention."""

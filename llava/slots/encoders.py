@@ -31,6 +31,8 @@ from llava.checkpoints.weights import first_line, lacking_tensors
 from llava.utils import UserError
 
 REFERENCE_ENCODER = "sentence-transformers/nli-roberta-base-v2"
+OWN = ("base", "minilm")
+"""Encoders that need no folder: the base's embeddings, and one that comes as a package."""
 UNUSED_PART = re.compile(r"(^|\.)pooler\.")
 """Tensors that many published encoders leave out: the pooler stands behind the last hidden layer, which is used."""
 QUERY_TABLE_FILE = "query_table.safetensors"
@@ -167,10 +169,16 @@ class SentenceEncoder(TextEncoder):
         return hidden.mean(0).cpu().clone()
 
 
+def chosen(choice: str) -> str:
+    """What ``auto`` stands for here; any other choice is itself."""
+    if choice != "auto":
+        return choice
+    return REFERENCE_ENCODER if _in_local_cache(REFERENCE_ENCODER) else "base"
+
+
 def load_text_encoder(choice: str, base_path: Place | None) -> TextEncoder:
     """The encoder that ``choice`` names (see the module's docstring); ``base_path`` serves ``base`` and ``auto``."""
-    if choice == "auto":
-        choice = REFERENCE_ENCODER if _in_local_cache(REFERENCE_ENCODER) else "base"
+    choice = chosen(choice)
     if choice == "minilm":
         return SentenceEncoder("minilm", _packaged_minilm())
     if choice != "base":

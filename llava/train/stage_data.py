@@ -24,6 +24,7 @@ from llava.data.samples import TrainingSamples, picture_names
 from llava.devices import default_device
 from llava.inside import Folder
 from llava.mm_utils import get_model_name_from_path
+from llava.model.kept_prefixes import PrefixFolder
 from llava.model.multimodal_encoder.builder import build_vision_tower
 from llava.model.multimodal_encoder.tower import VisionTower
 from llava.model.partitioned import never_parted
@@ -109,17 +110,21 @@ def build_dataset(
 
 
 def share_prefixes(
-    model: Any, datasets: Iterable[TrainingSamples], settings: RetrieverSettings, args: TrainingArguments
+    model: Any, base: Checkpoint, datasets: Iterable[TrainingSamples], settings: RetrieverSettings, args: Any
 ) -> None:
     """Where offsets leave alone what stands in front of a question, let the model keep what its frozen base makes of it
-    (``llava.model.prefixes``), in the memory that the pictures' features leave of ``--feature_cache_mb``."""
+    (``llava.model.prefixes``): in the memory that the pictures' features leave of ``--feature_cache_mb``, and on the
+    disk beside the queries."""
     if settings.offset_scope != QUESTION:
         return
     room = args.feature_cache_mb * 2**20
     for dataset in datasets:
         dataset.named = True
         room -= sum(features.nbytes for features, _ in (dataset.features or {}).values())
-    model.prefixes = PrefixStore(max(room, 0))
+    folder = (
+        PrefixFolder(args.query_cache, {"base": base.manifest}, args.feature_cache_mb) if args.query_cache else None
+    )
+    model.prefixes = PrefixStore(max(room, 0), folder)
 
 
 @dataclass(frozen=True)

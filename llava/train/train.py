@@ -285,7 +285,7 @@ def prepare(
         held_out = build(asked, apart=data_args.turns_apart)
     for each in filter(None, (dataset, held_out)):
         recipe.samples(context, each)
-    share_prefixes(model, filter(None, (dataset, held_out)), settings, args)
+    share_prefixes(model, context.base, filter(None, (dataset, held_out)), settings, args)
     if args.checkpoint_if_needed:
         settle_checkpointing(model, max(dataset.lengths), args, zero_stage(args.deepspeed))
     exact = trainable_state(model) if args.deepspeed and not recipe.writes_whole(context) else {}

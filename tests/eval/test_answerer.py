@@ -22,6 +22,7 @@ from llava.eval.loading_flags import loading_of
 from llava.eval.question_cache import QuestionCache
 from llava.model.builder import load_pretrained_model
 from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower
+from llava.model.prefixes import SharedPrefixes
 from llava.slots.adapter import MEMORY_FILE
 from llava.slots.pool import Pool
 from llava.utils import UserError
@@ -226,6 +227,26 @@ def test_pictures_go_through_the_tower_once_for_all_processes(place, rows, tmp_p
         if not calls:
             next(tmp_path.rglob("*.safetensors")).write_bytes(b"damaged")
     assert capsys.readouterr().out.count("is damaged") == 1
+
+
+def test_stages_behind_the_picture_and_their_base_share_what_stands_in_front(place, rows, tmp_path, monkeypatch):
+    worked_out, work_out = [], SharedPrefixes._prefix
+    monkeypatch.setattr(SharedPrefixes, "_prefix", lambda *words: worked_out.append(1) or work_out(*words))
+    stages = [shutil.copytree(place / name, tmp_path / name) for name in STAGES if name]
+    for stage in stages:
+        slots = Pool.read(stage / "slots.pth")
+        slots.settings.offset_scope = "question"
+        slots.write(stage / "slots.pth")
+
+    def answers(prefixes, folder=None):
+        worked_out.clear()
+        found = Answerer(str(place / "tiny-base"), CPU, QuestionCache(folder=folder, prefixes=prefixes))
+        return [told(found.use(stage and str(stage)), place, rows) for stage in (None, *stages)], len(worked_out)
+
+    expected, none = answers(False)
+    assert none == 0
+    for folder, calls in ((None, 5), (tmp_path / "cache", 5), (tmp_path / "cache", 0)):
+        assert answers(True, folder) == (expected, calls)
 
 
 def test_a_memory_that_is_too_small_changes_no_answer(place, rows, monkeypatch):

@@ -10,7 +10,7 @@ import pytest
 from real_data import vqa_rad_rows
 
 from llava.data.rows import question_row, write_jsonl
-from llava.eval import eval_video_qa
+from llava.eval import eval_video_qa, text_metrics
 from llava.utils import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -84,6 +84,17 @@ def test_finished_scores_are_kept_until_an_input_changes(tmp_path, questions, ca
     target.write_text("{")
     run(questions, a)
     assert json.loads(target.read_text())["model_id"] == "llava-a"
+
+
+def test_scores_that_a_failed_process_left_incomplete_are_made_again(tmp_path, questions, monkeypatch):
+    a = write_answers(tmp_path / "a.jsonl")
+    with monkeypatch.context() as patched:
+        patched.setattr(text_metrics, "NO_JAVA", f"{text_metrics.METEOR_FAILED}: no memory")
+        patched.setattr(text_metrics, "JAVA_OFF", f"{text_metrics.METEOR_FAILED}: no memory")
+        run(questions, a)
+    broken = (tmp_path / "scores.json").read_text()
+    run(questions, a)
+    assert "no memory" in broken and "no memory" not in (tmp_path / "scores.json").read_text()
 
 
 def test_prototype_rows_are_read(tmp_path, questions):

@@ -14,6 +14,7 @@ from llava.data.rows import question_row, read_rows, write_jsonl
 from llava.eval import model_vqa_loader
 from llava.eval.answerer import Answerer
 from llava.eval.generation import Generation, Loading
+from llava.eval.question_cache import QuestionCache
 from llava.slots.pool import Pool
 
 DOMAINS, ROWS, TOKENS = ("abd", "chest", "head"), 24, 6
@@ -42,8 +43,9 @@ class Place:
         write_jsonl(folder / "questions.jsonl", rows)
         self.rows = read_rows(folder / "questions.jsonl")
 
-    def answerer(self, scope="all", route=None, **loading):
-        return Answerer(self.base, Loading(**loading)).use(str(self.stages[scope]), route)
+    def answerer(self, scope="all", route=None, prefixes=False, **loading):
+        cache = QuestionCache(prefixes=prefixes)
+        return Answerer(self.base, Loading(**loading), cache).use(str(self.stages[scope]), route)
 
     def ask(self, answerer, batch_size, done=0):
         """Texts, and the slots of each route."""
@@ -86,8 +88,9 @@ def test_half_precision_answers_and_routes_each_question_alike_in_a_batch(place,
 
 def test_a_kept_prefix_changes_no_answer(place, device):
     """In scope ``question`` a picture's keys and values are computed once, whatever is asked about it."""
-    answerer = place.answerer("question", device=device, dtype=torch.float32, tf32=False)
+    answerer = place.answerer("question", prefixes=True, device=device, dtype=torch.float32, tf32=False)
     kept = place.ask(answerer, 8)
+    assert len(answerer.model.prefixes) == len({row.images for row in place.rows if row.images})
     answerer.model.prefixes = None
     assert place.ask(answerer, 8) == kept
 

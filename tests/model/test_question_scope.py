@@ -7,96 +7,19 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from tiny_llava import FAMILIES, HIDDEN, PIXELS, VISION
-from transformers import CLIPVisionConfig
+from tiny_llava import FAMILIES
+from tiny_question_scope import GREEDY, HEAD, NAMES, PICTURE, ROWS, batch_of, head_length, make_model, spliced_length
 
-from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava.data.samples import DataCollatorForSupervisedDataset
 from llava.model import prefixes
-from llava.model.language_model.retriever import Retriever
 from llava.model.prefixes import PrefixStore
-from llava.padding import pad
-from llava.slots.offsets import target_features
-from llava.slots.pool import Pool
 from llava.slots.settings import RetrieverSettings
 from llava.train.stage_data import share_prefixes
-
-WORDS, PATCHES, SLOTS, TOP_K = 60, (PIXELS // 8) ** 2, 4, 2
-TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "down_proj")
-PICTURE = [IMAGE_TOKEN_INDEX]
-HEAD = [1, 7, 8]
-GREEDY = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
-ROWS = {
-    "one": HEAD + PICTURE + [9, 10, 11],
-    "longer": HEAD + PICTURE + [12, 13, 14, 15, 16, 17],
-    "two": HEAD + PICTURE + [18] + PICTURE + [19, 20, 25],
-    "none": [1, 21, 22, 23, 24],
-}
-NAMES = {"one": ("a.png",), "longer": ("b.png",), "two": ("a.png", "b.png"), "none": ()}
-
-
-def make_model(scope="question", family="llama", **fields):
-    """A random model in float64 with one trained task of slots on several projections."""
-    torch.manual_seed(0)
-    tower = CLIPVisionConfig(
-        hidden_size=VISION, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=PIXELS,
-        patch_size=8,
-    )  # fmt: skip
-    config_class, model_class = FAMILIES[family]
-    config = config_class(
-        vocab_size=WORDS, hidden_size=HIDDEN, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, initializer_range=0.3, max_position_embeddings=128, bos_token_id=1, eos_token_id=2,
-        pad_token_id=0, vision_config=tower.to_dict(), mm_hidden_size=VISION, mm_projector_type="linear",
-    )  # fmt: skip
-    model = model_class(config).eval().requires_grad_(False).double()
-    settings = RetrieverSettings(
-        num_layers=2, features={target: target_features(config, target) for target in TARGETS}, text_dim=8,
-        query_mode="text", rank=2, top_k=TOP_K, router="keys", offset_scope=scope, **fields,
-    )  # fmt: skip
-    pool = Pool(settings)
-    task = pool.append("abd", SLOTS)
-    task.text_keys.normal_()
-    with torch.no_grad():
-        for parameter in task.parameters():
-            parameter.normal_(std=0.3)
-    task.trained = True
-    model.attach_adapter(Retriever(pool))
-    model.retriever.double()
-    return model
 
 
 @pytest.fixture(scope="module", params=sorted(FAMILIES))
 def model(request):
     return make_model(family=request.param)
-
-
-def picture(file):
-    return torch.randn(3, PIXELS, PIXELS, generator=torch.Generator().manual_seed(ord(file[0])))
-
-
-def batch_of(*names, side="right", labels=False, seed=0):
-    """Rows, their pictures and queries; with ``labels`` the last two words of each are answers."""
-    rows = [torch.tensor(ROWS[name]) for name in names]
-    ids, mask = pad(rows, side)
-    generator = torch.Generator().manual_seed(seed)
-    pictures = [[picture(file).double() for file in NAMES[name]] for name in names]
-    batch = {"input_ids": ids, "attention_mask": mask.long(), "images": pictures}
-    batch["text_query"] = torch.randn(len(rows), 8, generator=generator).double()
-    if labels:
-        known = [torch.cat([torch.full_like(row[:-2], IGNORE_INDEX), row[-2:]]) for row in rows]
-        batch["labels"] = pad(known, side, IGNORE_INDEX)[0]
-    return batch
-
-
-def spliced_length(name):
-    return len(ROWS[name]) + ROWS[name].count(IMAGE_TOKEN_INDEX) * (PATCHES - 1)
-
-
-def head_length(name):
-    """Positions up to the end of a row's last picture."""
-    if IMAGE_TOKEN_INDEX not in ROWS[name]:
-        return 0
-    return spliced_length(name) - ROWS[name][::-1].index(IMAGE_TOKEN_INDEX)
 
 
 def close(found, expected, atol=1e-9, rtol=1e-9):
@@ -355,11 +278,11 @@ def test_a_stage_keeps_prefixes_in_the_memory_that_features_leave():
     settings = make_model().retriever.settings
     features = {"a.png": (torch.zeros(1, 4, 2**18), (8, 8))}  # 4 MiB
     data = SimpleNamespace(features=features, named=False)
-    model, args = SimpleNamespace(), SimpleNamespace(feature_cache_mb=5)
-    share_prefixes(model, [data], settings, args)
-    assert data.named and model.prefixes.limit == 2**20
+    model, args = SimpleNamespace(), SimpleNamespace(feature_cache_mb=5, query_cache="")
+    share_prefixes(model, None, [data], settings, args)
+    assert data.named and model.prefixes.limit == 2**20 and model.prefixes.folder is None
     model, data.named = SimpleNamespace(), False
-    share_prefixes(model, [data], dataclasses.replace(settings, offset_scope="all"), args)
+    share_prefixes(model, None, [data], dataclasses.replace(settings, offset_scope="all"), args)
     assert not data.named and not hasattr(model, "prefixes")
 
 

@@ -99,9 +99,9 @@ def test_a_benchmark_is_run_skipped_and_told(tiny, monkeypatch, capsys):
     monkeypatch.setattr(run_cells, "call", lambda *words: pytest.fail("nothing is left to do"))
     run_main(run_cells.main, tiny)
     assert results(tiny) == made
-    zero_shot = {path: data for path, data in made.items() if path.endswith("zero-shot/answers.jsonl")}
-    assert len(zero_shot) == 5 and len(set(zero_shot.values())) == 1  # of four cells, and what they share
     root = Benchmark.read(tiny).root
+    zero_shot = [*root.glob("zero-shot/*/1_0.jsonl"), *root.rglob("zero-shot/chunks/1_0.jsonl")]
+    assert len(zero_shot) == 5 and len({path.read_bytes() for path in zero_shot}) == 1  # what four cells share
     scores = [path.read_bytes() for path in root.rglob("zero-shot/scores.json")]
     assert len(scores) == len(set(scores)) == 4  # nobody's is another's, whoever was first
     assert [path.relative_to(root) for path in root.rglob("sights")] == [Path("cache", "sights")]
@@ -152,7 +152,7 @@ def test_gaps_are_told_over_the_seeds_that_both_have(tiny):
         matrix["provenance"] = {"question_file": {"sha256": "same"}}
         benchmark.matrix(cell).parent.mkdir(parents=True)
         benchmark.matrix(cell).write_text(json.dumps(matrix))
-        Marks(benchmark).finish(cell, "identity", 1.0)
+        Marks(benchmark).finish(cell, benchmark.identity(cell, benchmark.sequence_of(cell)), 1.0)
     retrieval, joint, others, asked = (entry["gaps"] for entry in benchmark_table.table(benchmark)["runs"])
     to_joint = retrieval["joint"]["exact_match"]
     assert to_joint["values"] == pytest.approx([0.4, -0.1]) and to_joint["mean"] == pytest.approx(0.15)
@@ -194,6 +194,35 @@ def test_the_best_rate_on_validation_rows_is_taken(tiny):
     best = max(tried, key=tried.__getitem__)
     assert benchmark.rate(cell) == best and len(set(tried.values())) == 2
     assert json.loads((benchmark.folder(cell) / "sequence.json").read_text())["train"]["learning_rate"] == best
+
+
+def test_what_the_base_answers_is_shared_also_after_a_change(tiny, monkeypatch):
+    """Of test rows; and where they are as before again, nothing is asked a second time."""
+    sequence = json.loads(tiny.read_text())["sequence"]
+    runs = [{"method": method, "pictures": ["real", "blank"]} for method in ("joint", "ewc", "lwf")]
+    made = []
+    for test_rows, more in ((None, []), (2, [{"method": "replay"}]), (None, [{"method": "replay"}])):
+        monkeypatch.setattr(tiny_cells, "written", [])
+        write(tiny, sequence, [*runs, *more], **({} if test_rows is None else {"test_rows": test_rows}))
+        run_main(run_cells.main, tiny)
+        made.append([path for path in tiny_cells.written if path.parts[-3:] == ("zero-shot", "chunks", "1_0.jsonl")])
+        benchmark = Benchmark.read(tiny)
+        chunks = [benchmark.matrix(cell).parent / "zero-shot" / "chunks" / "1_0.jsonl" for cell in benchmark.cells]
+        assert len({path.read_bytes() for path in chunks}) == 1
+    assert [[path.parents[6].name for path in paths] for paths in made] == [["joint"], ["joint"], []]
+
+
+def test_a_copied_stage_is_renewed_with_the_one_it_was_copied_from(tmp_path):
+    source, target = tmp_path / "a", tmp_path / "b"
+    for folder in (source, target):
+        folder.mkdir()
+        (folder / "training.json").write_text("{}")
+    (target / "README.md").write_text("with figures of its own")
+    run_cells.take_over(source, target)
+    assert (target / "README.md").is_file()
+    (source / "training.json").write_text('{"seed": 1}')
+    run_cells.take_over(source, target)
+    assert (target / "training.json").read_text() == '{"seed": 1}' and not (target / "README.md").exists()
 
 
 GIVEN = {"name": "given", "method": "retrieval", "route": "oracle", "seeds": [1]}
@@ -273,9 +302,55 @@ def test_a_run_with_further_rates_to_try_is_not_done(tiny, capsys):
         matrix.parent.mkdir(parents=True)
         summary = {"average_final": {"value": 0.4 + 0.1 * number}}  # the further one is better
         matrix.write_text(json.dumps({"metrics": {"exact_match": {"summary": summary}}}))
-        Marks(benchmark).finish(trial, "identity", 1.0)
+        Marks(benchmark).finish(trial, benchmark.identity(trial, benchmark.sequence_of(trial)), 1.0)
     run_main(benchmark_table.main, tiny)
     assert "1 of 2 cells are done" in capsys.readouterr().out, "the cell has the rate of before"
+
+
+def told(capsys):
+    """How many cells each line of a run counts as done, of how many."""
+    found = [re.match(r"\[benchmark\] (\d+) of (\d+) cells", line) for line in lines(capsys)]
+    return [(int(line[1]), int(line[2])) for line in found if line]
+
+
+def test_what_is_made_anew_is_not_counted_as_done(tiny, capsys):
+    """After further rates, other rows, and others for the trials alone."""
+    sequence = json.loads(tiny.read_text())["sequence"]
+    test = json.loads(Path(sequence).read_text())["test"]
+    runs = [{"method": "joint"}, {"method": "sequential", "learning_rate": [1e-3]}]
+    write(tiny, sequence, runs)
+    run_main(run_cells.main, tiny)
+    assert told(capsys) == [(0, 2), (1, 2), (2, 2)]
+    runs[1]["learning_rate"] = [1e-3, 1e-2]
+    write(tiny, sequence, runs)
+    run_main(run_cells.main, tiny)
+    benchmark = Benchmark.read(tiny)
+    last = [(3, 4)] if benchmark.rate(benchmark.cells[-1]) == 1e-2 else []
+    assert told(capsys) == [(1, 4), (2, 4), *last, (4, 4)]
+    for more, done, lines_of_cells in (
+        ({"rows": 4}, 0, [(0, 4), (1, 4), (2, 4), (3, 4)]),
+        ({"rows": 4, "validation": test}, 1, [(1, 4), (2, 4)]),  # whether the last has another rate then is chance
+    ):
+        write(tiny, sequence, runs, **more)
+        run_main(benchmark_table.main, tiny)
+        said = capsys.readouterr().out
+        assert f"{done} of 2 cells are done" in said and f"note: {2 - done} more were made with other rates" in said
+        run_main(run_cells.main, tiny)
+        found = told(capsys)
+        assert found[: len(lines_of_cells)] == lines_of_cells and found[-1] == (4, 4)
+
+
+def test_who_looks_takes_no_rows_away_from_those_who_run(tiny):
+    """The file was edited while its benchmark runs, and the table is asked for."""
+    sequence = json.loads(tiny.read_text())["sequence"]
+    write(tiny, sequence, [{"method": "joint"}], rows=4)
+    benchmark = Benchmark.read(tiny)
+    running = benchmark.prepare(benchmark.cells[0])
+    before = [Path(file).read_bytes() for task in running.tasks for file in task.files]
+    write(tiny, sequence, [{"method": "joint"}], rows=3)
+    edited = Benchmark.read(tiny)
+    edited.sequence_of(edited.cells[0])
+    assert [Path(file).read_bytes() for task in running.tasks for file in task.files] == before
 
 
 def test_keys_of_other_rows_are_made_again(tiny):
