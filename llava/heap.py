@@ -1,7 +1,7 @@
 """What becomes of the memory that tensors leave free on a CPU.
 
-glibc maps every large block by itself and gives it back to the system as soon as it is free, so that every page of every
-step's tensors is asked for and zeroed again. That can take half of a training step's time.
+glibc maps every large block by itself and gives it back to the system as soon as it is free, so that every page of
+every step's tensors is asked for and zeroed again. That can take half of a training step's time.
 """
 
 from __future__ import annotations

@@ -23,9 +23,6 @@ launch() {
     )
     if [ "$gpus" -eq 0 ]; then
         echo "== no GPU: training on the CPU, plainly -> $OUTPUT_DIR"
-        # Rows of many lengths leave gaps in glibc's heap, which grows by half within some hundred steps. Large tensors
-        # in mappings of their own go back to the system at once, and in huge pages that costs no time.
-        export MALLOC_MMAP_THRESHOLD_=${MALLOC_MMAP_THRESHOLD_:-1048576} THP_MEM_ALLOC_ENABLE=${THP_MEM_ALLOC_ENABLE:-1}
         # shellcheck disable=SC2086 # EXTRA_ARGS is a list of words
         python -m llava.train.train_mem "${arguments[@]}" --use_cpu True $EXTRA_ARGS
         return

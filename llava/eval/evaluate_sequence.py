@@ -31,7 +31,7 @@ from typing import Any
 from llava.cli import parse
 from llava.continual.model_card import refresh_figures
 from llava.data.rows import write_jsonl
-from llava.devices import restricted_to, run_together, visible_devices
+from llava.devices import has_accelerator, restricted_to, run_together, visible_devices
 from llava.eval import eval_video_qa
 from llava.eval.accuracy_matrix import DEFAULT_METRICS, MATRIX_NAME, fitting, write_matrix
 from llava.eval.answer_file import merge_answers
@@ -154,7 +154,8 @@ def answer(evaluation: Evaluation, number: int = 0, count: int = 1) -> None:
         from llava.eval.answerer import Answerer
         from llava.eval.question_cache import QuestionCache
 
-        shared = evaluation.sequence.keys.offset_scope == QUESTION
+        # A GPU works a prefix out about as fast as it gets one from the main memory.
+        shared = evaluation.sequence.keys.offset_scope == QUESTION and not has_accelerator()
         cache = QuestionCache(folder=evaluation.query_cache, prefixes=shared)
         return Answerer(evaluation.base, evaluation.loading, cache)
 
