@@ -9,10 +9,10 @@ a file by links. Nobody writes into such a file: every writer makes a new one th
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -29,15 +29,14 @@ FOLDER, ENDING = "slots", ".safetensors"
 LONGEST = 100
 """Letters of a task's name that its file bears; some file systems end at 143 bytes."""
 AT_A_TIME = 4
-"""Files that are read, hashed or compared at once."""
+"""Files that are read and hashed at once."""
 _PART: dict[str, Wanted] = {
     "name": words(empty=False),
     "sha256": words(empty=False),
     "tensors": list_of(list_of(words(), empty=False)),
 }
+_MEND = "copy the stage's whole folder again, or make it again"
 Entry = dict[str, Any]
-Given = TypeVar("Given")
-Made = TypeVar("Made")
 
 
 def part_file(path: Path, task: str) -> Path:
@@ -60,7 +59,10 @@ def read_parts(path: Path, entries: list[Entry]) -> list[Entry]:
     own = {part_file(path, entry["name"]) for entry in entries}
     if others := sorted({*(path.parent / FOLDER).glob(f"*{ENDING}")} - own):
         raise UserError(f"{others[0]}: belongs to no task of {path}; remove it, or copy the folder again")
-    return _side_by_side(lambda entry: _with_tensors(path, entry), entries)
+    # Threads do without torch: in a process that was forked it has no threads of its own any more.
+    with ThreadPoolExecutor(AT_A_TIME) as readers:
+        contents = readers.map(lambda entry: _content(path, entry), entries)
+        return [_with_tensors(path, *pair) for pair in zip(entries, contents, strict=True)]
 
 
 def write_parts(path: Path, entries: list[Entry], earlier: Iterable[Path] = ()) -> list[Entry]:
@@ -77,11 +79,14 @@ def write_parts(path: Path, entries: list[Entry], earlier: Iterable[Path] = ()) 
     known = {sha256: file for place in earlier for sha256, file in parts_of(place).items()}
     if entries:
         (path.parent / FOLDER).mkdir()
-    found = _side_by_side(lambda entry: _looked_up(entry, known), entries)
     written = []
-    for entry, (sha256, source) in zip(entries, found, strict=True):
+    for entry in entries:
         target, (plain, tensors) = part_file(path, entry["name"]), _taken_apart(entry)
-        link_or_copy(source, target) if source else target.write_bytes(_packed(tensors))
+        content = _packed(tensors)
+        sha256 = _sha256(content)
+        source = known.get(sha256)
+        there = source is not None and source.is_file() and source.read_bytes() == content  # it may be damaged since
+        link_or_copy(source, target) if source and there else target.write_bytes(content)
         written.append({**plain, "tensors": [list(place) for place in tensors], "sha256": sha256})
     return written
 
@@ -97,18 +102,22 @@ def parts_of(path: Path) -> dict[str, Path]:
         return {}
 
 
-def _with_tensors(path: Path, entry: Entry) -> Entry:
+def _content(path: Path, entry: Entry) -> bytes:
     file = part_file(path, entry["name"])
-    mend = "copy the stage's whole folder again, or make it again"
     if not file.is_file():
-        raise UserError(f"{file}: is gone, and {path} names it; {mend}")
+        raise UserError(f"{file}: is gone, and {path} names it; {_MEND}")
     content = file.read_bytes()
     if _sha256(content) != entry["sha256"]:
-        raise UserError(f"{file}: is not the file that was written with {path}; {mend}")
+        raise UserError(f"{file}: is not the file that was written with {path}; {_MEND}")
+    return content
+
+
+def _with_tensors(path: Path, entry: Entry, content: bytes) -> Entry:
     try:
         numbers = load(content)
     except SafetensorError as error:
-        raise UserError(f"{file}: cannot be read as a file of tensors ({error}); {mend}") from error
+        file = part_file(path, entry["name"])
+        raise UserError(f"{file}: cannot be read as a file of tensors ({error}); {_MEND}") from error
     whole = {name: value for name, value in entry.items() if name not in ("tensors", "sha256")}
     for *above, name in entry["tensors"]:
         inner = whole
@@ -116,15 +125,6 @@ def _with_tensors(path: Path, entry: Entry) -> Entry:
             inner = inner.setdefault(step, {})
         inner[name] = numbers[_name([*above, name])]
     return whole
-
-
-def _looked_up(entry: Entry, known: Mapping[str, Path]) -> tuple[str, Path | None]:
-    """Checksum of a task's file, and where that file is already."""
-    content = _packed(_taken_apart(entry)[1])
-    sha256 = _sha256(content)
-    source = known.get(sha256)
-    there = source is not None and source.is_file() and source.read_bytes() == content  # it may be damaged since
-    return sha256, source if there else None
 
 
 def _taken_apart(entry: Entry) -> tuple[Entry, dict[tuple[str, ...], Tensor]]:
@@ -149,12 +149,6 @@ def _packed(tensors: Mapping[tuple[str, ...], Tensor]) -> bytes:
 
 def _name(place: Iterable[str]) -> str:
     return ".".join(place)
-
-
-def _side_by_side(make: Callable[[Given], Made], of: Iterable[Given]) -> list[Made]:
-    """In threads: hashing, reading and comparing leave the interpreter to others."""
-    with ThreadPoolExecutor(AT_A_TIME) as workers:
-        return list(workers.map(make, of))
 
 
 def _sha256(content: bytes) -> str:
