@@ -11,8 +11,9 @@ import sys
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
 """Parameters of ``mallopt``, as ``malloc.h`` numbers them."""
-_KEPT, _MAPPED = 512 << 20, 32 << 20
-"""Bytes: free memory at the heap's end that is kept, and what is still mapped by itself (glibc takes no more)."""
+_KEPT, _MAPPED = 512 << 20, 4 << 20
+"""Bytes: free memory at the heap's end that is kept, and what is still mapped by itself: larger tensors of many sizes
+leave gaps that a heap grows by, smaller ones are most of the pages."""
 
 
 def keep_freed_memory() -> None:

@@ -21,7 +21,7 @@ keep_freed_memory()
 for round in range(8):
     if round == 3:
         before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    del [torch.ones(7 << 20) for _ in range(10)][:]  # 280 MB, 70,000 pages
+    del [torch.ones(700 << 10) for _ in range(100)][:]  # 280 MB, 70,000 pages
 faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 kept = resident()
 return_freed_memory()

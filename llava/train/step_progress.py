@@ -12,7 +12,7 @@ from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 from llava.heap import keep_freed_memory, return_freed_memory
 from llava.progress import Progress
 
-STEPS_BETWEEN = 2
+STEPS_BETWEEN = 4
 """Steps after which a training on a CPU gives back what its tensors have left free."""
 
 
