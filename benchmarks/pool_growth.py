@@ -16,7 +16,6 @@ and beside them the bytes of each stage, those that are its own, and what readin
 from __future__ import annotations
 
 import copy
-import ctypes
 import gc
 import os
 import sys
@@ -39,6 +38,7 @@ from llava.checkpoints.kinds import SLOTS_FILE  # noqa: E402
 from llava.checkpoints.manifest import seal  # noqa: E402
 from llava.cli import flag, parse  # noqa: E402
 from llava.files import atomic_folder  # noqa: E402
+from llava.heap import return_freed_memory  # noqa: E402
 from llava.model.language_model.retriever import Retriever  # noqa: E402
 from llava.slots.pool import Pool  # noqa: E402
 from llava.utils import run_cli  # noqa: E402
@@ -119,8 +119,7 @@ def _resident() -> int:
     """Bytes of this process that are in memory and in use; 0 where the system does not tell."""
     place = Path("/proc/self/statm")
     gc.collect()
-    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
-        trim(0)  # what an earlier pool took would be given to the next, which then seemed to take nothing
+    return_freed_memory()  # what an earlier pool took would be given to the next, which then seemed to take nothing
     return int(place.read_bytes().split()[1]) * os.sysconf("SC_PAGE_SIZE") if place.exists() else 0
 
 

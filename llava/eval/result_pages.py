@@ -54,10 +54,11 @@ RUN: dict[str, Wanted] = {
     "seeds": list_of(whole(0), empty=False),
     "task_given": yes_or_no,
     **dict.fromkeys(("rates", "final"), _each(number())),
-    **dict.fromkeys(("summary", "gaps"), _each(_FIGURE)),
+    **dict.fromkeys(("summary", "overall", "gaps"), _each(_FIGURE)),
     "pictures": _each(_each(_FIGURE)),
 }
-"""Of a run; ``overall`` may be absent."""
+_OF_ALL_RUNS = tuple(name for name in RUN if name != "overall")
+"""Earlier results tell nothing over all questions."""
 _PART = re.compile(r"^(<!-- results: (\S+) -->\n).*?^(<!-- end of results -->)$", re.S | re.M)
 _OPEN = re.compile(r"^<!-- results:", re.M)
 _ZERO = re.compile(r"^([+-]?)0\.")
@@ -116,7 +117,7 @@ def _check(result: Mapping[str, Any], where: str) -> None:
         check_fields(values, by_task, f"{where}: baselines: {name}", False, tuple(by_task))
     for place, entry in enumerate(result["runs"], start=1):
         run = f"{where}: run {place}"
-        check_fields(entry, {**RUN, "overall": _each(_FIGURE)}, run, False, tuple(RUN))
+        check_fields(entry, RUN, run, False, _OF_ALL_RUNS)
         check_fields(entry["final"], by_task, f"{run}: final", False, tuple(by_task))
         check_fields(entry["summary"], {"average_final": _FIGURE}, f"{run}: summary", False, ("average_final",))
 

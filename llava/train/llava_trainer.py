@@ -18,6 +18,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
 from llava.continual.methods import Context, Recipe
 from llava.files import atomic_write, system_errors_named
+from llava.heap import keep_freed_memory, return_freed_memory
 from llava.outside import read_object
 from llava.progress import Progress
 from llava.train.checkpoint_mark import last_complete_checkpoint, mark_complete
@@ -51,6 +52,8 @@ __all__ = [
 
 SLOTS_STATE = "trained_slots.pt"
 LOSSES = "losses.json"
+STEPS_BETWEEN = 4
+"""Steps after which a training on a CPU gives back what its tensors have left free."""
 
 
 class LLaVATrainer(Trainer):
@@ -73,6 +76,8 @@ class LLaVATrainer(Trainer):
         if tokenizer is not None:
             kwargs.setdefault("processing_class", tokenizer)
         super().__init__(*args, **kwargs)
+        if self.args.device.type == "cpu":
+            self.add_callback(_FreedMemory())
         self.recipe, self.context = recipe, context
         self.groups: list[Mapping[str, Any]] = []
         self.exact: dict[str, torch.Tensor] = {}
@@ -196,6 +201,17 @@ class LLaVATrainer(Trainer):
             if "train_loss" in logged:
                 logged["train_loss"] = loss
         return output._replace(training_loss=loss, metrics={**output.metrics, "train_loss": loss})
+
+
+class _FreedMemory(TrainerCallback):
+    """Keeps on a CPU the memory that a step's tensors leave free for the next steps, and the heap from growing."""
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        keep_freed_memory()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step % STEPS_BETWEEN == 0:
+            return_freed_memory()
 
 
 class _AllStepsTaken(Exception):

@@ -1,5 +1,4 @@
-"""How far a training is, in place of transformers' bar and of the dictionaries that it prints; and, on a CPU, what
-becomes of the memory that its steps leave free."""
+"""How far a training is, in place of transformers' bar and of the dictionaries that it prints."""
 
 from __future__ import annotations
 
@@ -9,22 +8,7 @@ from typing import Any
 from transformers import PrinterCallback, Trainer, TrainerCallback
 from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 
-from llava.heap import keep_freed_memory, return_freed_memory
 from llava.progress import Progress
-
-STEPS_BETWEEN = 4
-"""Steps after which a training on a CPU gives back what its tensors have left free."""
-
-
-class FreedMemory(TrainerCallback):
-    """Keeps the heap of a training on a CPU from growing, see ``llava.heap``."""
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        keep_freed_memory()
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step % STEPS_BETWEEN == 0:
-            return_freed_memory()
 
 
 class StepProgress(TrainerCallback):
@@ -79,6 +63,4 @@ def show_steps(trainer: Trainer, title: str) -> None:
     """Let a trainer show its steps this way, and no other."""
     for theirs in (PrinterCallback, DEFAULT_PROGRESS_CALLBACK):
         trainer.remove_callback(theirs)
-    if trainer.args.device.type == "cpu":
-        trainer.add_callback(FreedMemory())
     trainer.add_callback(StepProgress(title, lines=bool(trainer.args.disable_tqdm)))
