@@ -10,14 +10,13 @@ smallest one twice; they take a step in turn, and the figures are medians (``ben
     decode   a step of one token for 16 questions, which take the tasks in turn
     write    the folder as a stage writes it: its own task's file, links to those before, the list of checksums
 
-and beside them the bytes of each stage, those that are its own, and what reading it adds to the memory of the process.
+and beside them the bytes of each stage, those that are its own, and what reading it adds to the process's own memory.
 """
 
 from __future__ import annotations
 
 import copy
 import gc
-import os
 import sys
 import tempfile
 import time
@@ -38,7 +37,7 @@ from llava.checkpoints.kinds import SLOTS_FILE  # noqa: E402
 from llava.checkpoints.manifest import seal  # noqa: E402
 from llava.cli import flag, parse  # noqa: E402
 from llava.files import atomic_folder  # noqa: E402
-from llava.heap import return_freed_memory  # noqa: E402
+from llava.heap import own_bytes, return_freed_memory  # noqa: E402
 from llava.model.language_model.retriever import Retriever  # noqa: E402
 from llava.slots.pool import Pool  # noqa: E402
 from llava.utils import run_cli  # noqa: E402
@@ -116,11 +115,9 @@ def _write_stage(pool: Pool, file: Path, *earlier: Path) -> None:
 
 
 def _resident() -> int:
-    """Bytes of this process that are in memory and in use; 0 where the system does not tell."""
-    place = Path("/proc/self/statm")
     gc.collect()
     return_freed_memory()  # what an earlier pool took would be given to the next, which then seemed to take nothing
-    return int(place.read_bytes().split()[1]) * os.sysconf("SC_PAGE_SIZE") if place.exists() else 0
+    return own_bytes()
 
 
 @dataclass(kw_only=True)

@@ -7,9 +7,11 @@ every step's tensors is asked for and zeroed again. That can take half of a trai
 from __future__ import annotations
 
 import ctypes
+import os
 import sys
+from pathlib import Path
 
-_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
+_TRIM_THRESHOLD, _MMAP_THRESHOLD, _ARENA_MAX = -1, -3, -8
 """Parameters of ``mallopt``, as ``malloc.h`` numbers them."""
 _KEPT, _MAPPED = 512 << 20, 4 << 20
 """Bytes: free memory at the heap's end that is kept, and what is still mapped by itself: larger tensors of many sizes
@@ -19,6 +21,7 @@ leave gaps that a heap grows by, smaller ones are most of the pages."""
 def keep_freed_memory() -> None:
     """Let later tensors have what earlier ones leave free; with another C library than glibc nothing changes."""
     if library := _glibc():
+        library.mallopt(_ARENA_MAX, 1)  # a backward pass, a thread of its own, takes what the forward pass left
         library.mallopt(_MMAP_THRESHOLD, _MAPPED)
         library.mallopt(_TRIM_THRESHOLD, _KEPT)
 
@@ -27,6 +30,15 @@ def return_freed_memory() -> None:
     """Give back what is free now, the gaps too that tensors of many sizes leave: without this a heap only grows."""
     if library := _glibc():
         library.malloc_trim(0)
+
+
+def own_bytes() -> int:
+    """Memory that this process has for itself, mapped files not counted; 0 where the system does not tell."""
+    place = Path("/proc/self/statm")
+    if not place.exists():
+        return 0
+    resident, shared = map(int, place.read_bytes().split()[1:3])
+    return (resident - shared) * os.sysconf("SC_PAGE_SIZE")
 
 
 def _glibc() -> ctypes.CDLL | None:

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load, save
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from llava.checkpoints.weights import UNREADABLE
@@ -61,8 +61,8 @@ def read_parts(path: Path, entries: list[Entry]) -> list[Entry]:
         raise UserError(f"{others[0]}: belongs to no task of {path}; remove it, or copy the folder again")
     # Threads do without torch: in a process that was forked it has no threads of its own any more.
     with ThreadPoolExecutor(AT_A_TIME) as readers:
-        contents = readers.map(lambda entry: _content(path, entry), entries)
-        return [_with_tensors(path, *pair) for pair in zip(entries, contents, strict=True)]
+        whole = readers.map(lambda entry: _check_file(path, entry), entries)
+        return [_with_tensors(path, entry) for entry, _ in zip(entries, whole, strict=True)]
 
 
 def write_parts(path: Path, entries: list[Entry], earlier: Iterable[Path] = ()) -> list[Entry]:
@@ -102,21 +102,22 @@ def parts_of(path: Path) -> dict[str, Path]:
         return {}
 
 
-def _content(path: Path, entry: Entry) -> bytes:
+def _check_file(path: Path, entry: Entry) -> None:
     file = part_file(path, entry["name"])
     if not file.is_file():
         raise UserError(f"{file}: is gone, and {path} names it; {_MEND}")
-    content = file.read_bytes()
-    if _sha256(content) != entry["sha256"]:
+    with file.open("rb") as stream:
+        found = hashlib.file_digest(stream, "sha256").hexdigest()
+    if found != entry["sha256"]:
         raise UserError(f"{file}: is not the file that was written with {path}; {_MEND}")
-    return content
 
 
-def _with_tensors(path: Path, entry: Entry, content: bytes) -> Entry:
+def _with_tensors(path: Path, entry: Entry) -> Entry:
+    """The entry with its tensors mapped from their file: what no question uses takes no memory of the process."""
+    file = part_file(path, entry["name"])
     try:
-        numbers = load(content)
+        numbers = load_file(file)
     except SafetensorError as error:
-        file = part_file(path, entry["name"])
         raise UserError(f"{file}: cannot be read as a file of tensors ({error}); {_MEND}") from error
     whole = {name: value for name, value in entry.items() if name not in ("tensors", "sha256")}
     for *above, name in entry["tensors"]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -118,7 +119,7 @@ class Pool(nn.Module):
         """Take a task's slots in, at their place in slot order."""
         if f"task:{task.name}" in self.slots:
             raise UserError(f"the pool already has slots for task {task.name!r}")
-        later = [other for other in reversed(self.tasks) if other.start > task.start]
+        later = list(takewhile(lambda other: other.start > task.start, reversed(self.tasks)))
         self.slots[f"task:{task.name}"] = task
         for other in reversed(later):  # a ModuleDict keeps the order of insertion
             self.slots[f"task:{other.name}"] = self.slots.pop(f"task:{other.name}")

@@ -18,7 +18,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
 from llava.continual.methods import Context, Recipe
 from llava.files import atomic_write, system_errors_named
-from llava.heap import keep_freed_memory, return_freed_memory
+from llava.heap import keep_freed_memory, own_bytes, return_freed_memory
 from llava.outside import read_object
 from llava.progress import Progress
 from llava.train.checkpoint_mark import last_complete_checkpoint, mark_complete
@@ -52,8 +52,8 @@ __all__ = [
 
 SLOTS_STATE = "trained_slots.pt"
 LOSSES = "losses.json"
-STEPS_BETWEEN = 4
-"""Steps after which a training on a CPU gives back what its tensors have left free."""
+KEPT = 11 << 28
+"""Bytes by which a training on a CPU may outgrow what it needs between two steps, before it gives back what is free."""
 
 
 class LLaVATrainer(Trainer):
@@ -207,11 +207,13 @@ class _FreedMemory(TrainerCallback):
     """Keeps on a CPU the memory that a step's tensors leave free for the next steps, and the heap from growing."""
 
     def on_train_begin(self, args, state, control, **kwargs):
+        self.needed = 0
         keep_freed_memory()
 
     def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step % STEPS_BETWEEN == 0:
+        if own_bytes() > self.needed + KEPT:
             return_freed_memory()
+            self.needed = own_bytes()
 
 
 class _AllStepsTaken(Exception):

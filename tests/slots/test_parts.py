@@ -13,6 +13,7 @@ from tiny_llava import write_base, write_stage
 from tiny_world import same_slots
 
 from llava.checkpoints.manifest import check_seal, seal
+from llava.heap import own_bytes
 from llava.slots import edit, parts
 from llava.slots.edit import read_place, remove, rename, write_place
 from llava.slots.file import content_sha256
@@ -86,6 +87,17 @@ def test_targets_and_what_a_task_may_lack_come_back_in_their_order(pool, tmp_pat
     found.write(tmp_path / "again.pth")
     made.write(tmp_path / "made.pth")
     assert (tmp_path / "again.pth").read_bytes() == (tmp_path / "made.pth").read_bytes()
+
+
+@pytest.mark.skipif(not own_bytes(), reason="this system does not tell what a process takes")
+def test_numbers_that_nobody_uses_take_no_memory_and_changed_ones_stay_in_the_process(tmp_path):
+    whole = [{"name": "large", "A": {"o_proj": torch.ones(10 << 20)}}]  # 40 MB
+    entries = parts.write_parts(tmp_path / "slots.pth", whole)
+    content, before = part_file(tmp_path / "slots.pth", "large").read_bytes(), own_bytes()
+    [found] = parts.read_parts(tmp_path / "slots.pth", entries)
+    assert own_bytes() - before < 10 << 20
+    found["A"]["o_proj"].zero_()  # as training changes a task's own
+    assert part_file(tmp_path / "slots.pth", "large").read_bytes() == content
 
 
 def test_a_stage_without_tasks_is_one_small_file(pool, tmp_path):
