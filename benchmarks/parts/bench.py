@@ -21,12 +21,14 @@ import torch
 import transformers
 
 from benchmarks.parts.contenders import (
+    PREFIXES,
     Decoding,
     DenseTraining,
     OneByOne,
     Prefill,
     Shape,
     Training,
+    TrainingOnPictures,
     routed_rank,
     trained_rank,
     with_lora,
@@ -35,12 +37,16 @@ from benchmarks.parts.contenders import (
 from benchmarks.parts.questions import Questions
 from benchmarks.parts.timing import AGAIN, BASE, Found, Step, lines, measure, record
 from llava.files import atomic_write
+from llava.model.prefixes import PrefixStore
+from llava.slots.names import ALL, QUESTION
 from llava.slots.offsets import TARGETS
 from llava.train.memory import activation_bytes
 from llava.utils import rank0_print
 
 FEW, MANY = 3, 1000
 """Numbers of stored tasks."""
+SEVERAL = 7
+"""Questions about a picture."""
 
 
 @dataclass
@@ -122,6 +128,40 @@ class Bench:
             alike = sum(one == other for one, other in pairs)
             rank0_print(f"{alike} of {self.shape.rows} answers of a batch are those of a batch of one")
         return Table(found, self.shape.rows, "questions", {"answers": self.shape.rows, "answers_alike": alike})
+
+    def scope_training(self, until: float) -> Table:
+        """Training steps on seven questions about each of two pictures; the base is offsets everywhere."""
+        everywhere, behind = (with_slots(self.model, self.shape, 1, TARGETS, scope) for scope in (ALL, QUESTION))
+        with tempfile.TemporaryDirectory() as folder:
+            batch = self._several(folder).batch(self.model)
+        base = TrainingOnPictures(everywhere, self.shape, batch)
+        steps: dict[str, Step] = {BASE: base, AGAIN: base}
+        steps["behind, first epoch"] = TrainingOnPictures(behind, self.shape, batch)
+        again = with_slots(self.model, self.shape, 1, TARGETS, QUESTION)
+        steps["behind, later epochs"] = TrainingOnPictures(again, self.shape, batch, keeps=True)
+        return Table(measure(steps, self.device, until, self.rounds), len(batch["input_ids"]), "samples")
+
+    def scope_answers(self, until: float) -> Table:
+        """Answers to as many questions, pictures opened and looked at anew; the base is offsets everywhere."""
+        self.model.eval()
+        everywhere, behind = (with_slots(self.model, self.shape, FEW, TARGETS, scope) for scope in (ALL, QUESTION))
+        with tempfile.TemporaryDirectory() as folder:
+            questions = self._several(folder)
+            rows = len(questions.rows)
+
+            def ask(model: Any, prefixes: PrefixStore | None = None) -> list[str]:
+                model.prefixes = prefixes
+                return questions.ask(model, rows)
+
+            kept = PrefixStore(PREFIXES)
+            steps: dict[str, Step] = {BASE: partial(ask, everywhere), AGAIN: partial(ask, everywhere)}
+            steps["behind, whole prompts"] = partial(ask, behind)
+            steps["behind, first model"] = lambda: ask(behind, PrefixStore(PREFIXES))
+            steps["behind, later models"] = lambda: ask(behind, kept)
+            return Table(measure(steps, self.device, until, self.rounds), rows, "questions")
+
+    def _several(self, folder: str) -> Questions:
+        return Questions(Path(folder), replace(self.shape, rows=2 * SEVERAL), self.model, SEVERAL)
 
 
 def machine(device: torch.device) -> dict[str, Any]:

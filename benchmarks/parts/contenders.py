@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -22,12 +22,16 @@ from llava.model.decision import Decision
 from llava.model.grown_cache import grown_cache
 from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
 from llava.model.language_model.retriever import Retriever
+from llava.model.prefixes import PrefixStore
+from llava.slots.names import ALL
 from llava.slots.offsets import target_features
 from llava.slots.pool import Pool
 from llava.slots.settings import RetrieverSettings
 from llava.slots.task_slots import TaskSlots
 
 TASK = "t0000"
+PREFIXES = 1 << 30
+"""Bytes that kept prefixes may take."""
 
 
 @dataclass(frozen=True)
@@ -159,7 +163,9 @@ def sharing(model: Any) -> Any:
     return copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
 
 
-def with_slots(model: Any, shape: Shape, tasks: int, targets: Iterable[str] = ("o_proj",)) -> Any:
+def with_slots(
+    model: Any, shape: Shape, tasks: int, targets: Iterable[str] = ("o_proj",), offset_scope: str = ALL
+) -> Any:
     """The model with random, trained slots of so many tasks, which route on the picture.
 
     All tasks have keys of their own and the same offsets: a thousand tasks of a 7B model would else take 67 GB. On the
@@ -175,6 +181,7 @@ def with_slots(model: Any, shape: Shape, tasks: int, targets: Iterable[str] = ("
         rank=shape.rank,
         top_k=TOP_K,
         router="keys",
+        offset_scope=offset_scope,
     )
     generator = torch.Generator().manual_seed(0)
     first = TaskSlots.empty(settings, TASK, 0, SLOTS)
@@ -268,6 +275,27 @@ class DenseTraining(Training):
 
     def _project(self, layer: int, weight: Tensor, x: Tensor) -> Tensor:
         return torch.nn.functional.linear(x, weight + self.offsets[layer])
+
+
+class TrainingOnPictures(Training):
+    """The same from ids and the tower's features, on rows that ask several questions about each picture.
+
+    Args:
+        batch: what the project's collator makes of the rows. keeps: a step finds the prefixes of the steps before
+            (``llava.model.prefixes``), as in a training's second epoch; else it works out its own.
+    """
+
+    def __init__(self, model: Any, shape: Shape, batch: dict[str, Any], keeps: bool = False):
+        super().__init__(model, replace(shape, train_rows=len(batch["input_ids"])))
+        self.batch, self.keeps = batch, keeps
+        self.model.prefixes = PrefixStore(PREFIXES)
+
+    def __call__(self) -> None:
+        if not self.keeps:
+            self.model.prefixes = PrefixStore(PREFIXES)
+        self.model(**self.batch, answers_only=True, route=self.decision).loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
 
 
 class Prefill:

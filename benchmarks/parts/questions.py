@@ -12,8 +12,9 @@ from transformers import PreTrainedTokenizerFast
 
 from benchmarks.parts.contenders import Shape
 from llava.conversation import get_conversation
-from llava.data.prompt import Prompt
+from llava.data.prompt import Prompt, PromptEncoder
 from llava.data.rows import Row, question_row, read_rows, write_jsonl
+from llava.data.samples import DataCollatorForSupervisedDataset, TrainingSamples, picture_names
 from llava.eval.answerer import Answerer
 from llava.eval.generation import Generation
 from llava.eval.loaded import Loaded
@@ -36,10 +37,10 @@ class InMemory(Answerer):
 
 
 class Questions:
-    """A file of questions, two about each picture, and the pictures, in ``folder``."""
+    """A file of ``shape.rows`` questions, so many about each picture, and the pictures, in ``folder``."""
 
-    def __init__(self, folder: Path, shape: Shape, model: Any):
-        self.shape, self.folder = shape, folder
+    def __init__(self, folder: Path, shape: Shape, model: Any, a_picture: int = 2):
+        self.shape, self.folder, self.a_picture = shape, folder, a_picture
         self.tokenizer = word_tokenizer()
         tower = model.get_vision_tower()
         self.processor = tower.image_processor or tower.default_processor(tower.config)
@@ -48,14 +49,26 @@ class Questions:
     def _write(self) -> list[Row]:
         random, written = np.random.default_rng(0), []
         for number in range(self.shape.rows):
-            name = f"{number // 2}.png"
-            if number % 2 == 0:
+            name = f"{number // self.a_picture}.png"
+            if number % self.a_picture == 0:
                 coarse = random.integers(0, 256, (SIDE // 16, SIDE // 16), dtype=np.uint8)
                 Image.fromarray(coarse).resize((SIDE, SIDE)).convert("RGB").save(self.folder / name)
             words = [WORDS[(number + place) % len(WORDS)] for place in range(5 + number % 8)]
             written.append(question_row(number, name, " ".join(words), "yes", "t0000", ["t0000"]))
         write_jsonl(self.folder / "questions.jsonl", written)
         return read_rows(self.folder / "questions.jsonl")
+
+    def batch(self, model: Any) -> dict[str, Any]:
+        """All rows, with their answers, as one training batch whose pictures the tower has seen."""
+        asked = InMemory(model, self.tokenizer, self.processor)
+        encoder = PromptEncoder(asked.prompt, self.tokenizer, self.processor, model.config, str(self.folder))
+        features = {}
+        for name in picture_names(self.rows):
+            pixels, size = encoder.picture(self.rows[0], name)
+            features[name] = model.vision_features([pixels])[0][0], size
+        samples = TrainingSamples(self.rows, encoder).add(features=features)
+        samples.named = True
+        return DataCollatorForSupervisedDataset(self.tokenizer)(list(samples))
 
     def ask(self, model: Any, batch_size: int) -> list[str]:
         """The answers, every picture opened and looked at anew."""

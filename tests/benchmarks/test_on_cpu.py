@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 from tiny_world import run_main
 
-from benchmarks import decode, eval_loop, pipeline, pool_growth, seven_billion, startup, train_step
+from benchmarks import decode, eval_loop, offset_scope, pipeline, pool_growth, seven_billion, startup, train_step
 from benchmarks.parts import bench
-from benchmarks.parts.contenders import TINY, DenseTraining, random_model
+from benchmarks.parts.contenders import TINY, DenseTraining, TrainingOnPictures, random_model, with_slots
+from benchmarks.parts.questions import Questions
 from benchmarks.parts.timing import AGAIN, BASE
 from llava.utils import UserError
 
@@ -41,6 +43,28 @@ def test_steps_of_a_model_are_measured_beside_the_base(tmp_path, capsys, monkeyp
     for part in written["parts"].values():
         assert {BASE, AGAIN, beside} < part["contenders"].keys()
         assert all(row["median_ms"] > 0 for row in part["contenders"].values())
+
+
+def test_both_scopes_of_offsets_are_measured(tmp_path):
+    written = measured(offset_scope.main, tmp_path, "--shape", "tiny", "--threads", torch.get_num_threads())["parts"]
+    training, answers = (part["contenders"] for part in written.values())
+    assert {BASE, AGAIN, "behind, first epoch", "behind, later epochs"} == training.keys()
+    assert {BASE, AGAIN, "behind, whole prompts", "behind, first model", "behind, later models"} == answers.keys()
+
+
+def test_what_is_kept_in_front_of_questions_is_worked_out_once_a_picture(tmp_path, monkeypatch):
+    """Fourteen questions about two pictures, in two training steps that keep it, and in one that does not."""
+    torch.manual_seed(0)
+    base = random_model(TINY, torch.device("cpu"))
+    questions = Questions(tmp_path, replace(TINY, rows=14), base, 7)
+    model = with_slots(base, TINY, 1, offset_scope="question")
+    passes, whole = [], type(model)._prefix
+    monkeypatch.setattr(type(model), "_prefix", lambda *given: passes.append(1) or whole(*given))
+    step = TrainingOnPictures(model, TINY, questions.batch(base), keeps=True)
+    step(), step()
+    assert len(questions.rows) == 14 and len(passes) == 2
+    TrainingOnPictures(model, TINY, questions.batch(base))()
+    assert len(passes) == 4
 
 
 def test_the_dense_form_adds_what_the_low_rank_form_adds():
