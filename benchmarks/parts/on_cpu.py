@@ -13,6 +13,7 @@ from benchmarks.parts.bench import Bench, run_parts
 from benchmarks.parts.contenders import SMALL, TINY, Shape, random_model
 from benchmarks.parts.timing import ROUNDS
 from llava.cli import flag, parse
+from llava.heap import keep_freed_memory
 from llava.model.builder import load_pretrained_model
 from llava.utils import UserError, quiet_libraries
 
@@ -38,6 +39,7 @@ def main(parts: Sequence[str], description: str | None) -> int:
     quiet_libraries()
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
+    keep_freed_memory()  # as training does; else a step pays for what the one before it gave back
     if arguments.base:
         model, shape = _loaded(arguments.base)
     else:
