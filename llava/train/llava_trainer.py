@@ -52,7 +52,7 @@ __all__ = [
 
 SLOTS_STATE = "trained_slots.pt"
 LOSSES = "losses.json"
-KEPT = 2 << 30
+KEPT = 9 << 28
 """Bytes by which a training on a CPU may outgrow what it needs between two steps, before it gives back what is free."""
 
 
