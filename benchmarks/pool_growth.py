@@ -33,6 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.parts.bench import machine, write  # noqa: E402
 from benchmarks.parts.contenders import SMALL, TINY, Decoding, Shape, Training, random_model, sharing, with_slots  # noqa: E402
 from benchmarks.parts.timing import AGAIN, BASE, ROUNDS, Found, lines, measure, record  # noqa: E402
+from llava import files  # noqa: E402
 from llava.checkpoints.kinds import SLOTS_FILE  # noqa: E402
 from llava.checkpoints.manifest import seal  # noqa: E402
 from llava.cli import flag, parse  # noqa: E402
@@ -83,6 +84,7 @@ class Growth:
 
     @staticmethod
     def _attached(file: Path, model: Any) -> Any:
+        files._KNOWN.clear()  # the checksums that this process knows: each attaching is a process's first
         model.attach_adapter(Retriever(Pool.read(file)))
         return model
 

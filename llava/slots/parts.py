@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from llava.checkpoints.weights import UNREADABLE
-from llava.files import link_or_copy
+from llava.files import file_sha256, link_or_copy
 from llava.schema import Wanted, an_object, check_fields, list_of, words
 from llava.slots.names import check_task_name
 from llava.utils import UserError
@@ -29,7 +29,7 @@ FOLDER, ENDING = "slots", ".safetensors"
 LONGEST = 100
 """Letters of a task's name that its file bears; some file systems end at 143 bytes."""
 AT_A_TIME = 4
-"""Files that are read and hashed at once."""
+"""Files that are hashed at once."""
 _PART: dict[str, Wanted] = {
     "name": words(empty=False),
     "sha256": words(empty=False),
@@ -61,8 +61,8 @@ def read_parts(path: Path, entries: list[Entry]) -> list[Entry]:
         raise UserError(f"{others[0]}: belongs to no task of {path}; remove it, or copy the folder again")
     # Threads do without torch: in a process that was forked it has no threads of its own any more.
     with ThreadPoolExecutor(AT_A_TIME) as readers:
-        whole = readers.map(lambda entry: _check_file(path, entry), entries)
-        return [_with_tensors(path, entry) for entry, _ in zip(entries, whole, strict=True)]
+        files = readers.map(lambda entry: _whole_file(path, entry), entries)
+        return [_with_tensors(*pair) for pair in zip(entries, files, strict=True)]
 
 
 def write_parts(path: Path, entries: list[Entry], earlier: Iterable[Path] = ()) -> list[Entry]:
@@ -102,19 +102,17 @@ def parts_of(path: Path) -> dict[str, Path]:
         return {}
 
 
-def _check_file(path: Path, entry: Entry) -> None:
+def _whole_file(path: Path, entry: Entry) -> Path:
     file = part_file(path, entry["name"])
     if not file.is_file():
         raise UserError(f"{file}: is gone, and {path} names it; {_MEND}")
-    with file.open("rb") as stream:
-        found = hashlib.file_digest(stream, "sha256").hexdigest()
-    if found != entry["sha256"]:
+    if file_sha256(file) != entry["sha256"]:
         raise UserError(f"{file}: is not the file that was written with {path}; {_MEND}")
+    return file
 
 
-def _with_tensors(path: Path, entry: Entry) -> Entry:
+def _with_tensors(entry: Entry, file: Path) -> Entry:
     """The entry with its tensors mapped from their file: what no question uses takes no memory of the process."""
-    file = part_file(path, entry["name"])
     try:
         numbers = load_file(file)
     except SafetensorError as error:
@@ -135,10 +133,11 @@ def _taken_apart(entry: Entry) -> tuple[Entry, dict[tuple[str, ...], Tensor]]:
     def plain(values: Entry, place: tuple[str, ...]) -> Entry:
         left = {}
         for name, value in values.items():
+            where = (*place, name)
             if isinstance(value, Tensor):
-                tensors[(*place, name)] = value
+                tensors[where] = value
             else:
-                left[name] = plain(value, (*place, name)) if isinstance(value, dict) else value
+                left[name] = plain(value, where) if isinstance(value, dict) else value
         return left
 
     return plain(entry, ()), tensors
