@@ -1,7 +1,9 @@
 """What becomes of the memory that tensors leave free on a CPU.
 
 glibc maps every large block by itself and gives it back to the system as soon as it is free, so that every page of
-every step's tensors is asked for and zeroed again. That can take half of a training step's time.
+every step's tensors is asked for and zeroed again. That can take half of a training step's time. And oneDNN, by which
+torch multiplies, keeps a compiled product for each of the last thousand shapes that it met, and torch's own layer above
+it another thousand: rows of ever other lengths bring ever other shapes.
 """
 
 from __future__ import annotations
@@ -16,6 +18,16 @@ _TRIM_THRESHOLD, _MMAP_THRESHOLD, _ARENA_MAX = -1, -3, -8
 _KEPT, _MAPPED = 512 << 20, 4 << 20
 """Bytes: free memory at the heap's end that is kept, and what is still mapped by itself: larger tensors of many sizes
 leave gaps that a heap grows by, smaller ones are most of the pages."""
+_COMPILED_KEPT = dict.fromkeys(("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"), "128")
+"""Compiled products that oneDNN and torch keep: more than a decoder's and a tower's layers have shapes, so that a step
+compiles each once at most. One takes up to a megabyte, and 4 ms to compile."""
+
+
+def bound_compiled_products() -> None:
+    """Let no more compiled products be kept than some steps need, unless the environment says how many. It acts only
+    before the process's first product."""
+    for name, count in _COMPILED_KEPT.items():
+        os.environ.setdefault(name, count)
 
 
 def keep_freed_memory() -> None:

@@ -27,7 +27,7 @@ INSTRUCT_ACCUMULATION=${INSTRUCT_ACCUMULATION:-1}
 BASE_SAVE_STEPS=${BASE_SAVE_STEPS:-50}                     # steps between two checkpoints of 1.6 GB; two are kept
 TRAIN_ARGS=${TRAIN_ARGS:---bf16 auto --logging_steps 10}   # more flags for both stages
 INSTRUCT_ARGS=${INSTRUCT_ARGS:---turns_apart True --freeze_mm_mlp_adapter True}  # what learnt words stays as it is
-ALIGN_MINUTES=2 INSTRUCT_MINUTES=20                        # on two cores with bfloat16 units, for the time left
+ALIGN_MINUTES=2 INSTRUCT_MINUTES=23                        # on two cores with bfloat16 units, for the time left
 # ----------------------------------------------------------------------------------------------------------------------
 
 export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"

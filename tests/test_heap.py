@@ -1,10 +1,13 @@
 """Memory that tensors leave free: kept for later ones, and given back when asked. By counts, not by time."""
 
+import os
 import subprocess
 import sys
 
 import pytest
+import torch
 
+from llava.heap import _COMPILED_KEPT as COMPILED
 from llava.heap import _glibc
 
 PROGRAM = """
@@ -29,6 +32,24 @@ print(faults, kept - resident())
 """
 
 
+SHAPES = """
+import torch
+
+from llava.heap import bound_compiled_products, own_bytes
+
+bound_compiled_products()
+layer = torch.nn.Linear(576, 576).bfloat16().requires_grad_(False)
+
+def meet(lengths):
+    for length in lengths:
+        layer(torch.zeros(length, 576, dtype=torch.bfloat16))
+    return own_bytes()
+
+before = meet(range(200, 800))
+print(meet(range(800, 1200)) - before)
+"""
+
+
 @pytest.mark.skipif(_glibc() is None, reason="another C library than glibc")
 def test_what_is_free_is_kept_until_it_is_given_back():
     found = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=True)
@@ -40,3 +61,14 @@ def test_what_is_free_is_kept_until_it_is_given_back():
 def test_without_glibc_nothing_happens(monkeypatch, platform):
     monkeypatch.setattr(sys, "platform", platform)
     assert _glibc() is None
+
+
+@pytest.mark.skipif(_glibc() is None or not torch.backends.mkldnn.is_available(), reason="no glibc or no oneDNN")
+def test_rows_of_ever_other_lengths_take_no_more_and_more_memory():
+    def growth(**variables):
+        environ = {name: value for name, value in os.environ.items() if name not in COMPILED} | variables
+        found = subprocess.run([sys.executable, "-c", SHAPES], capture_output=True, text=True, check=True, env=environ)
+        return int(found.stdout)
+
+    told = growth(**dict.fromkeys(COMPILED, "1024"))  # who says how many is taken at their word
+    assert growth() < told / 3 + (4 << 20)

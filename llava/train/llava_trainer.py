@@ -52,7 +52,7 @@ __all__ = [
 
 SLOTS_STATE = "trained_slots.pt"
 LOSSES = "losses.json"
-KEPT = 9 << 28
+KEPT = 10 << 28
 """Bytes by which a training on a CPU may outgrow what it needs between two steps, before it gives back what is free."""
 
 
@@ -211,7 +211,7 @@ class _FreedMemory(TrainerCallback):
         keep_freed_memory()
 
     def on_step_end(self, args, state, control, **kwargs):
-        if own_bytes() > self.needed + KEPT:
+        if control.should_save or own_bytes() > self.needed + KEPT:  # a checkpoint takes memory of its own
             return_freed_memory()
             self.needed = own_bytes()
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from llava.devices import NO_TF32, cpu_has_bfloat16, gpu_has_bfloat16, gpu_has_tf32, has_accelerator
+from llava.heap import bound_compiled_products
 from llava.targets import remove
 from llava.utils import rank0_print
 
@@ -64,6 +65,7 @@ def settle_machine(asked: Any) -> None:
         asked.tf32 = None
     if has_accelerator():
         return
+    bound_compiled_products()
     if asked.bf16 and not asked.use_cpu and not cpu_has_bfloat16():
         rank0_print("note: --bf16 True is left out: no GPU here, and this CPU has no bfloat16 units; float32 it is")
         asked.bf16 = False

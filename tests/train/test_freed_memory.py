@@ -24,13 +24,13 @@ def memory(monkeypatch):
     return found
 
 
-def steps(memory, taken):
-    """How often memory was given back after steps that leave so much with the process."""
+def steps(memory, taken, saved=()):
+    """How often memory was given back after steps that leave so much with the process; some of them are saved."""
     callback = _FreedMemory()
     callback.on_train_begin(None, None, None)
     counts = []
-    for memory.taken in taken:
-        callback.on_step_end(None, None, None)
+    for number, memory.taken in enumerate(taken):
+        callback.on_step_end(None, None, SimpleNamespace(should_save=number in saved))
         counts.append(memory.returned)
     return counts
 
@@ -46,3 +46,7 @@ def test_a_small_training_keeps_all(memory):
 
 def test_where_nothing_is_told_nothing_is_given_back(memory):
     assert steps(memory, [0, 0]) == [0, 0]
+
+
+def test_a_checkpoint_is_written_in_what_is_free(memory):
+    assert steps(memory, [KEPT // 2, KEPT // 2, 1], saved={1}) == [0, 1, 1]
