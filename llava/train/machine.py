@@ -55,7 +55,7 @@ def _precision_here() -> list[str]:
 
 
 def settle_machine(asked: Any) -> None:
-    """Fit precision and device of a parsed command line to this machine, in place.
+    """Fit precision and device of a parsed command line to this machine, in place, and this process to a CPU.
 
     Without a GPU the run is on the CPU, in bfloat16 only where the CPU multiplies it by itself; ``--use_cpu True`` says
     that the CPU is meant, and then ``--bf16`` is taken at its word.
@@ -63,9 +63,10 @@ def settle_machine(asked: Any) -> None:
     if asked.tf32 and not gpu_has_tf32():
         rank0_print(NO_TF32)
         asked.tf32 = None
+    if asked.use_cpu or not has_accelerator():
+        bound_compiled_products()
     if has_accelerator():
         return
-    bound_compiled_products()
     if asked.bf16 and not asked.use_cpu and not cpu_has_bfloat16():
         rank0_print("note: --bf16 True is left out: no GPU here, and this CPU has no bfloat16 units; float32 it is")
         asked.bf16 = False

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+from types import SimpleNamespace
 
 import pytest
 
 from llava.train import machine
-from llava.train.machine import without_auto
+from llava.train.machine import settle_machine, without_auto
 
 
 def here(monkeypatch, gpu, gpu_bf16=False, cpu_bf16=False):
@@ -68,3 +69,12 @@ def test_a_sequences_precision_is_a_default(monkeypatch, capsys, line):
     assert without_auto(["--task", "abd"], "auto")[:2] == ["--bf16", "False"]
     capsys.readouterr()
     assert without_auto(line, "auto") == line and capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(("gpu", "use_cpu", "bounded"), [(False, False, 1), (True, True, 1), (True, False, 0)])
+def test_compiled_products_are_bounded_where_the_cpu_trains(monkeypatch, gpu, use_cpu, bounded):
+    here(monkeypatch, gpu)
+    calls = []
+    monkeypatch.setattr(machine, "bound_compiled_products", lambda: calls.append(1))
+    settle_machine(SimpleNamespace(tf32=None, bf16=False, fp16=False, use_cpu=use_cpu))
+    assert len(calls) == bounded
