@@ -45,7 +45,5 @@ fi
     --batch_size "$EVAL_BATCH_SIZE" --max_new_tokens "$MAX_NEW_TOKENS" --conv_mode "$CONV_MODE" \
     --image_aspect_ratio "$IMAGE_ASPECT_RATIO" --follow_links "$FOLLOW_LINKS" \
     ${ANSWER_SUFFIX+--answer_suffix "$ANSWER_SUFFIX"} --stale "$STALE" \
-    ${DTYPE:+--dtype "$DTYPE"} ${TF32:+--tf32 "$TF32"} --pictures $PICTURES --picture_seed "$PICTURE_SEED"
-
-page=(python -m llava.eval.report --sequence "$SEQUENCE" --output_dir "$OUTPUT_DIR" --method "$METHOD" --route "$ROUTE")
-"${page[@]}" || echo "no page, for the reason above; the results are whole. Again: ${page[*]}" >&2
+    ${DTYPE:+--dtype "$DTYPE"} ${TF32:+--tf32 "$TF32"} --pictures $PICTURES --picture_seed "$PICTURE_SEED" \
+    --page 1

@@ -120,7 +120,7 @@ def test_fields_become_the_flags_that_transformers_makes_of_them(kind):
 LIGHT = [
     *("llava.continual.tasks", "llava.continual.slots", "llava.eval.eval_video_qa", "llava.eval.accuracy_matrix"),
     *("llava.eval.over_seeds", "llava.eval.result_pages", "llava.eval.run_llava", "llava.eval.route_report"),
-    *("llava.serve.cli", "fusion", "train_prompt_key", "merge_prompt_key"),
+    *("llava.eval.evaluate_sequence", "llava.serve.cli", "fusion", "train_prompt_key", "merge_prompt_key"),
 ]
 """Commands that do something, or explain themselves, before they need a model's libraries."""
 

@@ -22,7 +22,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -94,7 +94,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def score_files(
-    arguments: Arguments, pictures: Mapping[str, Mapping[str, Path]] | None = None, tables: bool = True
+    arguments: Arguments,
+    pictures: Mapping[str, Mapping[str, Path]] | None = None,
+    tables: bool = True,
+    scorer: TextScorer | None = None,
 ) -> None:
     """Score answers files and print their tables; Java starts once for all.
 
@@ -102,6 +105,7 @@ def score_files(
         pictures: of an answers file by kind the file of the same model's answers to other pictures; its scores say what
             the pictures contribute.
         tables: False prints none.
+        scorer: the one to use, and to leave open; one is started and ended here otherwise.
 
     Raises:
         UserError: a file is missing, or does not answer the questions (see ``match_answers``).
@@ -111,7 +115,8 @@ def score_files(
     jobs = [_Job(path, rows, arguments, (pictures or {}).get(path)) for path in arguments.answers_file]
     compared = [_Answers(path, rows, arguments.allow_partial) for path in arguments.compare]
     _refuse_shared_outputs(jobs)
-    with closing(TextScorer(use_java=False if arguments.no_java else None)) as scorer:
+    use_java = False if arguments.no_java else None
+    with closing(TextScorer(use_java)) if scorer is None else nullcontext(scorer) as scorer:
         finished = [job.finished_scores(scorer.tokenizer) for job in jobs]
         left = [job for job, found in zip(jobs, finished, strict=True) if found is None]
         scorer.tokenize([text for job in left for part in (job, *job.pictures.values()) for text in part.texts()])

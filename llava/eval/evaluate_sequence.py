@@ -2,14 +2,15 @@
 
     python -m llava.eval.evaluate_sequence --sequence vqa-rad --base_model BASE
 
-Everything that can be wrong is looked for before a model is loaded. Then each device loads the base once and answers
-its chunks of the test questions with the base alone and with one stage after the other. What is finished is skipped,
-and killed work goes on where it stopped and ends with the same bytes: give the same command again.
+Everything that can be wrong is looked for before a model is loaded (``llava.eval.evaluation_check``). Then each device
+loads the base once and answers its chunks of the test questions with the base alone and with one stage after the other.
+What is finished is skipped, and killed work goes on where it stopped and ends with the same bytes: give the same
+command again.
 
 Under ``output/eval/<sequence>[-<method>][-<route>]``, for ``zero-shot`` and each stage: ``chunks/``, ``answers.jsonl``,
-``scores.json``, ``rows.jsonl``; and ``accuracy_matrix.json`` with its picture. Each stage's model card shows its row.
-Where the methods ``joint`` and ``individual`` are evaluated already, or this one with the task given, the matrix has
-the gaps to them.
+``scores.json``, ``rows.jsonl``; and ``accuracy_matrix.json`` with its picture, and with ``--page 1`` a page about
+everything (``llava.eval.report``). Each stage's model card shows its row. Where the methods ``joint`` and
+``individual`` are evaluated already, or this one with the task given, the matrix has the gaps to them.
 
 With ``--pictures real blank shuffled`` the base and the last stage answer twice more, with blank pictures and with
 other questions' ones, in folders ``blank`` and ``shuffled`` of their own. The loaded model, what the tower saw and the
@@ -22,25 +23,25 @@ folders, each process answers chunks of its own on a device of its own; the firs
 from __future__ import annotations
 
 import functools
+import shlex
 import sys
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing, suppress
 from pathlib import Path
 from typing import Any
 
 from llava.cli import parse
-from llava.continual.model_card import refresh_figures
 from llava.data.rows import write_jsonl
 from llava.devices import has_accelerator, restricted_to, run_together, visible_devices
-from llava.eval import eval_video_qa
+from llava.eval import eval_video_qa, report
 from llava.eval.accuracy_matrix import DEFAULT_METRICS, MATRIX_NAME, fitting, write_matrix
-from llava.eval.answer_file import merge_answers
 from llava.eval.evaluation import Evaluation, Settings
 from llava.eval.evaluation_record import write_evaluation_record
 from llava.eval.ranks import Ranks
 from llava.eval.score_schema import read_scores
 from llava.eval.screen import screen
 from llava.eval.shown_pictures import REAL
+from llava.eval.text_metrics import TextScorer
 from llava.locks import only_writer
 from llava.slots.names import QUESTION
 from llava.utils import UserError, quiet_libraries, run_cli
@@ -61,24 +62,22 @@ def main(argv: Sequence[str] | None = None) -> None:
     if ranks.count > 1:
         _evaluate_together(evaluation, devices, words, ranks)
         return
-    evaluation.check()
-    with only_writer(evaluation.folder):
-        say(f"{len(evaluation.models)} models, {evaluation.chunks} chunk(s) on {', '.join(devices) or 'the CPU'}")
+    with ExitStack() as stack:
+        scorer = begin(evaluation, ", ".join(devices) or "the CPU", stack)
         if len(devices) > 1:
             answer_on(devices[: evaluation.chunks], words)
         else:
             answer(evaluation)
-        score(evaluation)
+        conclude(evaluation, scorer)
 
 
 def _evaluate_together(evaluation: Evaluation, devices: Sequence[str], words: Sequence[str], ranks: Ranks) -> None:
     """This process's part where a launcher has started several."""
+    scorers: list[TextScorer] = []  # the first process's
 
     def check() -> None:
-        if first:
-            evaluation.check()
-            stack.enter_context(only_writer(evaluation.folder))
-            say(f"{len(evaluation.models)} models, {evaluation.chunks} chunk(s) on {ranks.count} processes")
+        if ranks.number == 0:
+            scorers.append(begin(evaluation, f"{ranks.count} processes", stack))
 
     def work() -> None:
         if devices:
@@ -86,28 +85,63 @@ def _evaluate_together(evaluation: Evaluation, devices: Sequence[str], words: Se
         else:
             answer(evaluation, ranks.number, ranks.count)
 
-    first = ranks.number == 0
     with ExitStack() as stack, ranks.together() as in_step:
         in_step(check)
         in_step(work)
-        in_step(lambda: score(evaluation) if first else None)
+        in_step(lambda: conclude(evaluation, scorers[0]) if scorers else None)
 
 
-def score(evaluation: Evaluation) -> None:
-    """Join the chunks of every model, score them, draw the accuracy matrix and print the screen of the last stage."""
+def begin(evaluation: Evaluation, places: str, stack: ExitStack) -> TextScorer:
+    """Check everything and hold the folder, both until ``stack`` is closed.
+
+    Returns:
+        what will score the answers. While those are still to come its Java loads METEOR's tables, from before the
+        libraries that answering needs are imported.
+    """
+    scorer = stack.enter_context(closing(TextScorer()))
+    if not all(evaluation.answers_file(*found).is_file() for found in evaluation.passes):
+        with suppress(OSError):  # is tried again, and told of, when it is needed
+            scorer.start()
+    from llava.eval.evaluation_check import check_evaluation
+
+    check_evaluation(evaluation)
+    stack.enter_context(only_writer(evaluation.folder))
+    say(f"{len(evaluation.models)} models, {evaluation.chunks} chunk(s) on {places}")
+    return scorer
+
+
+def conclude(evaluation: Evaluation, scorer: TextScorer) -> None:
+    """Join the chunks of every model, score them, draw the accuracy matrix, print the screen of the last stage, and
+    write the page where it is asked for."""
     for name, kind in evaluation.passes:
         merge(evaluation, name, kind)
-    matrix, stages = score_answers(evaluation)
+    matrix, stages = score_answers(evaluation, scorer)
     write_evaluation_record(evaluation)
     print(screen(title(evaluation), read_scores(stages[-1])[0], matrix, where(evaluation)), flush=True)
+    if evaluation.settings.page:
+        write_page(evaluation.folder)
 
 
-def score_answers(evaluation: Evaluation) -> tuple[dict[str, Any], list[Path]]:
+def write_page(folder: Path) -> None:
+    """The page about an evaluation; without it the results are whole."""
+    try:
+        report.write_page(report.Arguments(outputs=[str(folder)]))
+    except UserError as error:
+        again = f"python -m llava.eval.report {shlex.quote(str(folder))}"
+        print(f"no page: {error}. The results are whole. Again: {again}", file=sys.stderr)
+
+
+def score_answers(evaluation: Evaluation, scorer: TextScorer | None = None) -> tuple[dict[str, Any], list[Path]]:
     """Score the answers that are there, and draw the accuracy matrix; the stages themselves may be elsewhere.
+
+    Args:
+        scorer: see ``score_files``.
 
     Returns:
         the matrix, and the stages' scores.
     """
+    from llava.continual.model_card import refresh_figures
+
     answered = {found: str(evaluation.answers_file(*found)) for found in evaluation.passes}
     say(f"scoring {len(answered)} answer files")
     sequence = evaluation.sequence
@@ -121,6 +155,7 @@ def score_answers(evaluation: Evaluation) -> tuple[dict[str, Any], list[Path]]:
         eval_video_qa.Arguments(question_file=sequence.test, answers_file=files, train_file=train_files),
         pictures,
         tables=False,
+        scorer=scorer,
     )
     scores = {name: evaluation.folder / name / eval_video_qa.SCORES_NAME for name, _ in evaluation.models}
     zero_shot = scores.pop(evaluation.ZERO_SHOT, None)
@@ -188,6 +223,8 @@ def answer_on(devices: Sequence[str], words: Sequence[str], first: int = 0, coun
 
 def merge(evaluation: Evaluation, name: str, pictures: str) -> None:
     """Join a model's chunks of one kind of picture into one file of answers."""
+    from llava.eval.answer_file import merge_answers
+
     chunks = [evaluation.chunk(name, index, pictures).answers_file for index in range(evaluation.chunks)]
     write_jsonl(evaluation.answers_file(name, pictures), merge_answers(evaluation.rows, chunks))
 

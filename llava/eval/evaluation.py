@@ -1,4 +1,4 @@
-"""What an evaluation of a task sequence takes and makes, and what about it can be checked before it starts."""
+"""What an evaluation of a task sequence takes and makes. It is told without torch, which takes seconds to import."""
 
 from __future__ import annotations
 
@@ -6,27 +6,21 @@ import os
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from llava.cli import MANY, SEEDS, flag
-from llava.continual.methods import METHODS
 from llava.continual.places import Places
-from llava.continual.preflight import check_base, check_questions, check_space, check_stages, require_stages
 from llava.continual.sequence import TaskSequence, load_sequence, sequence_flag
-from llava.conversation import get_conversation
-from llava.data.prompt import check_aspect_ratio
 from llava.data.rows import Row, read_rows
-from llava.data.samples import check_image_files
 from llava.devices import default_device, readers
-from llava.eval.answer_chunk import Chunk
-from llava.eval.generation import ORACLE, Generation, Loading, check_route, given_tasks
+from llava.eval.generation import ORACLE, Generation, Loading
 from llava.eval.loading_flags import DTYPES, asked_prompt
-from llava.eval.shown_pictures import KINDS, REAL, SHUFFLED, shown_rows
+from llava.eval.shown_pictures import KINDS, REAL, SHUFFLED
 from llava.inside import Folder, opened_to_links
 from llava.utils import UserError, require_file
 
-ANSWER_BYTES = 500
-"""What an answer takes on the disk, at least."""
+if TYPE_CHECKING:
+    from llava.eval.answer_chunk import Chunk
 
 
 @dataclass(frozen=True)
@@ -61,6 +55,7 @@ class Settings:
     )
     picture_seed: int = flag(0, "of the exchange of shuffled pictures", **SEEDS)
     stale: str = flag("replace", "answers of other weights or settings", choices=["replace", "refuse"])
+    page: bool = flag(False, "end with the page about it, report.html, and its tables")
     worker: str = flag("", "which part of the chunks this process answers, for the command's own use")
 
 
@@ -159,6 +154,8 @@ class Evaluation:
 
     def chunk(self, name: str, number: int, pictures: str = REAL) -> Chunk:
         """One chunk of a model's answers to a kind of picture."""
+        from llava.eval.answer_chunk import Chunk
+
         settings, stage = self.settings, dict(self.models)[name]
         return Chunk(
             question_file=self.sequence.test,
@@ -182,31 +179,3 @@ class Evaluation:
             replace=settings.stale == "replace",
             pictures=pictures,
         )
-
-    def check(self) -> None:
-        """Find what would stop the evaluation later on, without loading a model.
-
-        Raises:
-            UserError: naming the first thing that is wrong.
-        """
-        settings = self.settings
-        METHODS.get(settings.method)  # refuses a name that is no method
-        check_route(settings.route or None)
-        if settings.conv_mode:
-            get_conversation(settings.conv_mode)
-        if settings.image_aspect_ratio:
-            check_aspect_ratio(settings.image_aspect_ratio)
-        check_questions(self.rows, self.sequence)
-        given_tasks(self.rows, settings.route or None)  # refuses rows that the oracle route knows no task for
-        for task in self.sequence.tasks:
-            for file in task.files:
-                require_file(file, "training file", "the majority baselines need it; make it with: python fusion.py")
-        require_stages(self.places.stages)
-        check_stages(self.places.stages, check_base(self.base))
-        check_space(self.folder, ANSWER_BYTES * len(self.rows) * len(self.passes), "the answers")
-        check_image_files(self.rows, self.image_folder)
-        for kind in settings.pictures:
-            shown_rows(self.rows, kind, settings.picture_seed)  # refuses pictures that cannot change places
-        for name, kind in self.passes:
-            for number in range(self.chunks):
-                self.chunk(name, number, kind).finished()  # refuses another run's answers, if it should

@@ -23,8 +23,8 @@ from llava.utils import UserError
 EVALUATION_NAME = "evaluation.json"
 FORMAT_VERSION = 1
 PACKAGES = ("llava", "torch", "transformers", "numpy")
-_OWN = ("worker", "chunks")
-"""Settings that spread the same answers over processes."""
+_OWN = ("worker", "chunks", "page")
+"""Settings that spread the same answers over processes, or show the same results."""
 _NEEDED = ("sequence", "base_model")
 """Settings whose defaults are the environment's."""
 _CPUS = Path("/proc/cpuinfo")

@@ -45,9 +45,18 @@ class Arguments:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Read, look, write."""
+    """The command."""
     arguments = parse(Arguments, argv, __doc__)
     quiet_libraries()
+    write_page(arguments)
+
+
+def write_page(arguments: Arguments) -> None:
+    """Read, look, write.
+
+    Raises:
+        UserError: there is nothing to show.
+    """
     from llava.eval.page import writing
     from llava.eval.page.results import Results, evaluations, labels
     from llava.eval.page.routes import read_route_report

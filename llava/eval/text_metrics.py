@@ -73,6 +73,19 @@ class TextScorer:
         self.tokenizer = PTB_TOKENIZER if self._java else PLAIN_TOKENIZER
         self.meteor_reason = None if self._java else JAVA_OFF if use_java is False else NO_JAVA
 
+    def start(self) -> None:
+        """Let METEOR's Java load its tables beside other work: the first group would wait for them otherwise.
+
+        One that has ended meanwhile is started again.
+
+        Raises:
+            OSError: it cannot be started.
+        """
+        if self._meteor is not None and self._meteor.ended:
+            self.close()
+        if self._java is not None and self._meteor is None:
+            self._meteor = MeteorProcess(self._java)
+
     def close(self) -> None:
         """End METEOR's process."""
         if self._meteor is not None:
@@ -97,8 +110,8 @@ class TextScorer:
 
     def _meteor_statistic(self, references: Sequence[str], predictions: Sequence[str]) -> Statistic | str:
         try:
-            if self._meteor is None:
-                self._meteor = MeteorProcess(self._java or "java")
+            self.start()
+            assert self._meteor is not None  # there is Java where no reason tells of its lack
             rows = self._known_rows(self._meteor, list(zip(references, predictions, strict=True)))
         except (OSError, ValueError) as error:
             self.meteor_reason = f"{METEOR_FAILED}: {error}"
@@ -279,6 +292,11 @@ class MeteorProcess:
         perfect = (table[:, 20] == 1) & (table[:, 21] == table[:, 0]) & (table[:, 22] == table[:, 1])
         table[perfect, 20] = 0
         return table
+
+    @property
+    def ended(self) -> bool:
+        """Whether it runs no more."""
+        return self._process.poll() is not None
 
     def close(self) -> None:
         """End the process."""

@@ -4,13 +4,14 @@ import json
 import os
 import re
 
+import numpy as np
 import pytest
 import torch
 from tiny_llava import write_base, write_images, write_stage
 from tiny_runs import held_by_another, in_processes
 
 from llava.data.rows import question_row, write_jsonl
-from llava.eval import answer_chunk, answerer, evaluate_sequence, loaded, model_vqa_loader
+from llava.eval import answer_chunk, answerer, evaluate_sequence, loaded, model_vqa_loader, text_metrics
 from llava.eval.metrics import normalise
 from llava.utils import UserError
 
@@ -47,7 +48,7 @@ def write_sequence(folder, name="tiny", **changes):
 def evaluate(place, tmp_path, monkeypatch):
     """The command; its results go to a folder of the test's own, whose stages are the shared ones."""
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    monkeypatch.setattr("llava.eval.eval_video_qa.TextScorer", without_java)
+    monkeypatch.setattr(text_metrics, "find_java", lambda: None)
     for stage in ("llava-tiny_abd", "llava-tiny_abd_chest"):
         os.symlink(place / "output" / stage, tmp_path / stage)
 
@@ -68,12 +69,6 @@ def test_a_second_evaluation_into_one_folder_is_told_who_holds_it_and_takes_it_o
         assert [path.name for path in (tmp_path / "eval").iterdir()] == [".tiny.lock"]  # as it was left
         assert (evaluate("--zero_shot", 0) / "accuracy_matrix.json").is_file()
     assert [path.name for path in (tmp_path / "eval").iterdir()] == ["tiny"]
-
-
-def without_java(use_java=None):
-    from llava.eval.text_metrics import TextScorer
-
-    return TextScorer(use_java=False)
 
 
 @pytest.fixture
@@ -164,6 +159,56 @@ def test_repeating_changes_nothing_and_loads_nothing(evaluate, loads):
     loads.clear()
     assert contents(evaluate("--chunks", 2)) == before
     assert loads == []
+
+
+def test_java_starts_before_what_answers_is_there_and_ends_with_the_evaluation(evaluate, loads, monkeypatch):
+    """METEOR's tables take seconds to load; where everything is answered and scored nobody waits for them."""
+    started = []
+
+    class Meteor:
+        ended = False
+
+        def __init__(self, java):
+            started.append(list(loads))
+            self.asked = self.closed = 0
+
+        def rows(self, references, predictions):
+            self.asked += 1
+            return np.ones((len(references), 23))
+
+        def close(self):
+            assert self.asked and not self.closed
+            self.closed = 1
+
+    monkeypatch.setattr(text_metrics, "find_java", lambda: "java")
+    monkeypatch.setattr(text_metrics, "ptb_tokenize", lambda texts, java: list(texts))
+    monkeypatch.setattr(text_metrics, "MeteorProcess", Meteor)
+    folder = evaluate()
+    assert started == [[]] and len(loads) == 1
+    evaluate()
+    assert len(started) == 1
+    (folder / "zero-shot" / "answers.jsonl").unlink()
+    (folder / "zero-shot" / "scores.json").unlink()
+    evaluate()
+    assert len(started) == 2
+
+
+def test_a_page_that_cannot_be_made_takes_nothing_from_the_evaluation(evaluate, monkeypatch, capsys):
+    folder = evaluate("--page", 1)
+    page = (folder / "report.html").read_text()
+    assert "Accuracy matrix" in page and "the page: " in capsys.readouterr().out
+    assert "--page" not in json.loads((folder / "evaluation.json").read_text())["command"]
+    for file in ("report.html", "accuracy_matrix.json"):
+        (folder / file).unlink()
+
+    def no_page(arguments):
+        raise UserError("why")
+
+    monkeypatch.setattr(evaluate_sequence.report, "write_page", no_page)
+    evaluate("--page", 1)
+    again = f"python -m llava.eval.report {folder}"
+    assert capsys.readouterr().err.splitlines()[-1] == f"no page: why. The results are whole. Again: {again}"
+    assert (folder / "accuracy_matrix.json").is_file() and not (folder / "report.html").exists()
 
 
 class Killed(Exception):

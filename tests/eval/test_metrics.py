@@ -221,6 +221,30 @@ def test_a_dead_meteor_process_is_closed_with_a_line_still_unread(tmp_path):
     assert process._process.stdin.closed
 
 
+def test_a_meteor_process_that_ended_before_it_was_asked_is_started_again(monkeypatch):
+    class Meteor:
+        started, closed = 0, 0
+
+        def __init__(self, java):
+            Meteor.started += 1
+            self.ended = Meteor.started == 1
+
+        def rows(self, references, predictions):
+            return np.ones((len(references), 23))
+
+        def close(self):
+            Meteor.closed += 1
+
+    monkeypatch.setattr(text_metrics, "MeteorProcess", Meteor)
+    monkeypatch.setattr(text_metrics, "find_java", lambda: "java")
+    with closing(TextScorer()) as scorer:
+        scorer.start()
+        scorer.statistics(["yes"], ["yes"])
+        assert (Meteor.started, Meteor.closed) == (2, 1)
+        scorer.statistics(["no"], ["yes"])
+    assert (Meteor.started, Meteor.closed) == (2, 2)
+
+
 # -- statistics and the whole score ----------------------------------------------------------------------------------
 
 

@@ -79,10 +79,10 @@ def drawn(title: str, words: str, paint: Callable[[Any], None]) -> Plot:
     with matplotlib.rc_context(STYLE), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing from")  # text stays text, and the browser has the fonts
         picture = Figure(figsize=SIZE, layout="constrained", facecolor="none")
-        FigureCanvasSVG(picture)
         paint(picture.subplots())
         stream = io.StringIO()
-        picture.savefig(stream, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+        # Not savefig, which draws everything twice.
+        FigureCanvasSVG(picture).print_svg(stream, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
     return Plot(title, words, _for_a_page(stream.getvalue(), title))
 
 
