@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
@@ -30,3 +31,8 @@ def pad(rows: Sequence[Tensor], side: Side = "right", value: float = 0) -> tuple
     places = torch.arange(padded.shape[1], device=padded.device)  # [longest]
     mask = places >= padded.shape[1] - lengths if side == "left" else places < lengths
     return padded, mask
+
+
+def filled(rows: Sequence[Tensor], width: int, value: float = 0) -> Tensor:
+    """Stack rows ``[length_i]`` to ``[rows, width]``, filled with ``value`` behind; plainly where all are as wide."""
+    return torch.stack([row if len(row) == width else F.pad(row, (0, width - len(row)), value=value) for row in rows])

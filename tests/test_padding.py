@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from llava.padding import pad
+from llava.padding import filled, pad
 
 ROWS = [torch.tensor([1, 2, 3]), torch.tensor([4]), torch.tensor([], dtype=torch.long)]
 
@@ -34,3 +34,8 @@ def test_what_cannot_be_padded_is_said():
         pad([])
     with pytest.raises(ValueError, match="left or right, not 'top'"):
         pad(ROWS, "top")
+
+
+def test_rows_are_filled_to_a_width():
+    assert filled([torch.tensor([1.0, 2.0]), torch.tensor([3.0])], 3, -1).tolist() == [[1, 2, -1], [3, -1, -1]]
+    assert filled(ROWS[:1], 3).tolist() == [[1, 2, 3]]

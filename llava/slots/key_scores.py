@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llava.slots.queries import Query, row_products
+from llava.slots.queries import Query
+from llava.slots.row_products import RowProducts
 
 
 class KeyScores:
@@ -33,6 +34,7 @@ class KeyScores:
         total = sum(weights[name] for name in self.tables)
         flat = [_flat_keys(keys) * (weights[name] / total) for name, keys in self.tables.items()]
         self.table = torch.cat(flat, dim=1) if flat else torch.zeros(0, 0, dtype=torch.float64)
+        self._products = RowProducts(self.table)
 
     def unit(self, query: Query) -> Tensor:
         """The query's modalities, each group of unit length: ``[batch, dim]`` float64."""
@@ -43,7 +45,7 @@ class KeyScores:
 
     def similarity(self, query: Query) -> Tensor:
         """Mean cosine over groups, modalities combined: ``[batch, pool]`` in ``[-1, 1]``."""
-        return row_products(self.unit(query), self.table)
+        return self._products(self.unit(query))
 
     def scores(self, query: Query) -> Tensor:
         """Logits ``[batch, pool]``."""

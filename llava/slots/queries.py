@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from llava.slots.row_products import RowProducts
+
 MODALITY_DIM = 512
 """Longer queries are folded to this length, so that a task's statistics stay within a few megabytes."""
 
@@ -56,8 +58,8 @@ class Query:
     def random_features(self) -> Tensor:
         """``sqrt(2 / m) cos(W joint + b)``, ``[batch, m]``: their inner products approach a Gaussian kernel's."""
         joint = self.joint()
-        weight, bias = _random_waves(joint.shape[-1])
-        waves = row_products(joint.float(), weight.to(joint.device)).double() + bias.to(joint.device)
+        products, bias = _random_waves(joint.shape[-1], joint.device)
+        waves = products(joint.float()).double() + bias
         return waves.cos() * math.sqrt(2 / RANDOM_FEATURES)
 
 
@@ -96,14 +98,6 @@ def fold(rows: Tensor) -> Tensor:
     return sums
 
 
-def row_products(rows: Tensor, matrix: Tensor) -> Tensor:
-    """``rows @ matrix.T``, one row at a time: ``[batch, dim], [n, dim] -> [batch, n]``.
-
-    Matrix products pick their kernel by the number of rows, so a row's last bits would depend on its batch.
-    """
-    return torch.stack([matrix @ row.clone() for row in rows])
-
-
 @functools.lru_cache(maxsize=8)
 @torch.inference_mode(False)
 def _deal(dim: int) -> tuple[Tensor, Tensor]:
@@ -114,10 +108,11 @@ def _deal(dim: int) -> tuple[Tensor, Tensor]:
 
 @functools.lru_cache(maxsize=2)
 @torch.inference_mode(False)
-def _random_waves(dim: int) -> tuple[Tensor, Tensor]:
+def _random_waves(dim: int, device: torch.device) -> tuple[RowProducts, Tensor]:
     generator = torch.Generator().manual_seed(dim)
     weight = torch.randn(RANDOM_FEATURES, dim, generator=generator, dtype=torch.float64) / BANDWIDTH
-    return weight.float(), torch.rand(RANDOM_FEATURES, generator=generator, dtype=torch.float64) * 2 * torch.pi
+    bias = torch.rand(RANDOM_FEATURES, generator=generator, dtype=torch.float64) * 2 * torch.pi
+    return RowProducts(weight.float().to(device)), bias.to(device)
 
 
 @dataclass

@@ -44,8 +44,11 @@ SETTINGS: dict[str, Wanted] = {
     "encoder": an_object({**_SOURCE, "kind": words(), "name": words(), "dim": _count}),
 }
 STATISTICS: dict[str, Wanted] = {"count": whole(0, None), "total": tensor_of(1), "scatter": tensor_of(2)}
-_TENSOR = Wanted("a tensor", lambda value: isinstance(value, Tensor))
-EXTENT: dict[str, Wanted] = dict.fromkeys(("mean", "directions", "variances", "rest", "distances"), _TENSOR)
+EXTENT: dict[str, Wanted] = {
+    **dict.fromkeys(("mean", "variances", "distances"), tensor_of(1)),
+    "directions": tensor_of(2),
+    "rest": tensor_of(0),
+}
 TASK: dict[str, Wanted] = {
     "name": words(empty=False),
     "start": whole(0),
@@ -113,6 +116,8 @@ def _check_place(entry: Mapping[str, Any], taken: dict[str, tuple[int, int]], wh
                 raise UserError(f"{where}: task {name!r}: {kind}: scatter and total are of different sizes")
     if found := entry.get("extent"):
         check_fields(found, EXTENT, f"{where}: task {name!r}: extent", needed=tuple(EXTENT))
+        if found["directions"].shape != found["variances"].shape + found["mean"].shape:
+            raise UserError(f"{where}: task {name!r}: extent: directions, variances and mean are of different sizes")
     _check_sides({side: entry.get(side) or {} for side in _SIDES}, f"{where}: task {name!r}")
 
 

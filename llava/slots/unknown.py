@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from llava.folds import deal
+from llava.padding import filled
 
 SHRINKAGE = 0.1
 DIRECTIONS = 64
@@ -57,9 +58,10 @@ class TaskExtent:
         parts = []
         for number in range(folds):
             others = cls._fit(evidence[fold != number])
-            parts += [others.distance(row) for row in evidence[fold == number]]
+            held_out = evidence[fold == number]
+            parts.append(distances([others] * len(held_out), held_out))
         extent = cls._fit(evidence)
-        extent.distances = torch.stack(parts).sort().values
+        extent.distances = torch.cat(parts).sort().values
         return extent
 
     @classmethod
@@ -79,15 +81,7 @@ class TaskExtent:
 
     def distance(self, row: Tensor) -> Tensor:
         """Of one query's evidence ``[dim]``, a scalar. Raises ``ValueError`` for another dimension."""
-        if row.shape != self.mean.shape:
-            raise ValueError(
-                f"the query has {len(row)} dimensions, the task's extent {len(self.mean)}; fit the keys again "
-                "(train_prompt_key.py)"
-            )
-        offset = row.float() - self.mean.to(row.device)
-        along = (self.directions.to(row.device) @ offset).square()  # [m]
-        beside = (offset.square().sum() - along.sum()).clamp_min(0)
-        return ((along / self.variances.to(row.device)).sum() + beside / self.rest.to(row.device)).sqrt()
+        return distances([self], row[None])[0]
 
     def limit(self, share: float) -> float:
         """The smallest held-out distance that at most ``share`` of them exceed."""
@@ -112,9 +106,31 @@ class UnknownGate:
         Args:
             evidence: ``[batch, dim]`` of the queries. posterior: ``[batch, tasks]`` of ``tasks``.
         """
-        likely = posterior.topk(min(CANDIDATES, len(tasks)), dim=-1).indices.tolist()
-        rows = []
-        for row, candidates in zip(evidence, likely, strict=True):
-            ratios = [self.extents[tasks[i]].distance(row) / self.limits[tasks[i]] for i in candidates]
-            rows.append(torch.stack(ratios).min())
-        return torch.stack(rows)
+        likely = posterior.topk(min(CANDIDATES, len(tasks)), dim=-1).indices  # [batch, candidates]
+        names = [tasks[place] for place in likely.flatten().tolist()]
+        found = distances([self.extents[name] for name in names], evidence.repeat_interleave(likely.shape[1], 0))
+        limits = found.new_tensor([self.limits[name] for name in names])
+        return (found / limits).view(likely.shape).amin(-1)
+
+
+def distances(extents: Sequence[TaskExtent], rows: Tensor) -> Tensor:
+    """Of each of the rows ``[n, dim]`` from the extent in its place, ``[n]``; one product for each, as in any batch.
+
+    Raises:
+        ValueError: a row of another dimension.
+    """
+    if unlike := [len(extent.mean) for extent in extents if len(extent.mean) != rows.shape[1]]:
+        raise ValueError(
+            f"the query has {rows.shape[1]} dimensions, the task's extent {unlike[0]}; fit the keys again "
+            "(train_prompt_key.py)"
+        )
+    mean, rest = (
+        torch.stack([getattr(extent, name) for extent in extents]).to(rows.device) for name in ("mean", "rest")
+    )
+    most = max(len(extent.variances) for extent in extents)
+    variances = filled([extent.variances for extent in extents], most, 1).to(rows.device)
+    offset = rows.float() - mean
+    products = [extent.directions.to(rows.device) @ one for extent, one in zip(extents, offset.unbind(), strict=True)]
+    along = filled(products, most).square()  # [n, m]
+    beside = (offset.square().sum(-1) - along.sum(-1)).clamp_min(0)
+    return ((along / variances).sum(-1) + beside / rest).sqrt()

@@ -39,6 +39,12 @@ WRONG = {
 }
 
 
+def extent(**wrong) -> dict:
+    """A task's extent, with parts that are wrong."""
+    whole = {"mean": torch.zeros(4), "directions": torch.zeros(2, 4), "variances": torch.ones(2)}
+    return whole | {"rest": torch.tensor(1.0), "distances": torch.ones(5)} | wrong
+
+
 def refused(call, *said) -> None:
     with pytest.raises(UserError) as caught:
         call()
@@ -381,6 +387,8 @@ def slots(base, tmp_path_factory):
         (("tasks", 0, "held_out"), {"text": 3}),
         (("tasks", 0, "statistics"), {"count": -1}),
         (("tasks", 0, "statistics"), {"count": 3, "total": torch.zeros(4), "scatter": torch.zeros(3, 3)}),
+        (("tasks", 0, "extent"), extent(variances=torch.ones(3))),
+        (("tasks", 0, "extent"), extent(rest=torch.ones(1))),
         (("tasks", 0, "extent"), {"mean": 3}),
         (("offsets",), [1]),
         (("offsets",), {"lung": {"A": {}, "B": {}}}),

@@ -124,13 +124,16 @@ def test_the_file_holds_tensors_and_plain_containers_in_the_fixed_layout(written
     assert data["offsets"]["chest"]["A"]["o_proj"].shape[:3] == (SLOTS, 2, RANK)
 
 
+EXTENT = {"mean": (5,), "directions": (3, 5), "variances": (3,), "rest": (), "distances": (9,)}
+
+
 def as_old_versions_wrote(written, target, prompt=None):
     """The file made by hand: nothing here goes through the classes that read and write."""
     generator = torch.Generator().manual_seed(4)
     settings = torch.load(written, weights_only=True)["settings"] | {"features": {"q_proj": (8, 8), "o_proj": (8, 6)}}
 
     def random(*shape):
-        return torch.randn(*shape, generator=generator)
+        return torch.randn(shape, generator=generator)
 
     def entry(name, start, extent, held_out):
         statistics = {"count": 9, "total": random(5), "scatter": random(5, 5)}
@@ -142,9 +145,7 @@ def as_old_versions_wrote(written, target, prompt=None):
             "trained": name == "abd",
             "statistics": statistics,
             "feature_statistics": statistics if extent else None,
-            "extent": {n: random(3) for n in ("mean", "directions", "variances", "rest", "distances")}
-            if extent
-            else None,
+            "extent": {name: random(*shape) for name, shape in EXTENT.items()} if extent else None,
             "held_out": {"text": random(2, 4)} if held_out else None,
             "info": info,
             "checksum": "",

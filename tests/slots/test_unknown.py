@@ -123,6 +123,19 @@ def test_only_the_most_probable_tasks_are_measured():
     assert gate.novelty(row, posterior, list("abcdefgh")) < 1 < gate.novelty(row, posterior, list("hgfedcba"))
 
 
+def test_distances_measured_together_are_those_measured_alone():
+    extents = [TaskExtent.of(joint(task, 50), range(50)) for task in ("abd", "chest", "abd", "head")]
+    rows = joint("abd", 4)
+    together = unknown.distances(extents, rows)
+    assert torch.equal(together, torch.stack([one.distance(row) for one, row in zip(extents, rows, strict=True)]))
+    fewer = TaskExtent(
+        *(getattr(extents[0], name) for name in ("mean", "directions", "variances", "rest", "distances"))
+    )
+    fewer.directions, fewer.variances = fewer.directions[:2], fewer.variances[:2]  # of a version that kept fewer
+    mixed = unknown.distances([extents[0], fewer], rows[:2])
+    assert torch.allclose(mixed, torch.stack([extents[0].distance(rows[0]), fewer.distance(rows[1])]))
+
+
 def test_a_wrong_share_is_refused():
     with pytest.raises(ValueError, match="unknown_share must be at least 0 and below 1, not 1.5"):
         RetrieverSettings(1, {}, unknown_share=1.5)

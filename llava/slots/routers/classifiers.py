@@ -10,8 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llava.slots.queries import Query, TaskStatistics, row_products
+from llava.padding import filled
+from llava.slots.queries import Query, TaskStatistics
 from llava.slots.routers import ROUTERS, Choice, Router
+from llava.slots.row_products import RowProducts
 
 
 class TaskClassifier(Router):
@@ -34,8 +36,9 @@ class TaskClassifier(Router):
         covariance /= max(count, 1)
         weight, bias = self.fit(means, covariance, [s.count for s in stats])
         # What all tasks share cancels in the posterior. Without it single precision is exact enough, and a route reads
-        # half the memory, which is what it waits for in a large pool.
-        self.weight = (weight - weight.mean(0)).float().contiguous().to(self.device)
+        # half the memory, which is what it waits for in a large pool; transposed it is multiplied fastest.
+        self.weight = (weight - weight.mean(0)).float().T.contiguous().T.to(self.device)
+        self._products = RowProducts(self.weight)
         self.bias = bias.to(self.device)
         place = {task: index for index, task in enumerate(tasks)}
         self.order = torch.tensor([place[task] for task in self.tasks], device=self.device)  # the pool's tasks by name
@@ -43,6 +46,7 @@ class TaskClassifier(Router):
         by_name = self.slot_name.argsort(stable=True)
         self.members = by_name.split(torch.bincount(self.slot_name, minlength=len(tasks)).tolist())
         self.rows = [_as_slice(slots) for slots in self.members]  # a slice reads the keys where they are
+        self.slots_of = filled(self.members, max(map(len, self.members)))  # [tasks, most slots of a task]
 
     def fit(self, means: Tensor, covariance: Tensor, counts: list[int]) -> tuple[Tensor, Tensor]:
         """``(weight, bias)``, ``[tasks, dim]`` and ``[tasks]``, from the tasks' means and the shared covariance."""
@@ -61,7 +65,7 @@ class TaskClassifier(Router):
         joint = self.features(query)
         if joint.shape[-1] != self.weight.shape[-1]:
             raise ValueError(f"query has {joint.shape[-1]} dimensions, the task statistics {self.weight.shape[-1]}")
-        return F.log_softmax(row_products(joint.float(), self.weight).double() + self.bias, dim=-1)
+        return F.log_softmax(self._products(joint.float()).double() + self.bias, dim=-1)
 
     def scores(self, query: Query) -> Tensor:
         by_key = self.keys.scores(query)  # [batch, pool]
@@ -75,19 +79,21 @@ class TaskClassifier(Router):
         Exact: the best slot of a task has its task's log-posterior for a score, so each of the ``k`` best tasks has a
         slot that is no worse than any slot of another task.
         """
-        unit = self.keys.unit(query)
         by_task = self.log_posterior(query)  # [batch, tasks]
-        likely = by_task.topk(min(k, len(self.tasks)), dim=-1).indices.sort(-1).values.tolist()
-        best, slots = [], []
-        for row, log_posterior, tasks in zip(unit, by_task, likely, strict=True):
-            found = []
-            for task in tasks:
-                logits = (self.table[self.rows[task]] @ row) / self.settings.tau
-                found.append(log_posterior[task] + logits - logits.max())
-            top = torch.cat(found).topk(k)
-            best.append(top.values)
-            slots.append(torch.cat([self.members[task] for task in tasks])[top.indices])
-        return Choice(torch.stack(best), torch.stack(slots), by_task.exp()[:, self.order])
+        likely = by_task.topk(min(k, len(self.tasks)), dim=-1).indices.sort(-1).values
+        logits = self._by_keys(self.keys.unit(query), likely.tolist()) / self.settings.tau  # [batch, likely, slots]
+        scores = by_task.gather(1, likely)[..., None] + logits - logits.amax(-1, keepdim=True)
+        top = scores.flatten(1).topk(k)
+        slots = self.slots_of[likely].flatten(1).gather(1, top.indices)
+        return Choice(top.values, slots, by_task.exp()[:, self.order])
+
+    def _by_keys(self, unit: Tensor, tasks: list[list[int]]) -> Tensor:
+        """Similarity ``[batch, tasks of a row, most slots of a task]`` of each query and its tasks' slots, one product
+        for each, as in any batch; ``-inf`` where a task has fewer slots."""
+        pairs = zip(unit.unbind(), tasks, strict=True)
+        parts = [self.table[self.rows[task]] @ row for row, of_row in pairs for task in of_row]
+        found = filled(parts, self.slots_of.shape[1], -torch.inf)
+        return found.view(len(tasks), -1, found.shape[1])
 
 
 @ROUTERS.register
