@@ -72,9 +72,6 @@ def run_cli(main: Callable[[], int | None]) -> None:
     _say_all()
     try:
         code = main()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        code = EXIT_USER_ERROR
     except BrokenPipeError:  # the reader of a pipe, such as head, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
@@ -82,12 +79,20 @@ def run_cli(main: Callable[[], int | None]) -> None:
         print("interrupted; run the same command again to go on", file=sys.stderr)
         code = EXIT_INTERRUPTED
     except Exception as error:
-        found = system_error(error)
-        if found is None:
+        line = in_a_line(error)
+        if line is None:
             raise
-        print(f"error: {_in_words(found)}", file=sys.stderr)
+        print(f"error: {line}", file=sys.stderr)
         code = EXIT_USER_ERROR
     sys.exit(code or 0)
+
+
+def in_a_line(error: Exception) -> str | None:
+    """What a user is told of an error; ``None`` for one that is a fault of the program."""
+    if isinstance(error, UserError):
+        return str(error)
+    found = system_error(error)
+    return None if found is None else _in_words(found)
 
 
 def _say_all() -> None:

@@ -25,6 +25,7 @@ from __future__ import annotations
 import functools
 import shlex
 import sys
+import traceback
 from collections.abc import Sequence
 from contextlib import ExitStack, closing, suppress
 from pathlib import Path
@@ -44,7 +45,7 @@ from llava.eval.shown_pictures import REAL
 from llava.eval.text_metrics import TextScorer
 from llava.locks import only_writer
 from llava.slots.names import QUESTION
-from llava.utils import UserError, quiet_libraries, run_cli
+from llava.utils import UserError, in_a_line, quiet_libraries, run_cli
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -56,14 +57,17 @@ def main(argv: Sequence[str] | None = None) -> None:
         number, count = map(int, settings.worker.split("/"))
         answer(Evaluation.of(settings, settings.chunks), number, count)
         return
-    devices, ranks = visible_devices(), Ranks.here()
-    evaluation = Evaluation.of(settings, ranks.count if ranks.count > 1 else max(len(devices), 1))
-    words = [*words, "--chunks", str(evaluation.chunks)]
-    if ranks.count > 1:
-        _evaluate_together(evaluation, devices, words, ranks)
-        return
+    ranks = Ranks.here()
     with ExitStack() as stack:
-        scorer = begin(evaluation, ", ".join(devices) or "the CPU", stack)
+        # Before torch is imported, which looking for devices needs: both take seconds.
+        scorer = scorer_of(Evaluation.of(settings, 1), stack) if ranks.number == 0 else None
+        devices = visible_devices()
+        evaluation = Evaluation.of(settings, ranks.count if ranks.count > 1 else max(len(devices), 1))
+        words = [*words, "--chunks", str(evaluation.chunks)]
+        if ranks.count > 1 or scorer is None:
+            _evaluate_together(evaluation, devices, words, ranks, scorer)
+            return
+        begin(evaluation, ", ".join(devices) or "the CPU", stack)
         if len(devices) > 1:
             answer_on(devices[: evaluation.chunks], words)
         else:
@@ -71,13 +75,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         conclude(evaluation, scorer)
 
 
-def _evaluate_together(evaluation: Evaluation, devices: Sequence[str], words: Sequence[str], ranks: Ranks) -> None:
-    """This process's part where a launcher has started several."""
-    scorers: list[TextScorer] = []  # the first process's
+def _evaluate_together(
+    evaluation: Evaluation, devices: Sequence[str], words: Sequence[str], ranks: Ranks, scorer: TextScorer | None
+) -> None:
+    """This process's part where a launcher has started several; the first has the scorer."""
 
     def check() -> None:
-        if ranks.number == 0:
-            scorers.append(begin(evaluation, f"{ranks.count} processes", stack))
+        if scorer is not None:
+            begin(evaluation, f"{ranks.count} processes", stack)
 
     def work() -> None:
         if devices:
@@ -88,26 +93,26 @@ def _evaluate_together(evaluation: Evaluation, devices: Sequence[str], words: Se
     with ExitStack() as stack, ranks.together() as in_step:
         in_step(check)
         in_step(work)
-        in_step(lambda: conclude(evaluation, scorers[0]) if scorers else None)
+        in_step(lambda: None if scorer is None else conclude(evaluation, scorer))
 
 
-def begin(evaluation: Evaluation, places: str, stack: ExitStack) -> TextScorer:
-    """Check everything and hold the folder, both until ``stack`` is closed.
-
-    Returns:
-        what will score the answers. While those are still to come its Java loads METEOR's tables, from before the
-        libraries that answering needs are imported.
-    """
+def scorer_of(evaluation: Evaluation, stack: ExitStack) -> TextScorer:
+    """What will score the answers, until ``stack`` is closed; while they are still to come its Java loads METEOR's
+    tables."""
     scorer = stack.enter_context(closing(TextScorer()))
     if not all(evaluation.answers_file(*found).is_file() for found in evaluation.passes):
         with suppress(OSError):  # is tried again, and told of, when it is needed
             scorer.start()
+    return scorer
+
+
+def begin(evaluation: Evaluation, places: str, stack: ExitStack) -> None:
+    """Check everything, and hold the folder until ``stack`` is closed."""
     from llava.eval.evaluation_check import check_evaluation
 
     check_evaluation(evaluation)
     stack.enter_context(only_writer(evaluation.folder))
     say(f"{len(evaluation.models)} models, {evaluation.chunks} chunk(s) on {places}")
-    return scorer
 
 
 def conclude(evaluation: Evaluation, scorer: TextScorer) -> None:
@@ -123,12 +128,17 @@ def conclude(evaluation: Evaluation, scorer: TextScorer) -> None:
 
 
 def write_page(folder: Path) -> None:
-    """The page about an evaluation; without it the results are whole."""
+    """The page about an evaluation; whatever is wrong with it, the results are whole."""
     try:
         report.write_page(report.Arguments(outputs=[str(folder)]))
-    except UserError as error:
+    except BrokenPipeError:
+        raise
+    except Exception as error:
+        why = in_a_line(error)
+        if why is None:
+            traceback.print_exc()
         again = f"python -m llava.eval.report {shlex.quote(str(folder))}"
-        print(f"no page: {error}. The results are whole. Again: {again}", file=sys.stderr)
+        print(f"no page: {why or 'see above'}. The results are whole. Again: {again}", file=sys.stderr)
 
 
 def score_answers(evaluation: Evaluation, scorer: TextScorer | None = None) -> tuple[dict[str, Any], list[Path]]:

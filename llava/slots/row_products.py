@@ -28,7 +28,7 @@ class RowProducts:
         return torch.cat([self._block(block)[: len(block)] for block in rows.split(BLOCK)])
 
     def _block(self, rows: Tensor) -> Tensor:
-        return F.pad(rows, (0, 0, 0, BLOCK - len(rows))) @ self.matrix.T
+        return F.pad(rows, (0, 0, 0, BLOCK - len(rows))).contiguous() @ self.matrix.T
 
     def _places_are_alike(self) -> bool:
         threads = torch.get_num_threads()

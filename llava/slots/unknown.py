@@ -25,7 +25,6 @@ import torch
 from torch import Tensor
 
 from llava.folds import deal
-from llava.padding import filled
 
 SHRINKAGE = 0.1
 DIRECTIONS = 64
@@ -124,13 +123,16 @@ def distances(extents: Sequence[TaskExtent], rows: Tensor) -> Tensor:
             f"the query has {rows.shape[1]} dimensions, the task's extent {unlike[0]}; fit the keys again "
             "(train_prompt_key.py)"
         )
-    mean, rest = (
-        torch.stack([getattr(extent, name) for extent in extents]).to(rows.device) for name in ("mean", "rest")
+    if (
+        len({len(extent.variances) for extent in extents}) > 1
+    ):  # of other hands; filled up, a sum's last bits would vary
+        return torch.cat([distances([extent], row[None]) for extent, row in zip(extents, rows, strict=True)])
+    mean, variances, rest = (
+        torch.stack([getattr(extent, name).float() for extent in extents]).to(rows.device)
+        for name in ("mean", "variances", "rest")
     )
-    most = max(len(extent.variances) for extent in extents)
-    variances = filled([extent.variances for extent in extents], most, 1).to(rows.device)
     offset = rows.float() - mean
-    products = [extent.directions.to(rows.device) @ one for extent, one in zip(extents, offset.unbind(), strict=True)]
-    along = filled(products, most).square()  # [n, m]
+    directions = (extent.directions.float().to(rows.device) for extent in extents)
+    along = torch.stack([of_one @ row for of_one, row in zip(directions, offset.unbind(), strict=True)]).square()
     beside = (offset.square().sum(-1) - along.sum(-1)).clamp_min(0)
     return ((along / variances).sum(-1) + beside / rest).sqrt()

@@ -183,8 +183,11 @@ def test_java_starts_before_what_answers_is_there_and_ends_with_the_evaluation(e
     monkeypatch.setattr(text_metrics, "find_java", lambda: "java")
     monkeypatch.setattr(text_metrics, "ptb_tokenize", lambda texts, java: list(texts))
     monkeypatch.setattr(text_metrics, "MeteorProcess", Meteor)
+    looked = evaluate_sequence.visible_devices
+    monkeypatch.setattr(evaluate_sequence, "visible_devices", lambda: started[0] or looked())  # imports torch
     folder = evaluate()
     assert started == [[]] and len(loads) == 1
+    monkeypatch.setattr(evaluate_sequence, "visible_devices", looked)
     evaluate()
     assert len(started) == 1
     (folder / "zero-shot" / "answers.jsonl").unlink()
@@ -201,14 +204,24 @@ def test_a_page_that_cannot_be_made_takes_nothing_from_the_evaluation(evaluate, 
     for file in ("report.html", "accuracy_matrix.json"):
         (folder / file).unlink()
 
-    def no_page(arguments):
-        raise UserError("why")
+    (folder / "report.html").mkdir()
+    (folder / "report.html" / "x").mkdir()
+    again = f"The results are whole. Again: python -m llava.eval.report {folder}"
 
-    monkeypatch.setattr(evaluate_sequence.report, "write_page", no_page)
-    evaluate("--page", 1)
-    again = f"python -m llava.eval.report {folder}"
-    assert capsys.readouterr().err.splitlines()[-1] == f"no page: why. The results are whole. Again: {again}"
-    assert (folder / "accuracy_matrix.json").is_file() and not (folder / "report.html").exists()
+    def said():
+        evaluate("--page", 1)
+        assert (folder / "accuracy_matrix.json").is_file()
+        return capsys.readouterr().err.splitlines()
+
+    why = "a folder stands where a file is needed; choose another place, or move it away"
+    assert said()[-1] == f"no page: {folder / 'report.html'}: {why}. {again}"
+
+    def broken(arguments):
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(evaluate_sequence.report, "write_page", broken)
+    found = said()
+    assert found[-2:] == ["ZeroDivisionError", f"no page: see above. {again}"] and "Traceback" in "".join(found)
 
 
 class Killed(Exception):

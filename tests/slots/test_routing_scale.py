@@ -60,6 +60,17 @@ def test_the_choice_is_that_of_all_scores(name, counts):
     assert first == [router.slot_tasks[slot] for slot in best.indices[:, 0].tolist()]
 
 
+@pytest.mark.parametrize("name", ["gaussian", "ridge", "keys"])
+def test_what_a_choice_lacks_is_named(name):
+    router, whole = router_of(name, pool([3, 2])), queries(2)
+    with pytest.raises(ValueError, match="the pool has image keys, but the query has no image part"):
+        router.choose(Query(whole.text), 2)
+    with pytest.raises(ValueError, match="text query has 15 dimensions, the keys have 16"):
+        router.choose(Query(whole.text[:, 1:], whole.image), 2)
+    with pytest.raises(ValueError, match="6 slots are asked for, but the pool has 5"):
+        router.choose(whole, 6)
+
+
 def test_ridge_on_random_features_tells_apart_what_no_line_can():
     """Two tasks with one mean: directions along the axes, and directions between them."""
     turns = torch.arange(400) * (torch.pi / 2)  # quarter turns

@@ -30,6 +30,13 @@ def test_a_row_is_what_it_is_alone_in_every_place(name, batch):
     torch.testing.assert_close(alone, rows @ products.matrix.T, rtol=1e-5, atol=1e-4)
 
 
+def test_rows_that_lie_in_columns_have_the_same_bits():
+    """A full block of them, which nothing is added to, too."""
+    products = RowProducts(numbers(1, 208, dtype=torch.float32))
+    rows = numbers(BLOCK + 5, 208, dtype=torch.float32)
+    assert torch.equal(products(rows.T.contiguous().T), torch.cat([products(row[None]) for row in rows]))
+
+
 def test_the_matrix_is_read_once_for_sixteen_rows(monkeypatch):
     products, asked = RowProducts(numbers(30, 8)), []
     block = RowProducts._block

@@ -128,12 +128,12 @@ def test_distances_measured_together_are_those_measured_alone():
     rows = joint("abd", 4)
     together = unknown.distances(extents, rows)
     assert torch.equal(together, torch.stack([one.distance(row) for one, row in zip(extents, rows, strict=True)]))
-    fewer = TaskExtent(
-        *(getattr(extents[0], name) for name in ("mean", "directions", "variances", "rest", "distances"))
-    )
+    fewer = TaskExtent(**extents[0].tensors())
     fewer.directions, fewer.variances = fewer.directions[:2], fewer.variances[:2]  # of a version that kept fewer
     mixed = unknown.distances([extents[0], fewer], rows[:2])
-    assert torch.allclose(mixed, torch.stack([extents[0].distance(rows[0]), fewer.distance(rows[1])]))
+    assert torch.equal(mixed, torch.stack([extents[0].distance(rows[0]), fewer.distance(rows[1])]))
+    double = TaskExtent(**{name: part.double() for name, part in extents[1].tensors().items()})
+    assert torch.equal(unknown.distances([extents[0], double], rows[:2]), together[:2])
 
 
 def test_a_wrong_share_is_refused():

@@ -98,8 +98,18 @@ class Router:
         raise NotImplementedError(f"{type(self).__name__} must define scores")
 
     def choose(self, query: Query, k: int) -> Choice:
-        """The ``k`` best slots; a task's probability is the softmax of all scores, summed over its slots."""
+        """The ``k`` best slots; a task's probability is the softmax of all scores, summed over its slots.
+
+        Raises:
+            ValueError: the pool has fewer slots, or the query lacks what its keys are compared with.
+        """
+        self._check(k)
         return self.best_of(self.scores(query), k)
+
+    def _check(self, k: int) -> None:
+        """Refuse more slots than there are."""
+        if k > len(self.slot_tasks):
+            raise ValueError(f"{k} slots are asked for, but the pool has {len(self.slot_tasks)}")
 
     def best_of(self, scores: Tensor, k: int) -> Choice:
         """The same for scores ``[batch, pool]``."""

@@ -79,9 +79,11 @@ class TaskClassifier(Router):
         Exact: the best slot of a task has its task's log-posterior for a score, so each of the ``k`` best tasks has a
         slot that is no worse than any slot of another task.
         """
+        self._check(k)
+        unit = self.keys.unit(query)
         by_task = self.log_posterior(query)  # [batch, tasks]
         likely = by_task.topk(min(k, len(self.tasks)), dim=-1).indices.sort(-1).values
-        logits = self._by_keys(self.keys.unit(query), likely.tolist()) / self.settings.tau  # [batch, likely, slots]
+        logits = self._by_keys(unit, likely.tolist()) / self.settings.tau  # [batch, likely, slots]
         scores = by_task.gather(1, likely)[..., None] + logits - logits.amax(-1, keepdim=True)
         top = scores.flatten(1).topk(k)
         slots = self.slots_of[likely].flatten(1).gather(1, top.indices)
