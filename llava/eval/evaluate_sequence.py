@@ -25,7 +25,6 @@ from __future__ import annotations
 import functools
 import shlex
 import sys
-import traceback
 from collections.abc import Sequence
 from contextlib import ExitStack, closing, suppress
 from pathlib import Path
@@ -128,17 +127,15 @@ def conclude(evaluation: Evaluation, scorer: TextScorer) -> None:
 
 
 def write_page(folder: Path) -> None:
-    """The page about an evaluation; whatever is wrong with it, the results are whole."""
+    """The page about an evaluation; where its files cannot be read or written, the results are whole all the same."""
     try:
         report.write_page(report.Arguments(outputs=[str(folder)]))
-    except BrokenPipeError:
-        raise
     except Exception as error:
         why = in_a_line(error)
-        if why is None:
-            traceback.print_exc()
+        if why is None or isinstance(error, BrokenPipeError):
+            raise
         again = f"python -m llava.eval.report {shlex.quote(str(folder))}"
-        print(f"no page: {why or 'see above'}. The results are whole. Again: {again}", file=sys.stderr)
+        print(f"no page: {why}. The results are whole. Again: {again}", file=sys.stderr)
 
 
 def score_answers(evaluation: Evaluation, scorer: TextScorer | None = None) -> tuple[dict[str, Any], list[Path]]:
