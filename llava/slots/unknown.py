@@ -123,9 +123,8 @@ def distances(extents: Sequence[TaskExtent], rows: Tensor) -> Tensor:
             f"the query has {rows.shape[1]} dimensions, the task's extent {unlike[0]}; fit the keys again "
             "(train_prompt_key.py)"
         )
-    if (
-        len({len(extent.variances) for extent in extents}) > 1
-    ):  # of other hands; filled up, a sum's last bits would vary
+    sizes = {len(extent.variances) for extent in extents}
+    if len(sizes) > 1:  # filled up to one of them, a sum's last bits would depend on the other extents
         return torch.cat([distances([extent], row[None]) for extent, row in zip(extents, rows, strict=True)])
     mean, variances, rest = (
         torch.stack([getattr(extent, name).float() for extent in extents]).to(rows.device)
