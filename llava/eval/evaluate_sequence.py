@@ -63,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         devices = visible_devices()
         evaluation = Evaluation.of(settings, ranks.count if ranks.count > 1 else max(len(devices), 1))
         words = [*words, "--chunks", str(evaluation.chunks)]
-        if ranks.count > 1 or scorer is None:
+        if scorer is None or ranks.count > 1:
             _evaluate_together(evaluation, devices, words, ranks, scorer)
             return
         begin(evaluation, ", ".join(devices) or "the CPU", stack)

@@ -78,10 +78,6 @@ class TaskExtent:
         )
         return cls(mean.float(), directions[:, dim - kept :].T.float().contiguous(), leading, rest, mean[:0])
 
-    def distance(self, row: Tensor) -> Tensor:
-        """Of one query's evidence ``[dim]``, a scalar. Raises ``ValueError`` for another dimension."""
-        return distances([self], row[None])[0]
-
     def limit(self, share: float) -> float:
         """The smallest held-out distance that at most ``share`` of them exceed."""
         place = math.ceil(len(self.distances) * (1 - share)) - 1

@@ -44,9 +44,9 @@ class TaskClassifier(Router):
         self.order = torch.tensor([place[task] for task in self.tasks], device=self.device)  # the pool's tasks by name
         self.slot_name = self.order[self.slot_place]  # [pool]
         by_name = self.slot_name.argsort(stable=True)
-        self.members = by_name.split(torch.bincount(self.slot_name, minlength=len(tasks)).tolist())
-        self.rows = [_as_slice(slots) for slots in self.members]  # a slice reads the keys where they are
-        self.slots_of = filled(self.members, max(map(len, self.members)))  # [tasks, most slots of a task]
+        members = by_name.split(torch.bincount(self.slot_name, minlength=len(tasks)).tolist())
+        self.rows = [_as_slice(slots) for slots in members]  # a slice reads the keys where they are
+        self.slots_of = filled(members, max(map(len, members)))  # [tasks, most slots of a task]
 
     def fit(self, means: Tensor, covariance: Tensor, counts: list[int]) -> tuple[Tensor, Tensor]:
         """``(weight, bias)``, ``[tasks, dim]`` and ``[tasks]``, from the tasks' means and the shared covariance."""
